@@ -1,0 +1,7 @@
+"""The error that every bad trace raises."""
+
+from __future__ import annotations
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read or used; the message says what, where and what to do."""
