@@ -1,0 +1,150 @@
+"""The contract of a codec: levels, encode, decode, a configuration that rebuilds it.
+
+`Codec` checks everything that all codecs share (shapes, dtypes, positions, the container, the profile's hash), so
+that a codec itself is two methods: `_encode` makes sections of a chunk, `_decode` reads them into a target.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from codec import container
+from codec.container import Chunk, Header
+from codec.errors import CodecError
+from codec.targets import DTYPES, CacheTarget, KVTarget, as_target
+
+if TYPE_CHECKING:
+    from codec.profile import Profile
+
+Setting = str | int | float
+LARGEST_MAGNITUDE = 1e30
+"""Lossy codecs refuse larger magnitudes: their squares and products would leave float32."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One encoding of a chunk: a short name and the settings that define it."""
+
+    name: str
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+class Codec(ABC):
+    """Encodes chunks of one model's KV cache at several levels; level 0 is the smallest."""
+
+    codec_id: ClassVar[str]
+    """Name in the registry and in every chunk's header; at most 16 ASCII characters."""
+    lossless: ClassVar[bool] = False
+    """Lossless codecs keep NaN and infinities; the others refuse them."""
+    needs_profile: ClassVar[bool] = False
+
+    levels: Sequence[Level]
+    profile: Profile | None = None
+
+    def __init__(self, *, profile: Profile | None = None) -> None:
+        if self.needs_profile and profile is None:
+            raise CodecError(f"codec {self.codec_id} needs a profile of the model: run 'kvstream codec calibrate'")
+        self.profile = profile if self.needs_profile else None
+
+    @property
+    def profile_sha256(self) -> str | None:
+        """Content hash of the profile, or None for a codec that needs none."""
+        return None if self.profile is None else self.profile.sha256
+
+    def settings(self) -> dict[str, Setting]:
+        """The constructor's settings, profile excepted."""
+        return {}
+
+    def get_config(self) -> dict[str, Any]:
+        """A JSON object from which `from_config` rebuilds this codec, given its profile."""
+        return {"codec": self.codec_id, "settings": self.settings(), "profile_sha256": self.profile_sha256}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], profile: Profile | None = None) -> Self:
+        """Rebuild a codec. Raises CodecError if the configuration is another codec's or names another profile."""
+        if config.get("codec") != cls.codec_id:
+            raise CodecError(f"configuration is for codec {config.get('codec')!r}, not {cls.codec_id!r}")
+        codec = cls(profile=profile, **config.get("settings", {}))
+        if config.get("profile_sha256") != codec.profile_sha256:
+            raise CodecError(
+                f"configuration needs profile {config.get('profile_sha256')}, given was {codec.profile_sha256}"
+            )
+        return codec
+
+    def encode(self, kv: Tensor, level: int, *, positions: range) -> bytes:
+        """Encode one chunk.
+
+        `kv` is `[L, 2, T, H, D]` (bfloat16, float16 or float32, any strides), `positions` the absolute positions of
+        its T tokens (consecutive). Raises CodecError for anything else, and for NaN, infinities and magnitudes above
+        1e30 unless the codec is lossless.
+        """
+        self._check_level(level)
+        if kv.dim() != 5 or kv.shape[1] != 2 or 0 in kv.shape:
+            raise CodecError(f"a KV tensor is [layers, 2, tokens, heads, head_dim], not {tuple(kv.shape)}")
+        dtype = str(kv.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise CodecError(f"a KV tensor is bfloat16, float16 or float32, not {dtype}")
+        if not isinstance(positions, range) or positions.step != 1 or len(positions) != kv.shape[2]:
+            raise CodecError(f"positions must be a range of {kv.shape[2]} consecutive tokens, not {positions!r}")
+        layers, _, tokens, heads, head_dim = kv.shape
+        header = Header(
+            self.codec_id, level, positions.start, layers, tokens, heads, head_dim, dtype, self.profile_sha256
+        )
+        with torch.inference_mode():
+            if not self.lossless:
+                low, high = (float(x) for x in torch.aminmax(kv.detach()))
+                if not (-LARGEST_MAGNITUDE <= low and high <= LARGEST_MAGNITUDE):
+                    raise CodecError(
+                        f"the KV cache holds NaN, infinities or magnitudes above {LARGEST_MAGNITUDE:g} "
+                        f"(range {low:g} to {high:g}); codec {self.codec_id} refuses them, use codec raw"
+                    )
+            return container.pack(header, self._encode(kv.detach(), level, header))
+
+    def decode(
+        self, data: bytes | bytearray | memoryview | Tensor, out: KVTarget | None = None, *,
+        device: torch.device | str = "cpu",
+    ) -> KVTarget:  # fmt: skip
+        """Decode one chunk into `out`, or into a new contiguous tensor `[L, 2, T, H, D]` of the encoded dtype.
+
+        Returns `out` or that tensor. Raises CodecError for bytes that this codec with this profile did not write:
+        then `out` may be partly written.
+        """
+        chunk = container.parse(data)
+        header = chunk.header
+        if header.codec_id != self.codec_id:
+            raise CodecError(f"chunk was written by codec {header.codec_id}, this is {self.codec_id}")
+        if header.profile_sha256 != self.profile_sha256:
+            raise CodecError(f"chunk needs profile {header.profile_sha256}, this codec has {self.profile_sha256}")
+        self._check_level(header.level)
+        self._check_chunk(chunk)
+        if out is None:
+            out = torch.empty(header.shape, dtype=DTYPES[header.dtype], device=device)
+        target = as_target(out)
+        if target.shape != header.shape:
+            raise CodecError(f"chunk has shape {header.shape}, the target {target.shape}")
+        with torch.inference_mode():
+            self._decode(chunk, target)
+        return out
+
+    def _check_level(self, level: int) -> None:
+        if not isinstance(level, int) or not 0 <= level < len(self.levels):
+            names = ", ".join(f"{i} ({x.name})" for i, x in enumerate(self.levels))
+            raise CodecError(f"codec {self.codec_id} has no level {level!r}; it has {names}")
+
+    def _check_chunk(self, chunk: Chunk) -> None:
+        """Check section lengths against the header before anything of the header's size is allocated."""
+        return None
+
+    @abstractmethod
+    def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
+        """Sections (tag of at most four ASCII characters, content) of a checked tensor."""
+
+    @abstractmethod
+    def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
+        """Write the chunk into a target of the header's shape."""

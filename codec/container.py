@@ -1,0 +1,230 @@
+"""The byte format of one encoded chunk: a checked header, a table of sections, the sections.
+
+Everything is little-endian. A chunk decodes alone, given the profile that its header names by hash.
+`docs/bitstream.md` describes the format for a second implementation. Nothing here trusts its input: lengths are
+checked before they are used, checksums before their bytes are, and the size a header claims must be in proportion
+to the bytes that came with it.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from codec.errors import CodecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAGIC = b"KVST"
+VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+MAX_LAYERS = 4096
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 65_536
+MAX_TOKENS = 65_536
+MAX_POSITION = 1 << 40
+MAX_SECTIONS = 64
+MAX_EXPANSION = 16_384
+"""Elements that one byte of payload may stand for at most: what a receiver allocates is bounded by what it received."""
+
+_HEADER = struct.Struct("<4sBBBB16s32sQIIIII")
+"""magic, version, level, dtype, flags, codec id, profile hash, start, layers, tokens, heads, head dim, sections."""
+_SECTION = struct.Struct("<4sIQ")
+"""tag, CRC-32 of the content, length in bytes."""
+_CRC = struct.Struct("<I")
+_NO_PROFILE = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a chunk says about itself."""
+
+    codec_id: str
+    level: int
+    start: int
+    """Absolute position of the first token."""
+    layers: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    """torch's name of the element type that was encoded."""
+    profile_sha256: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """`(L, 2, T, H, D)`."""
+        return (self.layers, 2, self.tokens, self.heads, self.head_dim)
+
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.start + self.tokens)
+
+    @property
+    def elements(self) -> int:
+        return self.layers * 2 * self.tokens * self.heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A parsed chunk. Sections are views of the input, checked against their checksums."""
+
+    header: Header
+    sections: dict[str, memoryview]
+    total_bytes: int
+
+    def section(self, tag: str, nbytes: int | None = None) -> memoryview:
+        """The section `tag`; with `nbytes`, of exactly that length. Raises CodecError otherwise."""
+        if tag not in self.sections:
+            raise CodecError(f"chunk has no section '{tag}'; it was not written by codec {self.header.codec_id}")
+        content = self.sections[tag]
+        if nbytes is not None and len(content) != nbytes:
+            raise CodecError(
+                f"section '{tag}' has {len(content)} bytes where the header's shape needs {nbytes}; encode again"
+            )
+        return content
+
+
+def pack(header: Header, sections: Mapping[str, bytes | memoryview]) -> bytes:
+    """Bytes of a chunk. Raises CodecError for a header that `parse` would refuse."""
+    _check_header(header, sum(len(content) for content in sections.values()))
+    codec_id = header.codec_id.encode("ascii")
+    profile = bytes.fromhex(header.profile_sha256) if header.profile_sha256 else _NO_PROFILE
+    head = _HEADER.pack(
+        MAGIC, VERSION, header.level, DTYPES.index(header.dtype), 0, codec_id, profile, header.start,
+        header.layers, header.tokens, header.heads, header.head_dim, len(sections),
+    )  # fmt: skip
+    table = b"".join(
+        _SECTION.pack(tag.encode("ascii"), zlib.crc32(content), len(content)) for tag, content in sections.items()
+    )
+    return b"".join([head, table, _CRC.pack(zlib.crc32(table, zlib.crc32(head))), *sections.values()])
+
+
+def parse(data: bytes | bytearray | memoryview | Tensor) -> Chunk:
+    """Check and split a chunk. Raises CodecError; never reads what it has not checked, never copies a section."""
+    view = as_memoryview(data)
+    header, table, offset = _parse_head(view)
+    sections: dict[str, memoryview] = {}
+    for tag, crc, length in table:
+        if length > len(view) - offset:
+            raise CodecError(
+                f"chunk is truncated: section '{tag}' needs {length} bytes at offset {offset} of {len(view)}; "
+                "fetch the chunk again"
+            )
+        content = view[offset : offset + length]
+        if zlib.crc32(content) != crc:
+            raise CodecError(f"section '{tag}' at offset {offset} is damaged (checksum); fetch the chunk again")
+        sections[tag] = content
+        offset += length
+    if offset != len(view):
+        raise CodecError(f"{len(view) - offset} bytes follow the end of the chunk; fetch the chunk again")
+    _check_header(header, sum(len(content) for content in sections.values()))
+    return Chunk(header, sections, len(view))
+
+
+def inspect(data: bytes | bytearray | memoryview | Tensor) -> dict[str, Any]:
+    """What a chunk holds, as plain values: header fields, sections with their bytes, bits per element."""
+    chunk = parse(data)
+    header = chunk.header
+    payload = sum(len(content) for content in chunk.sections.values())
+    return {
+        "version": VERSION,
+        "codec": header.codec_id,
+        "level": header.level,
+        "profile_sha256": header.profile_sha256,
+        "tokens": [header.start, header.start + header.tokens],
+        "shape": list(header.shape),
+        "dtype": header.dtype,
+        "total_bytes": chunk.total_bytes,
+        "payload_bytes": payload,
+        "bits_per_element": 8 * chunk.total_bytes / header.elements,
+        "sections": {tag: len(content) for tag, content in chunk.sections.items()},
+    }
+
+
+def as_memoryview(data: bytes | bytearray | memoryview | Tensor) -> memoryview:
+    """A flat view of bytes; a tensor must be uint8, contiguous and one-dimensional."""
+    if isinstance(data, bytes | bytearray):
+        return memoryview(data)
+    if isinstance(data, memoryview):
+        if not data.c_contiguous:
+            raise CodecError("encoded data must be contiguous bytes")
+        return data.cast("B")
+    import torch
+
+    if not isinstance(data, torch.Tensor):
+        raise CodecError(f"encoded data must be bytes, a memoryview or a uint8 tensor, not {type(data).__name__}")
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise CodecError(f"encoded data must be a flat uint8 tensor, not {data.dtype} of shape {tuple(data.shape)}")
+    return memoryview(data.detach().cpu().contiguous().numpy())
+
+
+def _parse_head(view: memoryview) -> tuple[Header, list[tuple[str, int, int]], int]:
+    """Header, section table and the offset at which the sections begin."""
+    if len(view) < _HEADER.size + _CRC.size:
+        raise CodecError(f"chunk is truncated: {len(view)} bytes are fewer than a header; fetch the chunk again")
+    (magic, version, level, dtype, flags, codec_id, profile, start, layers, tokens, heads, head_dim, n_sections) = (
+        _HEADER.unpack_from(view)
+    )
+    if magic != MAGIC:
+        raise CodecError(f"not an encoded chunk: it begins with {bytes(magic)!r} instead of {MAGIC!r}")
+    if version != VERSION:
+        raise CodecError(f"chunk has format version {version}; this release reads version {VERSION}: encode again")
+    if n_sections > MAX_SECTIONS:
+        raise CodecError(f"chunk header is damaged: it claims {n_sections} sections; fetch the chunk again")
+    end = _HEADER.size + n_sections * _SECTION.size
+    if len(view) < end + _CRC.size:
+        raise CodecError(f"chunk is truncated: {len(view)} bytes are fewer than its section table; fetch it again")
+    if zlib.crc32(view[:end]) != _CRC.unpack_from(view, end)[0]:
+        raise CodecError("chunk header is damaged (checksum); fetch the chunk again")
+    if flags != 0 or dtype >= len(DTYPES):
+        raise CodecError(f"chunk header has dtype {dtype} and flags {flags}, unknown to this release; encode again")
+    table = [
+        (_ascii(tag, "section tag"), crc, length)
+        for tag, crc, length in _SECTION.iter_unpack(view[_HEADER.size : end])
+    ]
+    if len({tag for tag, _, _ in table}) != len(table):
+        raise CodecError("chunk header names a section twice; encode again")
+    header = Header(
+        codec_id=_ascii(codec_id.rstrip(b"\0"), "codec id"),
+        level=level,
+        start=start,
+        layers=layers,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+        profile_sha256=None if profile == _NO_PROFILE else profile.hex(),
+    )
+    return header, table, end + _CRC.size
+
+
+def _check_header(header: Header, payload_bytes: int) -> None:
+    for name, value, most in (
+        ("layers", header.layers, MAX_LAYERS),
+        ("tokens", header.tokens, MAX_TOKENS),
+        ("heads", header.heads, MAX_HEADS),
+        ("head_dim", header.head_dim, MAX_HEAD_DIM),
+    ):
+        if not 1 <= value <= most:
+            raise CodecError(f"a chunk of {value} {name} is outside 1 to {most}; cut the context into smaller chunks")
+    if not 0 <= header.start <= MAX_POSITION:
+        raise CodecError(f"first token position {header.start} is outside 0 to {MAX_POSITION}")
+    if header.elements > MAX_EXPANSION * payload_bytes:
+        raise CodecError(
+            f"shape {header.shape} is out of proportion to {payload_bytes} bytes of content "
+            f"(at most {MAX_EXPANSION} elements a byte)"
+        )
+
+
+def _ascii(raw: bytes, what: str) -> str:
+    text = raw.decode("ascii", errors="replace")
+    if not text or not all(c.isalnum() or c in "-_" for c in text):
+        raise CodecError(f"chunk header is damaged: {what} is {raw!r}; fetch the chunk again")
+    return text
