@@ -1,0 +1,1 @@
+"""What a link does over time: traces, their formats, generators and library. Needs numpy only."""

@@ -1,0 +1,431 @@
+"""A bandwidth trace: rates over time, exact bits by any time, and the time that any number of bits needs.
+
+Row ``i`` holds ``rates_bps[i]`` from the end of row ``i - 1`` for ``durations_s[i]`` seconds. Rates are layer-2
+capacity in bit/s, piecewise constant. Sums of bits are kept as prefix sums, so that both the integral and its inverse
+are one binary search (the idea of MIT 6.829's simulator), and the scalar forms stay near a microsecond.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, cast, get_args, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from traces.errors import TraceError
+from traces.framing import goodput_per_capacity
+
+Floats = NDArray[np.float64]
+End = Literal["loop", "hold", "stop"]
+Kind = Literal["capacity", "achieved"]
+Per = Literal["time", "chunk"]
+
+MAX_ROWS = 5_000_000
+MAX_RATE_BPS = 1e14
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the rates of a trace come from.
+
+    ``source`` is a file name, a URL or a generator spec; ``format`` the name of the reader or ``generator``;
+    ``licence`` the licence of the data as far as known; ``transforms`` what was done since, oldest first;
+    ``sha256`` the hash of the source file's bytes (empty when there is no file).
+    """
+
+    source: str
+    format: str
+    licence: str = "unknown"
+    transforms: tuple[str, ...] = ()
+    sha256: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a link carries over time. Arrays are copied and read-only; two traces are equal when their content is.
+
+    ``durations_s`` and ``rates_bps`` are float64 arrays of one length n >= 1: seconds (> 0) and bit/s at layer 2 (>= 0).
+    ``end`` says what follows the last row: ``loop`` starts again, ``hold`` keeps the last rate, ``stop`` sends nothing more.
+    ``kind`` is ``capacity`` for what the link could carry, ``achieved`` for what some sender got out of it.
+    ``per="chunk"`` holds one rate a chunk instead: the link steps to ``chunk_rate(i)`` as chunk i's first byte leaves.
+    Such a trace has no time line: ``durations_s`` is empty and every method about time raises TraceError.
+    ``delay_s`` (one way, seconds) and ``loss`` (a fraction of packets) are optional columns of length n.
+    """
+
+    name: str
+    durations_s: Floats
+    rates_bps: Floats
+    end: End = "loop"
+    kind: Kind = "capacity"
+    per: Per = "time"
+    provenance: tuple[Provenance, ...] = ()
+    delay_s: Floats | None = None
+    loss: Floats | None = None
+    _edges: list[float] = field(init=False, repr=False)
+    _bits: list[float] = field(init=False, repr=False)
+    _rates: list[float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for value, allowed, what in ((self.end, End, "end"), (self.kind, Kind, "kind"), (self.per, Per, "per")):
+            if value not in get_args(allowed):
+                raise TraceError(f"trace {self.name!r}: {what}={value!r}; use one of {', '.join(get_args(allowed))}")
+        rates = self._column("rates_bps", self.rates_bps, 0.0, MAX_RATE_BPS, length=None)
+        n = len(rates)
+        if not 1 <= n <= MAX_ROWS:
+            raise TraceError(f"trace {self.name!r} has {n} rows; a trace has 1 to {MAX_ROWS}")
+        durations = self._column(
+            "durations_s", self.durations_s, 0.0, math.inf, length=n if self.per == "time" else 0
+        )
+        for what in ("delay_s", "loss"):
+            values = getattr(self, what)
+            if values is not None:
+                top = 1.0 if what == "loss" else math.inf
+                object.__setattr__(self, what, self._column(what, values, 0.0, top, length=n))
+        edges = np.concatenate(([0.0], np.cumsum(durations)))
+        bits = np.concatenate(([0.0], np.cumsum(durations * rates[: len(durations)])))
+        if not np.all(np.diff(edges) > 0.0):
+            row = int(np.argmin(np.diff(edges) > 0.0))
+            raise TraceError(f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s; every row lasts longer than 0 s")
+        if not math.isfinite(edges[-1] + bits[-1]):
+            raise TraceError(f"trace {self.name!r} is too long: its length or its bits overflow")
+        for attribute, content in (
+            ("rates_bps", rates),
+            ("durations_s", durations),
+            ("_edges", edges.tolist()),
+            ("_bits", bits.tolist()),
+            ("_rates", rates.tolist()),
+        ):
+            object.__setattr__(self, attribute, content)
+
+    def _column(self, what: str, values: ArrayLike, low: float, high: float, length: int | None) -> Floats:
+        try:
+            column = np.array(values, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise TraceError(f"trace {self.name!r}: {what} is not a list of numbers") from None
+        if column.ndim != 1 or (length is not None and len(column) != length):
+            wanted = "one-dimensional" if length is None else f"of length {length}"
+            raise TraceError(f"trace {self.name!r}: {what} has shape {column.shape}; it must be {wanted}")
+        good = np.isfinite(column) & (column >= low) & (column <= high)
+        if not good.all():
+            row = int(np.argmin(good))
+            raise TraceError(
+                f"trace {self.name!r}: {what}[{row}] = {column[row]}; it must be a finite number from {low:g} to {high:g}"
+            )
+        column += 0.0  # turns -0.0 into 0.0, so that equal content hashes equally
+        column.setflags(write=False)
+        return column
+
+    # ---- what it is -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content: rows, end, kind, per. The name and the provenance are labels and stay out."""
+        digest = hashlib.sha256(f"kvstream-trace-1 {self.end} {self.kind} {self.per} {len(self.rates_bps)}".encode())
+        for column in (self.durations_s, self.rates_bps, self.delay_s, self.loss):
+            digest.update(b"-" if column is None else b"+" + column.astype("<f8").tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self.sha256 == other.sha256 if isinstance(other, Trace) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __len__(self) -> int:
+        return len(self._rates)
+
+    @property
+    def duration_s(self) -> float:
+        """Length of all rows, in seconds."""
+        self._needs_time("duration_s")
+        return self._edges[-1]
+
+    @property
+    def mean_bps(self) -> float:
+        """Mean rate over one pass of the rows (over the chunks for ``per="chunk"``)."""
+        if self.per == "chunk":
+            return float(np.mean(self.rates_bps))
+        return self._bits[-1] / self._edges[-1]
+
+    @property
+    def peak_bps(self) -> float:
+        """Highest rate of any row."""
+        return float(np.max(self.rates_bps))
+
+    # ---- what it carries --------------------------------------------------------------------------------------
+
+    def row_at(self, t_s: float) -> int | None:
+        """Index of the row in force at ``t_s`` (a row holds from its start, its end excluded); None once stopped."""
+        self._needs_time("row_at")
+        position = self._position(t_s)
+        if position >= self._edges[-1]:
+            return None if self.end == "stop" else len(self._rates) - 1
+        return bisect_right(self._edges, position) - 1
+
+    def rate_at(self, t_s: float) -> float:
+        """Rate in bit/s at ``t_s`` seconds."""
+        row = self.row_at(t_s)
+        return 0.0 if row is None else self._rates[row]
+
+    @overload
+    def bits_by(self, t_s: float) -> float: ...
+    @overload
+    def bits_by(self, t_s: Floats) -> Floats: ...
+    def bits_by(self, t_s: float | Floats) -> float | Floats:
+        """Bits carried from time 0 to ``t_s``: the exact integral of the rate. Arrays give arrays of the same shape."""
+        self._needs_time("bits_by")
+        if not isinstance(t_s, (float, int)):
+            return self._bits_by_array(np.asarray(t_s, dtype=np.float64))
+        edges, bits = self._edges, self._bits
+        length = edges[-1]
+        if not 0.0 <= t_s < math.inf:
+            raise TraceError(f"trace {self.name!r}: time {t_s} s; times are finite and not negative")
+        if t_s >= length:
+            if self.end == "loop":
+                passes, t_s = divmod(t_s, length)
+                return passes * bits[-1] + self._bits_within(t_s)
+            return bits[-1] + (self._rates[-1] * (t_s - length) if self.end == "hold" else 0.0)
+        return self._bits_within(t_s)
+
+    def _bits_within(self, t_s: float) -> float:
+        row = bisect_right(self._edges, t_s) - 1
+        if row >= len(self._rates):
+            return self._bits[-1]
+        return self._bits[row] + self._rates[row] * (t_s - self._edges[row])
+
+    def _bits_by_array(self, t_s: Floats) -> Floats:
+        if not np.all(np.isfinite(t_s) & (t_s >= 0.0)):
+            raise TraceError(f"trace {self.name!r}: times are finite and not negative")
+        edges, bits = np.asarray(self._edges), np.asarray(self._bits)
+        length = self._edges[-1]
+        passes, within = np.divmod(t_s, length) if self.end == "loop" else (np.zeros_like(t_s), t_s)
+        inside = np.minimum(within, length)
+        row = np.minimum(np.searchsorted(edges, inside, side="right") - 1, len(self._rates) - 1)
+        total = passes * bits[-1] + bits[row] + self.rates_bps[row] * (inside - edges[row])
+        return total + self._rates[-1] * (within - inside) if self.end == "hold" else total
+
+    def time_for(self, bits: float, start_s: float) -> float:
+        """Seconds from ``start_s`` until ``bits`` more bits have been carried; inf if that never happens.
+
+        The inverse of bits_by: the smallest d with ``bits_by(start_s + d) - bits_by(start_s) >= bits``.
+        """
+        edges, sums = self._edges, self._bits
+        if not (bits > 0.0 and 0.0 <= start_s < math.inf):
+            self._needs_time("time_for")
+            if bits != 0.0 or not 0.0 <= start_s < math.inf:
+                raise TraceError(f"trace {self.name!r}: time_for({bits} bits, {start_s} s); neither may be negative")
+            return 0.0
+        length, total = edges[-1], sums[-1]
+        if self.end == "loop":
+            self._needs_time("time_for")
+            if total == 0.0 or bits == math.inf:
+                return math.inf
+            start_s = start_s % length if start_s >= length else start_s
+            target = self._bits_within(start_s) + bits
+            if target <= total:
+                return max(self._when(target) - start_s, 0.0)
+            passes, target = divmod(target, total)
+            if target == 0.0:  # the last bit leaves within the pass before, not after the zero rates that open the next
+                passes, target = passes - 1.0, total
+            return passes * length + self._when(target) - start_s
+        self._needs_time("time_for")
+        last = self._rates[-1] if self.end == "hold" else 0.0
+        if start_s >= length:
+            return bits / last if last > 0.0 else math.inf
+        target = self._bits_within(start_s) + bits
+        if target <= total:
+            return max(self._when(target) - start_s, 0.0)
+        return (length - start_s) + (target - total) / last if last > 0.0 else math.inf
+
+    def _when(self, target: float) -> float:
+        """The first time within one pass at which ``0 < target <= total`` bits have gone."""
+        row = bisect_left(self._bits, target) - 1
+        return self._edges[row] + (target - self._bits[row]) / self._rates[row]
+
+    def chunk_rate(self, chunk: int) -> float:
+        """Rate in bit/s while chunk ``chunk`` is sent (``per="chunk"`` only); past the last row, as ``end`` says."""
+        if self.per != "chunk":
+            raise TraceError(f"trace {self.name!r} is over time; chunk_rate is for per=chunk")
+        n = len(self._rates)
+        if chunk < 0:
+            raise TraceError(f"trace {self.name!r}: chunk {chunk}; chunks count from 0")
+        if chunk >= n and self.end == "stop":
+            return 0.0
+        return self._rates[chunk % n if self.end == "loop" else min(chunk, n - 1)]
+
+    def changes(self, start_s: float, length_s: float) -> list[tuple[float, float]]:
+        """The rate steps a shaper makes from ``start_s`` for ``length_s``: (seconds after start_s, bit/s), first at 0.
+
+        Neighbours of equal rate are one step.
+        """
+        steps: list[tuple[float, float]] = []
+        for at_s, _, row in self._rows(start_s, length_s):
+            rate = 0.0 if row is None else self._rates[row]
+            if not steps or steps[-1][1] != rate:
+                steps.append((at_s, rate))
+        return steps
+
+    def _rows(self, start_s: float, length_s: float) -> Iterator[tuple[float, float, int | None]]:
+        """(start relative to start_s, duration, row or None once stopped) over the window, in order."""
+        self._needs_time("a window")
+        if not 0.0 < length_s < math.inf:
+            raise TraceError(f"trace {self.name!r}: window of {length_s} s; give a finite length above 0 s")
+        if length_s / self._edges[-1] * len(self._rates) > MAX_ROWS and self.end == "loop":
+            raise TraceError(f"trace {self.name!r}: {length_s} s of it would be more than {MAX_ROWS} rows; ask for less")
+        position, done, n = self._position(start_s), 0.0, len(self._rates)
+        row = bisect_right(self._edges, position) - 1
+        while done < length_s:
+            if row >= n and self.end == "loop":
+                row, position = 0, 0.0
+            if row >= n:
+                yield done, length_s - done, None if self.end == "stop" else n - 1
+                return
+            span = min(self._edges[row + 1] - position, length_s - done)
+            if span > 0.0:
+                yield done, span, row
+            done += span
+            position, row = self._edges[row + 1], row + 1
+
+    def _position(self, t_s: float) -> float:
+        if not 0.0 <= t_s < math.inf:
+            raise TraceError(f"trace {self.name!r}: time {t_s} s; times are finite and not negative")
+        return math.fmod(t_s, self._edges[-1]) if self.end == "loop" else t_s
+
+    def _needs_time(self, what: str) -> None:
+        if self.per == "chunk":
+            raise TraceError(f"trace {self.name!r} has one rate a chunk and no time line: {what} needs per=time")
+
+    # ---- traces made from it ----------------------------------------------------------------------------------
+
+    def _derived(self, transform: str, **fields: Any) -> Trace:
+        records = self.provenance or (Provenance(source=self.name, format="made in memory"),)
+        noted = tuple(replace(record, transforms=(*record.transforms, transform)) for record in records)
+        return replace(self, provenance=noted, **fields)
+
+    def _window(self, start_s: float, length_s: float) -> dict[str, Floats | None]:
+        rows = list(self._rows(start_s, length_s))
+        index = np.array([len(self._rates) - 1 if row is None else row for _, _, row in rows])
+        rates = self.rates_bps[index]
+        rates[[row is None for _, _, row in rows]] = 0.0
+        return {
+            "durations_s": np.array([span for _, span, _ in rows]),
+            "rates_bps": rates,
+            "delay_s": None if self.delay_s is None else self.delay_s[index],
+            "loss": None if self.loss is None else self.loss[index],
+        }
+
+    def renamed(self, name: str) -> Trace:
+        """The same trace under another name."""
+        return replace(self, name=name)
+
+    def with_end(self, end: End) -> Trace:
+        """The same rows with another end."""
+        return self._derived(f"end {end}", end=end)
+
+    def scaled(self, factor: float) -> Trace:
+        """Every rate times ``factor``."""
+        if not 0.0 < factor < math.inf:
+            raise TraceError(f"trace {self.name!r}: scale factor {factor}; give a finite number above 0")
+        return self._derived(f"scaled x{factor:.9g}", rates_bps=self.rates_bps * factor)
+
+    def scale_to(self, *, mean_bps: float | None = None, peak_bps: float | None = None) -> Trace:
+        """Scaled so that the mean, or the peak, becomes the given rate in bit/s."""
+        if (mean_bps is None) == (peak_bps is None):
+            raise TraceError("scale_to takes one of mean_bps and peak_bps")
+        target, now = (mean_bps, self.mean_bps) if mean_bps is not None else (peak_bps, self.peak_bps)
+        if now == 0.0:
+            raise TraceError(f"trace {self.name!r} is zero everywhere: it cannot be scaled to a rate")
+        return self.scaled(cast(float, target) / now)
+
+    def clipped(self, low_bps: float = 0.0, high_bps: float = MAX_RATE_BPS) -> Trace:
+        """Every rate brought into [low_bps, high_bps]."""
+        if not 0.0 <= low_bps <= high_bps:
+            raise TraceError(f"trace {self.name!r}: clip to {low_bps}..{high_bps} bit/s; low must not exceed high")
+        return self._derived(
+            f"clipped {low_bps:.9g}..{high_bps:.9g} bit/s", rates_bps=np.clip(self.rates_bps, low_bps, high_bps)
+        )
+
+    def sliced(self, start_s: float, length_s: float) -> Trace:
+        """The rows from ``start_s`` for ``length_s`` seconds; past the last row as ``end`` says. The end stays."""
+        return self._derived(f"sliced {start_s:.9g}+{length_s:.9g} s", **self._window(start_s, length_s))
+
+    def shifted(self, offset_s: float) -> Trace:
+        """The link as seen by one who starts ``offset_s`` later: ``shifted(o).bits_by(t) = bits_by(o+t) - bits_by(o)``."""
+        self._needs_time("shifted")
+        length = self._edges[-1]
+        if self.end != "loop" and offset_s >= length:
+            if self.end == "stop":
+                raise TraceError(f"trace {self.name!r} stops at {length:g} s: no start offset of {offset_s:g} s")
+            start, left = length - float(self.durations_s[-1]), float(self.durations_s[-1])
+        else:
+            start = self._position(offset_s)
+            left = length if self.end == "loop" else length - start
+        return self._derived(f"shifted {offset_s:.9g} s", **self._window(start, left))
+
+    def stretched(self, factor: float) -> Trace:
+        """Every duration times ``factor``; the rates stay."""
+        self._needs_time("stretched")
+        if not 0.0 < factor < math.inf:
+            raise TraceError(f"trace {self.name!r}: stretch factor {factor}; give a finite number above 0")
+        return self._derived(f"stretched x{factor:.9g}", durations_s=self.durations_s * factor)
+
+    def resampled(self, step_s: float) -> Trace:
+        """Rows of ``step_s`` seconds that carry the same bits; delay and loss become means over a step.
+
+        With ``end="hold"`` one more row keeps the held rate what it was when the last step mixed several.
+        """
+        self._needs_time("resampled")
+        if not 0.0 < step_s < math.inf or self._edges[-1] / step_s > MAX_ROWS:
+            raise TraceError(f"trace {self.name!r}: step of {step_s} s; give 1 to {MAX_ROWS} steps over the trace")
+        whole = round(self._edges[-1] / step_s)
+        exact = whole >= 1 and math.isclose(whole * step_s, self._edges[-1], rel_tol=1e-9)
+        grid = step_s * np.arange((whole if exact else math.floor(self._edges[-1] / step_s)) + 1)
+        grid = np.append(grid[:-1] if exact else grid, self._edges[-1])
+        durations = np.diff(grid)
+
+        def means(column: Floats) -> Floats:
+            sums = np.concatenate(([0.0], np.cumsum(self.durations_s * column)))
+            return np.clip(np.diff(np.interp(grid, self._edges, sums)) / durations, column.min(), column.max())
+
+        columns = {
+            what: means(getattr(self, what)) for what in ("rates_bps", "delay_s", "loss") if getattr(self, what) is not None
+        }
+        if self.end == "hold" and columns["rates_bps"][-1] != self._rates[-1]:
+            durations = np.append(durations, step_s)
+            columns = {what: np.append(column, getattr(self, what)[-1]) for what, column in columns.items()}
+        return self._derived(f"resampled to {step_s:.9g} s", durations_s=durations, **columns)
+
+    def concatenated(self, *others: Trace, name: str | None = None) -> Trace:
+        """This trace, then the others, once each; the end is the last one's. Optional columns must agree."""
+        parts = (self, *others)
+        for part in parts:
+            part._needs_time("concatenated")
+        columns: dict[str, Floats | None] = {}
+        for what in ("durations_s", "rates_bps", "delay_s", "loss"):
+            values = [getattr(part, what) for part in parts]
+            missing = [part.name for part, value in zip(parts, values, strict=True) if value is None]
+            if missing and len(missing) < len(parts):
+                raise TraceError(f"cannot concatenate: {missing[0]!r} has no {what} column and another trace has one")
+            columns[what] = None if missing else np.concatenate(values)
+        joined = name or "+".join(part.name for part in parts)
+        records = tuple(
+            replace(record, transforms=(*record.transforms, f"part {i + 1} of {len(parts)} of {joined}"))
+            for i, part in enumerate(parts)
+            for record in part.provenance or (Provenance(source=part.name, format="made in memory"),)
+        )
+        kind: Kind = "achieved" if any(part.kind == "achieved" for part in parts) else "capacity"
+        return replace(self, name=joined, end=parts[-1].end, kind=kind, provenance=records, **cast(Any, columns))
+
+    def as_goodput(self, mtu_bytes: int = 1500) -> Trace:
+        """The application's view: every rate times ``goodput_per_capacity(mtu_bytes)``, for a simulator or an oracle."""
+        factor = goodput_per_capacity(mtu_bytes)
+        return self._derived(f"capacity to goodput at MTU {mtu_bytes}", rates_bps=self.rates_bps * factor)
+
+
+TraceFunction = Callable[..., Trace]
