@@ -1,0 +1,194 @@
+"""The files of a run, and how to read them back.
+
+`runs/<name>/` holds `manifest.json` (what was run, on what), `cells/<unit>-<scheme>.json` (one session each, written
+whole or not at all) and, rebuilt from the cells at any time, `sessions.jsonl`, `chunks.jsonl`, `link.jsonl` and
+`summary.json`. A cell that exists is not run again; `<unit>-<scheme>.failure.json` marks one that failed and is retried.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from testbed.errors import SpecError
+
+if TYPE_CHECKING:
+    import pandas
+
+Status: TypeAlias = Literal["ok", "failed", "invalid"]
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One session: a row of `sessions.jsonl`. None where a failed session has no value."""
+
+    unit_id: str
+    scheme: str
+    policy: str
+    codec: str
+    clairvoyant: bool
+    model: str
+    backend: str
+    """`mininet`, or `simulator`: never mixed in one run."""
+    context: str
+    trace: str
+    offset_s: float
+    link: str
+    seed: int
+    depth: int
+    overlap: bool
+    status: Status
+    why: str
+    """Why the session failed or is invalid; empty when it is ok."""
+    deadline_s: float
+    ttft_s: float | None
+    met: bool
+    distortion: float | None
+    measured_kl: float | None
+    answer_ok: bool | None
+    """The timed question's answer, from the cache that arrived."""
+    answers_right: int | None
+    answers: int | None
+    levels: list[int | str]
+    bytes: int | None
+    wasted_bytes: int | None
+    policy_faults: int
+    oracle_distortion: float | None
+    """The least distortion that could meet the deadline on this unit and codec; None if nothing could."""
+    oracle_levels: list[int | str]
+    regret: float | None
+    """distortion - oracle_distortion where this session met the deadline; None otherwise."""
+    fidelity: Json
+    repeats: int
+    """Sessions thrown away before this one because the link was not what the trace says."""
+
+
+class Run:
+    """A run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells = path / "cells"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run that exists. Raises SpecError otherwise."""
+        run = cls(Path(path))
+        if not (run.path / "manifest.json").is_file():
+            raise SpecError(f"{path}: no run is there (manifest.json is missing); give a folder under runs/")
+        return run
+
+    def create(self, manifest: Json) -> None:
+        """Begin, or go on with, a run. Raises SpecError if the folder holds a different experiment."""
+        old = self.path / "manifest.json"
+        if old.is_file():
+            before = json.loads(old.read_text())
+            if before.get("experiment") != manifest["experiment"] or before.get("backend") != manifest["backend"]:
+                raise SpecError(f"{self.path} holds another experiment; choose another --name or remove the folder")
+        self.cells.mkdir(parents=True, exist_ok=True)
+        write_whole(old, manifest)
+
+    @property
+    def manifest(self) -> Json:
+        return json.loads((self.path / "manifest.json").read_text())
+
+    def has(self, unit_id: str, scheme: str) -> bool:
+        return self._cell(unit_id, scheme).is_file()
+
+    def save(self, row: Row, chunks: list[Json], link: list[Json]) -> None:
+        """Write one session. A failed one is kept apart, so that the next run tries it again."""
+        cell = {"row": vars(row), "chunks": chunks, "link": link}
+        done = self._cell(row.unit_id, row.scheme)
+        failure = done.with_suffix(".failure.json")
+        if row.status == "failed":
+            write_whole(failure, cell)
+        else:
+            write_whole(done, cell)
+            failure.unlink(missing_ok=True)
+
+    def load_cells(self) -> Iterator[Json]:
+        """Every session so far, failed ones included, in a fixed order."""
+        for file in sorted(self.cells.glob("*.json")):
+            yield json.loads(file.read_text())
+
+    def rows(self) -> list[Json]:
+        return [cell["row"] for cell in self.load_cells()]
+
+    def rebuild(self) -> list[Json]:
+        """Write the three .jsonl files from the cells; returns the rows."""
+        rows: list[Json] = []
+        with (
+            _replacing(self.path / "sessions.jsonl") as sessions,
+            _replacing(self.path / "chunks.jsonl") as chunks,
+            _replacing(self.path / "link.jsonl") as link,
+        ):
+            for cell in self.load_cells():
+                key = {"unit_id": cell["row"]["unit_id"], "scheme": cell["row"]["scheme"]}
+                rows.append(cell["row"])
+                sessions.line(cell["row"])
+                for chunk in cell["chunks"]:
+                    chunks.line(key | chunk)
+                for sample in cell["link"]:
+                    link.line(key | sample)
+        return rows
+
+    def _cell(self, unit_id: str, scheme: str) -> Path:
+        return self.cells / f"{unit_id}-{scheme}.json"
+
+
+def load(path: str | Path) -> pandas.DataFrame:
+    """`sessions.jsonl` of a run as a DataFrame, one row a session."""
+    import pandas
+
+    run = Run.open(path)
+    return pandas.DataFrame(run.rebuild())
+
+
+def write_whole(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w") as file:
+        json.dump(_finite(data), file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+class _replacing:
+    """A .jsonl file that takes the old one's place when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> _replacing:
+        self._file = self._part.open("w")
+        return self
+
+    def line(self, data: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(data)) + "\n")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        if kind is None:
+            self._part.replace(self._path)
+        else:
+            self._part.unlink()
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: what is not finite becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,124 @@
+"""One grammar for everything pluggable: `name,key=value,...`.
+
+`mpc,horizon=5`, `./mine.py:MyPolicy,gain=2`, `cachegen,coder=ac`, `delay=20ms,loss=0.1%,queue=50ms`: a name (not for
+links), then settings. Quantities carry units (`20ms`, `100Mbps`, `0.1%`, `64KiB`) and become SI floats. The settings
+of a policy or a link are the fields of a dataclass, so their names and types come from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from testbed.errors import SpecError
+from traces.errors import TraceError
+from traces.units import parse_quantity
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec: the name and the settings as written."""
+
+    name: str
+    settings: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return ",".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+def parse(text: str, what: str = "spec") -> Spec:
+    """`name,key=value,...` to a Spec. Raises SpecError for anything else."""
+    name, _, rest = text.strip().partition(",")
+    if not name or "=" in name:
+        raise SpecError(f"{what} {text!r}: begin with a name, as in 'name,key=value'")
+    return Spec(name, parse_settings(rest, what) if rest else {})
+
+
+def parse_settings(text: str, what: str = "settings") -> dict[str, str]:
+    """`key=value,...` to a dict. Raises SpecError for an empty or doubled key."""
+    settings: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise SpecError(f"{what} {text!r}: {part!r} is not 'key=value'")
+        if key in settings:
+            raise SpecError(f"{what} {text!r}: {key!r} is given twice")
+        settings[key] = value
+    return settings
+
+
+def build(cls: type[T], settings: Mapping[str, str | int | float | bool], what: str) -> T:
+    """An instance of dataclass `cls` from settings as written; each value becomes its field's type.
+
+    A field whose name ends in a unit (`delay_s`, `queue_bytes`) may be written without it (`delay`).
+    Raises SpecError naming the settings there are.
+    """
+    if not dataclasses.is_dataclass(cls):
+        if settings:
+            raise SpecError(f"{what} takes no settings (it is not a dataclass); remove {', '.join(settings)}")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = _field(key, fields)
+        if name is None:
+            raise SpecError(f"{what} has no setting {key!r}; it has {', '.join(fields) or 'none'}")
+        values[name] = coerce(value, hints[name], f"{what}: {key}")
+    return cls(**values)
+
+
+def _field(key: str, fields: Mapping[str, Any]) -> str | None:
+    if key in fields:
+        return key
+    suffixed = [name for name in fields if name.rpartition("_")[0] == key and name.rpartition("_")[2] in _UNITS]
+    return suffixed[0] if suffixed else None
+
+
+_UNITS = ("s", "bytes", "bps")
+
+
+def coerce(value: str | int | float | bool, hint: Any, what: str) -> Any:
+    """`value` as `hint` says: float (with unit), int, bool, str, a Literal, or a union of these tried in order."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value == "none" and len(options) < len(typing.get_args(hint)):
+            return None
+        # a text fits every str: try what is narrower first
+        problem: SpecError | None = None
+        for option in sorted(options, key=lambda option: option is str):
+            try:
+                return coerce(value, option, what)
+            except SpecError as error:
+                problem = problem or error
+        raise problem or SpecError(f"{what}={value!r} cannot be read")
+    if origin is typing.Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise SpecError(f"{what}={value!r}; use one of {', '.join(map(str, allowed))}")
+        return value
+    if hint is bool:
+        words = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() not in words:
+            raise SpecError(f"{what}={value!r}; use on or off")
+        return words[str(value).lower()]
+    if hint in (int, float):
+        try:
+            number = float(value) if isinstance(value, int | float) else parse_quantity(value)
+        except TraceError as error:
+            raise SpecError(f"{what}: {error}") from error
+        if hint is int:
+            if number != int(number):
+                raise SpecError(f"{what}={value!r} is not a whole number")
+            return int(number)
+        return number
+    return str(value)
