@@ -99,7 +99,7 @@ class Codec(ABC):
         with torch.inference_mode():
             if not self.lossless:
                 low, high = (float(x) for x in torch.aminmax(kv.detach()))
-                if not (-LARGEST_MAGNITUDE <= low and high <= LARGEST_MAGNITUDE):
+                if not (low >= -LARGEST_MAGNITUDE and high <= LARGEST_MAGNITUDE):
                     raise CodecError(
                         f"the KV cache holds NaN, infinities or magnitudes above {LARGEST_MAGNITUDE:g} "
                         f"(range {low:g} to {high:g}); codec {self.codec_id} refuses them, use codec raw"

@@ -162,7 +162,7 @@ def as_memoryview(data: bytes | bytearray | memoryview | Tensor) -> memoryview:
         raise CodecError(f"encoded data must be bytes, a memoryview or a uint8 tensor, not {type(data).__name__}")
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise CodecError(f"encoded data must be a flat uint8 tensor, not {data.dtype} of shape {tuple(data.shape)}")
-    return memoryview(data.detach().cpu().contiguous().numpy())
+    return memoryview(data.detach().cpu().contiguous().numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def _parse_head(view: memoryview) -> tuple[Header, list[tuple[str, int, int]], int]:

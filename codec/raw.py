@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,16 +28,22 @@ class Raw(Codec):
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
         header = chunk.header
-        kv = frombuffer(chunk.section("data"), DTYPES[header.dtype]).view(header.shape).to(target.device)
-        for layer in range(header.layers):
-            for side in (0, 1):
-                target.write(layer, side, kv[layer, side])
+        for layer, side, content in blocks(chunk.section("data"), header.layers):
+            block = frombuffer(content, DTYPES[header.dtype]).view(header.shape[2:])
+            target.write(layer, side, block.to(target.device))
+
+
+def blocks(content: memoryview, layers: int) -> Iterator[tuple[int, int, memoryview]]:
+    """The equal parts of a section that hold one (layer, K or V) each, in order."""
+    size = len(content) // (2 * layers)
+    for layer in range(layers):
+        for side in (0, 1):
+            first = (2 * layer + side) * size
+            yield layer, side, content[first : first + size]
 
 
 def frombuffer(content: memoryview, dtype: torch.dtype) -> Tensor:
-    """A tensor over checked bytes. The bytes are copied only where they are not aligned for `dtype`."""
-    import numpy as np
-
+    """A tensor over checked bytes; copied where they are read-only (torch has no such tensors) or not aligned."""
     flat = np.frombuffer(content, dtype=np.uint8)
     if flat.ctypes.data % dtype.itemsize or not flat.flags.writeable:
         flat = flat.copy()

@@ -130,7 +130,7 @@ class PagedTarget(CacheTarget):
         if len(torch.unique(table)) != len(table):
             raise CodecError("the block table names a block twice")
         if offset < 0 or offset + tokens > len(table) * block_size:
-            raise CodecError(f"tokens [{offset}, {offset + tokens}) do not fit into {len(table)} blocks of {block_size}")
+            raise CodecError(f"tokens [{offset}, {offset + tokens}) do not fit {len(table)} blocks of {block_size}")
         index = torch.arange(offset, offset + tokens)
         self._layers = layers
         self._block = table[index // block_size].to(layers[0].device)

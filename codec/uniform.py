@@ -10,14 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codec.api import Codec, Level
+from codec.api import LARGEST_MAGNITUDE, Codec, Level
 from codec.container import DTYPE_BYTES, Chunk, Header
-from codec.raw import frombuffer
+from codec.errors import CodecError
+from codec.raw import blocks, frombuffer
 from codec.targets import DTYPES, CacheTarget
 
 
 class Uniform(Codec):
-    """Sections `scal` (`[L, 2, T]` in the dtype of the cache) and `bits` (`[L, 2, T, H * D]`, packed)."""
+    """Sections `scal` (`[L, 2, T]` in the dtype of the cache) and `bits` (per layer, K then V, `[T, H * D]` packed)."""
 
     codec_id = "uniform"
     levels = (Level("3-bit", {"bits": 3}), Level("4-bit", {"bits": 4}), Level("8-bit", {"bits": 8}))
@@ -27,25 +28,26 @@ class Uniform(Codec):
         rows = kv.flatten(3)
         scale = rows.abs().amax(dim=3)
         steps = quantise(rows, scale, (1 << (bits - 1)) - 1)
-        return {"scal": _bytes(scale), "bits": _bytes(pack_bits(steps.flatten(), bits))}
+        return {"scal": _bytes(scale), "bits": _bytes(pack_bits(steps.flatten(0, 1).flatten(1), bits))}
 
     def _check_chunk(self, chunk: Chunk) -> None:
         header = chunk.header
         bits = int(self.levels[header.level].settings["bits"])
         chunk.section("scal", header.layers * 2 * header.tokens * DTYPE_BYTES[header.dtype])
-        chunk.section("bits", -(-header.elements // 8) * bits)
+        block = header.tokens * header.heads * header.head_dim
+        chunk.section("bits", header.layers * 2 * -(-block // 8) * bits)
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
         header = chunk.header
         bits = int(self.levels[header.level].settings["bits"])
         half = (1 << (bits - 1)) - 1
         scale = checked_scale(frombuffer(chunk.section("scal"), DTYPES[header.dtype]))
-        symbols = unpack_bits(frombuffer(chunk.section("bits"), torch.uint8), bits, header.elements)
-        symbols = symbols.view(header.shape).to(target.device)
         step = scale.view(header.layers, 2, header.tokens, 1, 1).to(target.device).float() / half
-        for layer in range(header.layers):
-            for side in (0, 1):
-                target.write(layer, side, (symbols[layer, side].float() - half) * step[layer, side])
+        block = header.tokens * header.heads * header.head_dim
+        for layer, side, content in blocks(chunk.section("bits"), header.layers):
+            packed = frombuffer(content, torch.uint8).to(target.device)
+            symbols = unpack_bits(packed, bits, block).view(header.shape[2:])
+            target.write(layer, side, (symbols.float() - half) * step[layer, side])
 
 
 class FP8(Codec):
@@ -70,10 +72,11 @@ class FP8(Codec):
         header = chunk.header
         scale = checked_scale(frombuffer(chunk.section("scal"), torch.float32))
         scale = scale.view(header.layers, 2, 1, header.heads, 1).to(target.device)
-        data = frombuffer(chunk.section("data"), torch.float8_e4m3fn).view(header.shape).to(target.device)
-        for layer in range(header.layers):
-            for side in (0, 1):
-                target.write(layer, side, data[layer, side].float() * scale[layer, side])
+        for layer, side, content in blocks(chunk.section("data"), header.layers):
+            data = frombuffer(content, torch.float8_e4m3fn).view(header.shape[2:]).to(target.device).float()
+            if not bool(torch.isfinite(data).all()):
+                raise CodecError("section 'data' holds NaN; encode again")
+            target.write(layer, side, data * scale[layer, side])
 
 
 def quantise(rows: Tensor, scale: Tensor, half: int) -> Tensor:
@@ -88,36 +91,39 @@ def quantise(rows: Tensor, scale: Tensor, half: int) -> Tensor:
 
 
 def checked_scale(scale: Tensor) -> Tensor:
-    """Scales read from a chunk: finite and not negative, or CodecError."""
-    from codec.errors import CodecError
-
-    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
-        raise CodecError("section 'scal' holds scales that are negative or not finite; encode again")
+    """Scales read from a chunk: neither negative nor beyond any cache, or CodecError."""
+    low, high = (float(x) for x in torch.aminmax(scale))
+    if not (low >= 0 and high <= 1.01 * LARGEST_MAGNITUDE):
+        raise CodecError(f"section 'scal' holds scales from {low:g} to {high:g}; encode again")
     return scale
 
 
 def pack_bits(symbols: Tensor, bits: int) -> Tensor:
-    """Flat uint8 symbols below `2**bits` as bytes: eight symbols in `bits` bytes, the first in the lowest bits."""
+    """uint8 symbols `[rows, n]` below `2**bits` as bytes `[rows, ceil(n / 8) * bits]`.
+
+    Eight symbols take `bits` bytes, the first symbol in the lowest bits of the first byte; a row is padded with zeros.
+    """
+    padded = torch.nn.functional.pad(symbols, (0, -symbols.shape[1] % 8))
     if bits == 8:
-        padding = -len(symbols) % 8
-        return torch.nn.functional.pad(symbols, (0, padding)) if padding else symbols
-    groups = torch.nn.functional.pad(symbols, (0, -len(symbols) % 8)).view(-1, 8).to(torch.int32)
-    shifts = torch.arange(8, dtype=torch.int32) * bits
+        return padded
     if bits == 4:
-        return (groups[:, 0::2] | groups[:, 1::2] << 4).to(torch.uint8).flatten()
-    words = (groups << shifts).sum(dim=1, dtype=torch.int32)
-    return (words[:, None] >> (torch.arange(bits, dtype=torch.int32) * 8) & 0xFF).to(torch.uint8).flatten()
+        return padded[:, 0::2] | padded[:, 1::2] << 4
+    groups = padded.unflatten(1, (-1, 8)).to(torch.int32)
+    words = (groups << torch.arange(0, 8 * bits, bits, dtype=torch.int32)).sum(dim=2, dtype=torch.int32)
+    parts = words[..., None] >> torch.arange(0, 8 * bits, 8, dtype=torch.int32) & 0xFF
+    return parts.to(torch.uint8).flatten(1)
 
 
 def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_bits`: the first `count` symbols."""
+    """The first `count` symbols of one packed row: the inverse of `pack_bits`."""
     if bits == 8:
         return data[:count]
     if bits == 4:
         return torch.stack((data & 0xF, data >> 4), dim=1).flatten()[:count]
+    device = data.device
     parts = data.view(-1, bits).to(torch.int32)
-    words = (parts << (torch.arange(bits, dtype=torch.int32) * 8)).sum(dim=1, dtype=torch.int32)
-    shifts = torch.arange(8, dtype=torch.int32) * bits
+    words = (parts << torch.arange(0, 8 * bits, 8, dtype=torch.int32, device=device)).sum(dim=1, dtype=torch.int32)
+    shifts = torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=device)
     return (words[:, None] >> shifts & (1 << bits) - 1).to(torch.uint8).flatten()[:count]
 
 
