@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from testbed import specs
+from testbed.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Example:
+    horizon: int = 3
+    delay_s: float = 0.0
+    loss: float = 0.0
+    level: int | Literal["lowest", "highest"] = "lowest"
+    eager: bool = False
+    note: str = ""
+    cap_bps: float | None = None
+
+
+def test_a_name_with_settings_is_parsed_and_written_back():
+    spec = specs.parse("mpc,horizon=5,note=a b")
+    assert spec.name == "mpc"
+    assert spec.settings == {"horizon": "5", "note": "a b"}
+    assert str(spec) == "mpc,horizon=5,note=a b"
+
+
+def test_settings_take_the_types_and_units_of_their_fields():
+    built = specs.build(
+        Example, specs.parse_settings("horizon=5,delay=20ms,loss=0.1%,level=highest,eager=on,cap=3Mbps"), "example"
+    )
+    assert built == Example(5, 0.02, pytest.approx(0.001), "highest", True, "", 3e6)
+
+
+def test_a_union_takes_the_narrow_type_first():
+    assert specs.build(Example, {"level": "2"}, "example").level == 2
+    assert specs.build(Example, {"cap_bps": "none"}, "example").cap_bps is None
+
+
+@pytest.mark.parametrize("text", ["", ",a=1", "a=1", "name,a", "name,=1", "name,a=", "name,a=1,a=2"])
+def test_what_does_not_follow_the_grammar_is_refused(text):
+    with pytest.raises(SpecError):
+        specs.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"hoizon": "5"}, "horizon"),
+        ({"horizon": "2.5"}, "whole number"),
+        ({"delay": "fast"}, "delay"),
+        ({"level": "middle"}, "level"),
+        ({"eager": "maybe"}, "on or off"),
+    ],
+)
+def test_a_wrong_setting_names_what_would_be_right(settings, says):
+    with pytest.raises(SpecError, match=says) as caught:
+        specs.build(Example, settings, "example")
+    assert "\n" not in str(caught.value)
