@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from codec import registry
+from codec.api import Codec
+from codec.errors import CodecError
+from codec.raw import Raw
+
+
+def test_every_listed_codec_is_one() -> None:
+    for name in registry.CODECS:
+        cls = registry.codec_class(name)
+        assert issubclass(cls, Codec)
+        assert cls.codec_id == name
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(CodecError, match=r"no codec is called 'zip'; known are .*raw, uniform"):
+        registry.make("zip")
+    with pytest.raises(CodecError, match="has no setting 'bits'"):
+        registry.make("raw", {"bits": 3})
+
+
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    points = [
+        EntryPoint("theirs", "codec.raw:Raw", registry.ENTRY_POINT_GROUP),
+        EntryPoint("broken", "codec.nowhere:Raw", registry.ENTRY_POINT_GROUP),
+        EntryPoint("odd", "json:dumps", registry.ENTRY_POINT_GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    assert isinstance(registry.make("theirs"), Raw)
+    assert "theirs" in registry.names()
+    with pytest.raises(CodecError, match="cannot be imported"):
+        registry.make("broken")
+    with pytest.raises(CodecError, match="not a subclass"):
+        registry.make("odd")
+
+
+def test_configurations() -> None:
+    config = registry.make("uniform").get_config()
+    assert registry.from_config(config).get_config() == config
+    for wrong in ({}, {"codec": 3}, {"codec": "raw", "settings": 1}):
+        with pytest.raises(CodecError):
+            registry.from_config(wrong)
+    with pytest.raises(CodecError, match="needs profile"):
+        registry.from_config({**config, "profile_sha256": "00"})
+    with pytest.raises(CodecError, match="configuration is for"):
+        Raw.from_config(config)
+
+
+def test_the_registry_imports_no_torch() -> None:
+    code = "import sys, codec.registry as r; r.names(); assert not {'torch', 'numba'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

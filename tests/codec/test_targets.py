@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from codec.errors import CodecError
+from codec.targets import HuggingFaceTarget, LMCacheTarget, PagedTarget, StridedTarget, as_target
+
+
+def test_misfits_are_refused() -> None:
+    layers = [(torch.zeros(1, 2, 16, 4), torch.zeros(1, 2, 16, 4))]
+    with pytest.raises(CodecError, match="do not fit"):
+        HuggingFaceTarget(layers, 10, 7)
+    with pytest.raises(CodecError, match="unequal"):
+        HuggingFaceTarget([*layers, (torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4))], 0, 8)
+    with pytest.raises(CodecError, match="more tokens"):
+        HuggingFaceTarget(layers, 0, 7).dynamic_cache()
+    with pytest.raises(CodecError, match="LMCache"):
+        LMCacheTarget(torch.zeros(1, 2, 3, 10), 4)
+    with pytest.raises(CodecError, match="KV tensor"):
+        StridedTarget(torch.zeros(1, 3, 4, 4, 4))
+    with pytest.raises(CodecError, match="float16 or float32"):
+        as_target(torch.zeros(1, 2, 4, 4, 4, dtype=torch.int32))
+    blocks = [torch.zeros(2, 5, 16, 2, 4)]
+    for table, match in (([0, 5], "blocks 0 to 4"), ([0, 0], "twice"), ([1], "do not fit"), ([], "blocks")):
+        with pytest.raises(CodecError, match=match):
+            PagedTarget(blocks, table, 0, 20)
+
+
+def test_float16_saturates() -> None:
+    tensor = torch.zeros(1, 2, 1, 1, 2, dtype=torch.float16)
+    StridedTarget(tensor).write(0, 1, torch.tensor([[[1e6, -1e6]]]))
+    assert tensor[0, 1].flatten().tolist() == [65504.0, -65504.0]
