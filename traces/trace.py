@@ -1,8 +1,8 @@
 """A bandwidth trace: rates over time, exact bits by any time, and the time that any number of bits needs.
 
-Row ``i`` holds ``rates_bps[i]`` from the end of row ``i - 1`` for ``durations_s[i]`` seconds. Rates are layer-2
-capacity in bit/s, piecewise constant. Sums of bits are kept as prefix sums, so that both the integral and its inverse
-are one binary search (the idea of MIT 6.829's simulator), and the scalar forms stay near a microsecond.
+Row ``i`` holds ``rates_bps[i]`` from the end of row ``i - 1`` for ``durations_s[i]`` seconds. Rates are
+layer-2 capacity in bit/s, piecewise constant. Bits are kept as prefix sums, so that both the integral and its
+inverse are one binary search (the idea of MIT 6.829's simulator); the scalar forms stay near a microsecond.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, cast, get_args, overload
@@ -48,13 +48,13 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a link carries over time. Arrays are copied and read-only; two traces are equal when their content is.
+    """What a link carries over time. Arrays are copied and read-only; traces of equal content are equal.
 
-    ``durations_s`` and ``rates_bps`` are float64 arrays of one length n >= 1: seconds (> 0) and bit/s at layer 2 (>= 0).
-    ``end`` says what follows the last row: ``loop`` starts again, ``hold`` keeps the last rate, ``stop`` sends nothing more.
-    ``kind`` is ``capacity`` for what the link could carry, ``achieved`` for what some sender got out of it.
-    ``per="chunk"`` holds one rate a chunk instead: the link steps to ``chunk_rate(i)`` as chunk i's first byte leaves.
-    Such a trace has no time line: ``durations_s`` is empty and every method about time raises TraceError.
+    ``durations_s`` and ``rates_bps`` are float64 of one length n >= 1: seconds (> 0), bit/s at layer 2 (>= 0).
+    ``end`` says what follows the last row: ``loop`` starts again, ``hold`` keeps the last rate, ``stop`` sends
+    nothing more. ``kind`` is ``capacity`` for what the link could carry, ``achieved`` for what some sender got.
+    ``per="chunk"`` holds one rate a chunk instead: the link steps to ``chunk_rate(i)`` as chunk i's first byte
+    leaves. Such a trace has no time line: ``durations_s`` is empty and methods about time raise TraceError.
     ``delay_s`` (one way, seconds) and ``loss`` (a fraction of packets) are optional columns of length n.
     """
 
@@ -72,16 +72,15 @@ class Trace:
     _rates: list[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for value, allowed, what in ((self.end, End, "end"), (self.kind, Kind, "kind"), (self.per, Per, "per")):
-            if value not in get_args(allowed):
-                raise TraceError(f"trace {self.name!r}: {what}={value!r}; use one of {', '.join(get_args(allowed))}")
+        for what, allowed in (("end", End), ("kind", Kind), ("per", Per)):
+            value, choices = getattr(self, what), get_args(allowed)
+            if value not in choices:
+                raise TraceError(f"trace {self.name!r}: {what}={value!r}; use one of {', '.join(choices)}")
         rates = self._column("rates_bps", self.rates_bps, 0.0, MAX_RATE_BPS, length=None)
         n = len(rates)
         if not 1 <= n <= MAX_ROWS:
             raise TraceError(f"trace {self.name!r} has {n} rows; a trace has 1 to {MAX_ROWS}")
-        durations = self._column(
-            "durations_s", self.durations_s, 0.0, math.inf, length=n if self.per == "time" else 0
-        )
+        durations = self._column("durations_s", self.durations_s, 0.0, math.inf, length=n if self.per == "time" else 0)
         for what in ("delay_s", "loss"):
             values = getattr(self, what)
             if values is not None:
@@ -91,7 +90,9 @@ class Trace:
         bits = np.concatenate(([0.0], np.cumsum(durations * rates[: len(durations)])))
         if not np.all(np.diff(edges) > 0.0):
             row = int(np.argmin(np.diff(edges) > 0.0))
-            raise TraceError(f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s; every row lasts longer than 0 s")
+            raise TraceError(
+                f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s; every row lasts longer than 0 s"
+            )
         if not math.isfinite(edges[-1] + bits[-1]):
             raise TraceError(f"trace {self.name!r} is too long: its length or its bits overflow")
         for attribute, content in (
@@ -115,18 +116,19 @@ class Trace:
         if not good.all():
             row = int(np.argmin(good))
             raise TraceError(
-                f"trace {self.name!r}: {what}[{row}] = {column[row]}; it must be a finite number from {low:g} to {high:g}"
+                f"trace {self.name!r}: {what}[{row}] = {column[row]}; "
+                f"it must be a finite number from {low:g} to {high:g}"
             )
         column += 0.0  # turns -0.0 into 0.0, so that equal content hashes equally
         column.setflags(write=False)
         return column
 
-    # ---- what it is -------------------------------------------------------------------------------------------
+    # ---- what it is
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the content: rows, end, kind, per. The name and the provenance are labels and stay out."""
-        digest = hashlib.sha256(f"kvstream-trace-1 {self.end} {self.kind} {self.per} {len(self.rates_bps)}".encode())
+        digest = hashlib.sha256(f"kvstream-trace-1 {self.end} {self.kind} {self.per} {len(self)}".encode())
         for column in (self.durations_s, self.rates_bps, self.delay_s, self.loss):
             digest.update(b"-" if column is None else b"+" + column.astype("<f8").tobytes())
         return digest.hexdigest()
@@ -158,10 +160,10 @@ class Trace:
         """Highest rate of any row."""
         return float(np.max(self.rates_bps))
 
-    # ---- what it carries --------------------------------------------------------------------------------------
+    # ---- what it carries
 
     def row_at(self, t_s: float) -> int | None:
-        """Index of the row in force at ``t_s`` (a row holds from its start, its end excluded); None once stopped."""
+        """Index of the row in force at ``t_s`` (from its start, its end excluded); None once stopped."""
         self._needs_time("row_at")
         position = self._position(t_s)
         if position >= self._edges[-1]:
@@ -178,7 +180,7 @@ class Trace:
     @overload
     def bits_by(self, t_s: Floats) -> Floats: ...
     def bits_by(self, t_s: float | Floats) -> float | Floats:
-        """Bits carried from time 0 to ``t_s``: the exact integral of the rate. Arrays give arrays of the same shape."""
+        """Bits carried from time 0 to ``t_s``: the exact integral of the rate. Arrays give arrays."""
         self._needs_time("bits_by")
         if not isinstance(t_s, (float, int)):
             return self._bits_by_array(np.asarray(t_s, dtype=np.float64))
@@ -231,7 +233,8 @@ class Trace:
             if target <= total:
                 return max(self._when(target) - start_s, 0.0)
             passes, target = divmod(target, total)
-            if target == 0.0:  # the last bit leaves within the pass before, not after the zero rates that open the next
+            if target == 0.0:
+                # The last bit leaves within the pass before, not after zero rates that may open the next.
                 passes, target = passes - 1.0, total
             return passes * length + self._when(target) - start_s
         self._needs_time("time_for")
@@ -249,7 +252,7 @@ class Trace:
         return self._edges[row] + (target - self._bits[row]) / self._rates[row]
 
     def chunk_rate(self, chunk: int) -> float:
-        """Rate in bit/s while chunk ``chunk`` is sent (``per="chunk"`` only); past the last row, as ``end`` says."""
+        """Rate in bit/s while this chunk is sent (``per="chunk"`` only); past the last row, as ``end`` says."""
         if self.per != "chunk":
             raise TraceError(f"trace {self.name!r} is over time; chunk_rate is for per=chunk")
         n = len(self._rates)
@@ -260,9 +263,9 @@ class Trace:
         return self._rates[chunk % n if self.end == "loop" else min(chunk, n - 1)]
 
     def changes(self, start_s: float, length_s: float) -> list[tuple[float, float]]:
-        """The rate steps a shaper makes from ``start_s`` for ``length_s``: (seconds after start_s, bit/s), first at 0.
+        """The rate steps a shaper makes from ``start_s`` for ``length_s``: (seconds after start_s, bit/s).
 
-        Neighbours of equal rate are one step.
+        The first is at 0; neighbours of equal rate are one step.
         """
         steps: list[tuple[float, float]] = []
         for at_s, _, row in self._rows(start_s, length_s):
@@ -277,7 +280,7 @@ class Trace:
         if not 0.0 < length_s < math.inf:
             raise TraceError(f"trace {self.name!r}: window of {length_s} s; give a finite length above 0 s")
         if length_s / self._edges[-1] * len(self._rates) > MAX_ROWS and self.end == "loop":
-            raise TraceError(f"trace {self.name!r}: {length_s} s of it would be more than {MAX_ROWS} rows; ask for less")
+            raise TraceError(f"trace {self.name!r}: {length_s} s of it are more than {MAX_ROWS} rows; ask for less")
         position, done, n = self._position(start_s), 0.0, len(self._rates)
         row = bisect_right(self._edges, position) - 1
         while done < length_s:
@@ -301,7 +304,7 @@ class Trace:
         if self.per == "chunk":
             raise TraceError(f"trace {self.name!r} has one rate a chunk and no time line: {what} needs per=time")
 
-    # ---- traces made from it ----------------------------------------------------------------------------------
+    # ---- traces made from it
 
     def _derived(self, transform: str, **fields: Any) -> Trace:
         records = self.provenance or (Provenance(source=self.name, format="made in memory"),)
@@ -348,15 +351,16 @@ class Trace:
         if not 0.0 <= low_bps <= high_bps:
             raise TraceError(f"trace {self.name!r}: clip to {low_bps}..{high_bps} bit/s; low must not exceed high")
         return self._derived(
-            f"clipped {low_bps:.9g}..{high_bps:.9g} bit/s", rates_bps=np.clip(self.rates_bps, low_bps, high_bps)
+            f"clipped {low_bps:.9g}..{high_bps:.9g} bit/s",
+            rates_bps=np.clip(self.rates_bps, low_bps, high_bps),
         )
 
     def sliced(self, start_s: float, length_s: float) -> Trace:
-        """The rows from ``start_s`` for ``length_s`` seconds; past the last row as ``end`` says. The end stays."""
+        """The rows from ``start_s`` for ``length_s`` seconds, past the last row as ``end`` says. The end stays."""
         return self._derived(f"sliced {start_s:.9g}+{length_s:.9g} s", **self._window(start_s, length_s))
 
     def shifted(self, offset_s: float) -> Trace:
-        """The link as seen by one who starts ``offset_s`` later: ``shifted(o).bits_by(t) = bits_by(o+t) - bits_by(o)``."""
+        """The link for one who starts later: ``shifted(o).bits_by(t) == bits_by(o + t) - bits_by(o)``."""
         self._needs_time("shifted")
         length = self._edges[-1]
         if self.end != "loop" and offset_s >= length:
@@ -382,7 +386,9 @@ class Trace:
         """
         self._needs_time("resampled")
         if not 0.0 < step_s < math.inf or self._edges[-1] / step_s > MAX_ROWS:
-            raise TraceError(f"trace {self.name!r}: step of {step_s} s; give 1 to {MAX_ROWS} steps over the trace")
+            raise TraceError(
+                f"trace {self.name!r}: step of {step_s} s; give a step above 0 s, at most {MAX_ROWS} of them"
+            )
         whole = round(self._edges[-1] / step_s)
         exact = whole >= 1 and math.isclose(whole * step_s, self._edges[-1], rel_tol=1e-9)
         grid = step_s * np.arange((whole if exact else math.floor(self._edges[-1] / step_s)) + 1)
@@ -391,11 +397,11 @@ class Trace:
 
         def means(column: Floats) -> Floats:
             sums = np.concatenate(([0.0], np.cumsum(self.durations_s * column)))
-            return np.clip(np.diff(np.interp(grid, self._edges, sums)) / durations, column.min(), column.max())
+            mean = np.diff(np.interp(grid, self._edges, sums)) / durations
+            return np.clip(mean, column.min(), column.max())
 
-        columns = {
-            what: means(getattr(self, what)) for what in ("rates_bps", "delay_s", "loss") if getattr(self, what) is not None
-        }
+        present = [what for what in ("rates_bps", "delay_s", "loss") if getattr(self, what) is not None]
+        columns = {what: means(getattr(self, what)) for what in present}
         if self.end == "hold" and columns["rates_bps"][-1] != self._rates[-1]:
             durations = np.append(durations, step_s)
             columns = {what: np.append(column, getattr(self, what)[-1]) for what, column in columns.items()}
@@ -420,12 +426,10 @@ class Trace:
             for record in part.provenance or (Provenance(source=part.name, format="made in memory"),)
         )
         kind: Kind = "achieved" if any(part.kind == "achieved" for part in parts) else "capacity"
-        return replace(self, name=joined, end=parts[-1].end, kind=kind, provenance=records, **cast(Any, columns))
+        fields = cast(Any, columns)
+        return replace(self, name=joined, end=parts[-1].end, kind=kind, provenance=records, **fields)
 
     def as_goodput(self, mtu_bytes: int = 1500) -> Trace:
-        """The application's view: every rate times ``goodput_per_capacity(mtu_bytes)``, for a simulator or an oracle."""
+        """The application's view: every rate times ``goodput_per_capacity``, for a simulator or an oracle."""
         factor = goodput_per_capacity(mtu_bytes)
         return self._derived(f"capacity to goodput at MTU {mtu_bytes}", rates_bps=self.rates_bps * factor)
-
-
-TraceFunction = Callable[..., Trace]
