@@ -1,0 +1,1 @@
+"""Which level comes next: the policy contract, the policies, throughput estimators and the exact oracle."""

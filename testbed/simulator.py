@@ -1,0 +1,221 @@
+"""Drives a Session in virtual time over a fluid link: no sleeping, no network, no model.
+
+It feeds the session what a receiver would see: the first byte of an answer, bytes at the moments at which a receiver
+would decide something, the last byte, and the end of every compute step. The link is `traces.fluid`; decoding and
+recomputing are a second machine in line whose times are the given costs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from typing import Final, Protocol, cast
+
+from policies.api import Forecast, Policy
+from testbed.manifest import Manifest
+from testbed.session import (
+    PREFILL,
+    RATE_WINDOW_S,
+    Ask,
+    Cancel,
+    Costs,
+    Decode,
+    Fetch,
+    Recompute,
+    Session,
+    SessionFailed,
+    SessionRecord,
+    ask_directly,
+)
+from traces.fluid import FluidLink
+from traces.trace import Trace
+
+FRAME_BYTES: Final = 65_536
+"""A receiver learns of bytes in frames of this size; the first news of a chunk's rate comes with its first frame."""
+
+PROGRESS_S: Final = 0.005
+"""How often, at most, a policy with a progress hook is asked."""
+
+EPSILON_S: Final = 1e-12
+
+
+class _Foresees(Protocol):
+    def foresee(self, forecast: Forecast) -> None: ...
+
+
+def simulate(
+    manifest: Manifest,
+    policy: Policy,
+    goodput: Trace,
+    *,
+    deadline_s: float,
+    costs: Costs,
+    depth: int = 2,
+    rtt_s: float = 0.0,
+    overlap: bool = True,
+    seed: int = 0,
+    manifest_bytes: int | None = None,
+    initial_window_bytes: int | None = None,
+    prior_bps: float | None = None,
+    concurrent: int = 1,
+    ask: Ask = ask_directly,
+) -> SessionRecord:
+    """One session under one policy.
+
+    `goodput` holds application bits per second from the session's start. The manifest's transfer (a round trip and
+    `manifest_bytes`, by default its JSON) comes before the first choice. Raises SessionFailed when the link carries
+    nothing more, SpecError for a bad setting.
+    """
+    if getattr(policy, "clairvoyant", False):
+        forecast = Forecast(goodput, rtt_s, depth, initial_window_bytes)
+        cast(_Foresees, policy).foresee(forecast)
+    session = Session(
+        manifest,
+        policy,
+        deadline_s,
+        depth,
+        costs,
+        overlap=overlap,
+        rtt_s=rtt_s,
+        prior_bps=prior_bps,
+        concurrent=concurrent,
+        seed=seed,
+        ask=ask,
+    )
+    link = FluidLink(goodput, rtt_s, initial_window_bytes)
+    size = len(json.dumps(manifest.to_json())) if manifest_bytes is None else manifest_bytes
+    _, now_s = link.transfer(0.0, size) if size else (0.0, rtt_s)
+    hook = getattr(policy, "progress", None) is not None
+    _Driver(session, link, costs, fine=depth > 1 or hook, tick_s=PROGRESS_S if hook else math.inf).run(now_s)
+    return session.record()
+
+
+class _Driver:
+    """The event loop: the next of {news from the link, end of a compute step}, again and again.
+
+    Only the answer at the head of the line is on the link; the ones behind it are placed when it ends, so that a
+    cancelled answer frees the link for them.
+    """
+
+    __slots__ = (
+        "_chunk",
+        "_compute_end_s",
+        "_compute_start_s",
+        "_computing",
+        "_costs",
+        "_fine",
+        "_first_s",
+        "_last_s",
+        "_line",
+        "_link",
+        "_net_s",
+        "_seen_first",
+        "_session",
+        "_size",
+        "_tick_s",
+    )
+
+    def __init__(self, session: Session, link: FluidLink, costs: Costs, *, fine: bool, tick_s: float) -> None:
+        self._session, self._link, self._costs = session, link, costs
+        self._fine, self._tick_s = fine, tick_s
+        self._line: deque[tuple[int, int, float]] = deque()
+        self._chunk: int | None = None
+        self._size = 0
+        self._seen_first = False
+        self._first_s = self._last_s = self._net_s = self._compute_end_s = math.inf
+        self._computing: int = PREFILL
+        self._compute_start_s = 0.0
+
+    def run(self, now_s: float) -> None:
+        session = self._session
+        while not session.done:
+            for work in session.poll(now_s):
+                kind = type(work)
+                if kind is Fetch:
+                    self._line.append((work.chunk, work.bytes, now_s))  # type: ignore[union-attr]
+                elif kind is Cancel:
+                    self._cancel(work.chunk, now_s)  # type: ignore[union-attr]
+                else:
+                    self._begin_compute(work, now_s)
+            if self._chunk is None and self._line:
+                self._place()
+            elif self._fine and self._chunk is not None:
+                self._net_s = self._next_news_s(now_s)
+            now_s = min(self._net_s, self._compute_end_s)
+            if now_s == math.inf:
+                raise SessionFailed("the link carries nothing more: the transfer never ends")
+            if self._compute_end_s <= now_s:
+                end_s, self._compute_end_s = self._compute_end_s, math.inf
+                session.on_computed(self._computing, self._compute_start_s, end_s)
+            else:
+                self._news(now_s)
+
+    def _begin_compute(self, work: object, now_s: float) -> None:
+        kind = type(work)
+        if kind is Decode:
+            chunk, level = work.chunk, work.level  # type: ignore[attr-defined]
+            cost_s = self._costs.decode_s[chunk][level]
+        elif kind is Recompute:
+            assert self._costs.recompute_s is not None
+            chunk = work.chunk  # type: ignore[attr-defined]
+            cost_s = self._costs.recompute_s[chunk]
+        else:
+            chunk, cost_s = PREFILL, self._costs.prefill_s
+        self._computing, self._compute_start_s, self._compute_end_s = chunk, now_s, now_s + cost_s
+
+    def _place(self) -> None:
+        """Put the oldest waiting answer on the link."""
+        self._chunk, self._size, request_s = self._line.popleft()
+        self._first_s, self._last_s = self._link.transfer(request_s, self._size, self._chunk)
+        self._seen_first = False
+        self._net_s = self._first_s if self._fine else self._last_s
+
+    def _news(self, now_s: float) -> None:
+        """Tell the session what a receiver would have seen by now."""
+        session, chunk = self._session, self._chunk
+        assert chunk is not None
+        if not self._seen_first:
+            session.on_first_byte(chunk, self._first_s)
+            self._seen_first = True
+        if now_s >= self._last_s:
+            session.on_last_byte(chunk, self._last_s)
+            self._chunk, self._net_s = None, math.inf
+        elif now_s > self._first_s:
+            session.on_bytes(chunk, self._received(now_s), now_s)
+
+    def _received(self, now_s: float) -> int:
+        """Bytes of the chunk on the link that have arrived, less than all."""
+        assert self._chunk is not None
+        return min(self._size - 1, int(self._link.bytes_between(self._first_s, now_s, self._chunk)))
+
+    def _next_news_s(self, now_s: float) -> float:
+        """When a receiver would next have something to decide about the chunk on the link.
+
+        That is its first frame; then, while the session waits to choose the next chunk, the moment the session asks
+        for, and, after a change of the link's rate, a few moments while the session's rate window forgets the old one.
+        """
+        if now_s < self._first_s:
+            return self._first_s
+        session, link, chunk = self._session, self._link, self._chunk
+        assert chunk is not None
+        first_frame_s = self._first_s + link.time_between(self._first_s, FRAME_BYTES, chunk)
+        if now_s < first_frame_s - EPSILON_S:
+            return min(first_frame_s, self._last_s)
+        news_s = min(self._last_s, now_s + self._tick_s)
+        wake_s = session.wake_s()
+        if wake_s is None:
+            return news_s
+        step_s = RATE_WINDOW_S / 4
+        change_s = link.next_change_s(max(now_s - RATE_WINDOW_S, self._first_s))
+        if change_s <= now_s:  # the window still mixes two rates
+            return min(news_s, max(wake_s, now_s + EPSILON_S), now_s + step_s)
+        return min(news_s, max(wake_s, now_s + EPSILON_S), change_s + step_s)
+
+    def _cancel(self, chunk: int, now_s: float) -> None:
+        """The sender stops when the word arrives; what it has sent by then still passes."""
+        if chunk != self._chunk:
+            self._line = deque(entry for entry in self._line if entry[0] != chunk)
+            return
+        self._link.cut(max(now_s + self._link.rtt_s, self._first_s))
+        self._chunk, self._net_s = None, math.inf
