@@ -20,6 +20,7 @@ CODECS: dict[str, str] = {
     "raw": "codec.raw:Raw",
     "uniform": "codec.uniform:Uniform",
     "fp8": "codec.uniform:FP8",
+    "cachegen": "codec.cachegen:CacheGen",
 }
 """Name to `module:class`; imported when first asked for, because torch and numba take seconds."""
 

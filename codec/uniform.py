@@ -28,7 +28,7 @@ class Uniform(Codec):
         rows = kv.flatten(3)
         scale = rows.abs().amax(dim=3)
         steps = quantise(rows, scale, (1 << (bits - 1)) - 1)
-        return {"scal": _bytes(scale), "bits": _bytes(pack_bits(steps.flatten(0, 1).flatten(1), bits))}
+        return {"scal": as_bytes(scale), "bits": as_bytes(pack_bits(steps.flatten(0, 1).flatten(1), bits))}
 
     def _check_chunk(self, chunk: Chunk) -> None:
         header = chunk.header
@@ -61,7 +61,7 @@ class FP8(Codec):
         scale = kv.abs().amax(dim=(2, 4)).float() / largest
         scaled = kv.float() / torch.where(scale > 0, scale, 1.0)[:, :, None, :, None]
         cast = scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
-        return {"scal": _bytes(scale), "data": _bytes(cast)}
+        return {"scal": as_bytes(scale), "data": as_bytes(cast)}
 
     def _check_chunk(self, chunk: Chunk) -> None:
         header = chunk.header
@@ -127,5 +127,6 @@ def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
     return (words[:, None] >> shifts & (1 << bits) - 1).to(torch.uint8).flatten()[:count]
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def as_bytes(tensor: Tensor) -> bytes:
+    """The tensor's elements, row-major and little-endian."""
     return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
