@@ -56,6 +56,7 @@ class Trace:
     ``per="chunk"`` holds one rate a chunk instead: the link steps to ``chunk_rate(i)`` as chunk i's first byte
     leaves. Such a trace has no time line: ``durations_s`` is empty and methods about time raise TraceError.
     ``delay_s`` (one way, seconds) and ``loss`` (a fraction of packets) are optional columns of length n.
+    ``story`` says in a sentence or two what the link goes through, for people; like the name it is a label.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Trace:
     provenance: tuple[Provenance, ...] = ()
     delay_s: Floats | None = None
     loss: Floats | None = None
+    story: str = ""
     _edges: list[float] = field(init=False, repr=False)
     _bits: list[float] = field(init=False, repr=False)
     _rates: list[float] = field(init=False, repr=False)
@@ -428,6 +430,15 @@ class Trace:
         kind: Kind = "achieved" if any(part.kind == "achieved" for part in parts) else "capacity"
         fields = cast(Any, columns)
         return replace(self, name=joined, end=parts[-1].end, kind=kind, provenance=records, **fields)
+
+    def over_time(self, hold_s: float) -> Trace:
+        """A per-chunk trace laid out in time, each rate for ``hold_s`` seconds: another link, and noted as such."""
+        if self.per != "chunk":
+            raise TraceError(f"trace {self.name!r} is over time already; hold is for a trace of one rate a chunk")
+        if not 0.0 < hold_s < math.inf:
+            raise TraceError(f"trace {self.name!r}: hold of {hold_s} s; give a finite time above 0 s")
+        transform = f"per chunk to per time, each rate held {hold_s:.9g} s"
+        return self._derived(transform, per="time", durations_s=np.full(len(self), hold_s))
 
     def as_goodput(self, mtu_bytes: int = 1500) -> Trace:
         """The application's view: every rate times ``goodput_per_capacity``, for a simulator or an oracle."""

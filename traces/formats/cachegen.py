@@ -1,0 +1,57 @@
+"""CacheGen's `bw.jsonl` (SIGCOMM 2024 artifact): `{"bw": [0.5658, 5.0257, ...]}`, one trace a line, Gbit/s.
+
+A number is the rate of the whole chunk with that index, whatever time it takes: `per=chunk`. To lay the numbers out in
+time instead, which is another link, use `Trace.over_time(hold_s)` or `hold=0.2s` in a spec.
+"""
+
+from __future__ import annotations
+
+import json
+
+from traces.errors import TraceError
+from traces.formats.base import Format, Text, choose_part
+from traces.formats.sabre import number_in, parse_json
+from traces.trace import MAX_RATE_BPS, MAX_ROWS, Trace
+
+
+def read(text: Text, part: int | None) -> Trace:
+    rows = list(text.rows())
+    chosen = choose_part(text, part, [f"line {line}" for line, _ in rows])
+    line, row = rows[chosen]
+    content = parse_json(text, row, line)
+    if not isinstance(content, dict) or not isinstance(content.get("bw"), list) or not content["bw"]:
+        raise text.error(line, 'CacheGen\'s format is {"bw": [Gbit/s, ...]} on every line')
+    if len(content["bw"]) > MAX_ROWS:
+        raise text.error(line, f"more than {MAX_ROWS} numbers; cut the line")
+    gbps = [number_in(text, f"line {line}: bw[{i}]", v, 0.0, MAX_RATE_BPS / 2e9) for i, v in enumerate(content["bw"])]
+    part = chosen if len(rows) > 1 else None
+    return text.trace(
+        "cachegen", [], [rate * 1e9 for rate in gbps], per="chunk", part=part, licence="Apache-2.0 where from LMCache"
+    )
+
+
+def write(trace: Trace) -> str:
+    if trace.per != "chunk":
+        raise TraceError(f"cachegen holds one rate a chunk; trace {trace.name!r} is over time")
+    if trace.end != "loop":
+        raise TraceError(f"cachegen cannot say end={trace.end}; give trace {trace.name!r} end=loop")
+    if trace.delay_s is not None or trace.loss is not None:
+        raise TraceError(f"cachegen has no column for delay or loss of trace {trace.name!r}; write format kvstream")
+    return json.dumps({"bw": (trace.rates_bps / 1e9).tolist()}) + "\n"
+
+
+def fits(text: Text) -> bool:
+    first = text.head()[0].replace(" ", "")
+    return first.startswith('{"bw":[')
+
+
+FORMAT = Format(
+    name="cachegen",
+    unit="Gbit/s",
+    edge="the chunk with that index (per=chunk)",
+    kind="capacity",
+    fits=fits,
+    read=read,
+    write=write,
+    parts=True,
+)
