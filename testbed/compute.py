@@ -1,0 +1,229 @@
+"""The receiver's compute: decoding, recomputing and the prompt's prefill, in order, on one thread beside the network.
+
+Work for a session happens in one `KVCache`. Steps are submitted to a single worker thread, so their order is the
+order of submission, and the event loop is never held: torch and numba release the interpreter lock in their kernels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from codec import registry
+from codec.errors import CodecError
+from codec.profile import Profile
+from policies.api import TEXT, LevelOrText
+from testbed.errors import SpecError
+from testbed.llm import KVCache, Model, Question, Score, extend_kv, first_token, score
+from testbed.manifest import Manifest
+from testbed.session import Costs
+from testbed.store import token_ids
+
+if TYPE_CHECKING:
+    from codec.api import Codec
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread in Python code may hold the interpreter lock while another waits: the default of 5 ms would delay
+the network's events by as much."""
+REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished step; times on CLOCK_MONOTONIC, seconds. `token` is the first output token of a prefill."""
+
+    start_s: float
+    end_s: float
+    token: int | None = None
+
+
+class Compute:
+    """One model, its cache, and the codecs in use. Every method runs in the caller's thread unless submitted."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._profiles: dict[str, Profile] = {}
+        self._codecs: dict[tuple[str, str | None], Codec] = {}
+        self._cache: KVCache | None = None
+        self._manifest: Manifest | None = None
+        self._codec: Codec | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Run a step on the compute thread, after everything submitted before."""
+        return self._thread.submit(step, *arguments)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    # --- before a session
+
+    def add_profile(self, data: bytes) -> str:
+        """Keep a profile; its hash is returned. Raises CodecError for bytes that are none."""
+        profile = Profile.from_bytes(data)
+        self._profiles[profile.sha256] = profile
+        return profile.sha256
+
+    def lacks_profile(self, manifest: Manifest) -> bool:
+        return manifest.profile is not None and manifest.profile not in self._profiles
+
+    def reserve(self, tokens: int) -> None:
+        """Room for a context and its prompt, with its pages touched and every old value gone."""
+        if self._cache is None or self._cache.capacity < tokens:
+            self._cache = self.model.new_cache(tokens)
+        self._cache.poison()
+
+    def open(self, manifest: Manifest, extra_tokens: int) -> None:
+        """Get ready for the chunks of a context. Raises SpecError or CodecError if it is not this model's."""
+        if manifest.model != self.model.fingerprint:
+            raise SpecError(
+                f"context {manifest.context} was computed with model {manifest.model[:12]}, "
+                f"this receiver runs {self.model.name} ({self.model.fingerprint[:12]})"
+            )
+        if manifest.kv != self.model.kv:
+            raise SpecError(f"context {manifest.context} has a cache of {manifest.kv}, this receiver {self.model.kv}")
+        self._codec = self.codec(manifest)
+        if len(self._codec.levels) != len(manifest.levels):
+            raise SpecError(f"context {manifest.context}: its codec has {len(self._codec.levels)} levels, not its own")
+        needed = manifest.tokens + extra_tokens
+        if needed > self.model.positions:
+            raise SpecError(f"{needed} tokens are more than the {self.model.positions} positions of {self.model.name}")
+        if self._cache is None or self._cache.capacity < needed:
+            self.reserve(needed)
+        self._manifest = manifest
+
+    def codec(self, manifest: Manifest) -> Codec:
+        """The codec that a manifest describes, built once."""
+        key = (str(sorted(manifest.codec.items())), manifest.profile)
+        if key not in self._codecs:
+            profile = None if manifest.profile is None else self._profiles.get(manifest.profile)
+            self._codecs[key] = registry.from_config(manifest.codec, profile)
+        return self._codecs[key]
+
+    # --- steps of a session
+
+    def decode(self, chunk: int, level: int, data: memoryview) -> Step:
+        """Decode a chunk into the cache. Raises CodecError if its bytes are not this chunk at this level."""
+        manifest, codec, cache = self._ready()
+        info = manifest.chunks[chunk]
+        start_s = time.monotonic()
+        check_chunk(data, info.start, level)
+        codec.decode(data, cache.view(info.start, info.stop), device=self.model.device)
+        return Step(start_s, time.monotonic())
+
+    def recompute(self, chunk: int, data: memoryview) -> Step:
+        """Compute a chunk's KV from its token ids; everything before it is in the cache. Raises CodecError."""
+        manifest, _, cache = self._ready()
+        info = manifest.chunks[chunk]
+        start_s = time.monotonic()
+        try:
+            ids = token_ids(data, info.tokens)
+            cache.length = info.start
+            extend_kv(self.model, cache, ids)
+        except SpecError as error:
+            raise CodecError(f"text of chunk {chunk}: {error}") from error
+        return Step(start_s, time.monotonic())
+
+    def prefill(self, prompt_ids: Sequence[int]) -> Step:
+        """Run the prompt over the whole context; the first output token."""
+        manifest, _, cache = self._ready()
+        start_s = time.monotonic()
+        cache.length = manifest.tokens
+        token = first_token(self.model, cache, prompt_ids)
+        return Step(start_s, time.monotonic(), token)
+
+    def ask(self, questions: Sequence[Question]) -> Score:
+        """Answers under the cache that arrived; after a session, not part of TTFT."""
+        manifest, _, cache = self._ready()
+        cache.length = manifest.tokens
+        return score(self.model, cache, questions)
+
+    def _ready(self) -> tuple[Manifest, Codec, KVCache]:
+        if self._manifest is None or self._codec is None or self._cache is None:
+            raise SpecError("no context is open")
+        return self._manifest, self._codec, self._cache
+
+
+def check_chunk(data: memoryview, start: int, level: int) -> None:
+    """Raise CodecError unless encoded bytes are of the chunk at this position and of this level.
+
+    Otherwise a sender could answer with a well-formed chunk of another place, and the cache would be silently wrong.
+    """
+    from codec.container import parse
+
+    header = parse(data).header
+    if (header.start, header.level) != (start, level):
+        raise CodecError(
+            f"asked for tokens from {start} at level {level}, got tokens from {header.start} at level {header.level}"
+        )
+
+
+def measure_costs(
+    compute: Compute, manifest: Manifest, get: Callable[[int, LevelOrText], bytes], prompt_ids: Sequence[int]
+) -> Costs:
+    """Median seconds of each step on this machine, with everything warm afterwards.
+
+    Decoding is measured on the first chunk of every size, at every level. Recomputing is measured on the first, middle
+    and last chunk and interpolated by position, since attention grows with what lies before. `get` gives a chunk's
+    bytes.
+    """
+    compute.open(manifest, len(prompt_ids))
+    chunks = manifest.chunks
+    levels = range(len(manifest.levels))
+    decode_s: dict[int, tuple[float, ...]] = {}
+    for index, chunk in enumerate(chunks):
+        if chunk.tokens not in decode_s:
+            data = [bytearray(get(index, level)) for level in levels]
+            decode_s[chunk.tokens] = tuple(
+                _median_s(compute.decode, index, level, memoryview(data[level])) for level in levels
+            )
+    # what lies before must be numbers, not NaN, whose arithmetic may take another time
+    _, _, cache = compute._ready()
+    cache.storage.normal_()
+    known = sorted({0, len(chunks) // 2, len(chunks) - 1})
+    points = [
+        (chunks[i].start, _median_s(compute.recompute, i, memoryview(get(i, TEXT))) / chunks[i].tokens) for i in known
+    ]
+    prefill_s = _median_s(compute.prefill, prompt_ids)
+    cache.poison()
+    return Costs(
+        decode_s=tuple(decode_s[c.tokens] for c in chunks),
+        recompute_s=tuple(_interpolate(points, c.start) * c.tokens for c in chunks),
+        prefill_s=prefill_s,
+    )
+
+
+def _median_s(step: Callable[..., Step], *arguments: Any) -> float:
+    times: list[float] = []
+    for _ in range(REPEATS + 1):
+        done = step(*arguments)
+        times.append(done.end_s - done.start_s)
+    return statistics.median(times[1:])
+
+
+def _interpolate(points: Sequence[tuple[int, float]], x: int) -> float:
+    """Piecewise linear through the points (ascending), flat outside."""
+    import numpy as np
+
+    return float(np.interp(x, [p[0] for p in points], [p[1] for p in points]))
+
+
+def set_threads(threads: int | None) -> int:
+    """Threads of torch's kernels: by default half the cores, at least one.
+
+    The rest is for the network: with as many threads as cores, every frame that arrives takes a core from a kernel
+    whose other threads then spin, and the time to the first token becomes erratic.
+    """
+    import os
+
+    count = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    torch.set_num_threads(count)
+    return count
