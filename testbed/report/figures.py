@@ -1,0 +1,455 @@
+"""The static figures of a run, by seaborn: each as SVG and PNG, readable in print, the same colours everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from testbed.report.style import INK, TEXT_COLOUR, Style, level_colours, scheme_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the figures are drawn from: rows that count, by scheme, and the summary over them."""
+
+    summary: Json
+    rows: Mapping[str, Sequence[Json]]
+    levels: Mapping[str, Sequence[Json]]
+    session: Json | None
+    """The cell of the session to show as a timeline."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on disk. `alt` says in words what it shows."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    svg: Path
+
+
+def draw(material: Material, folder: Path) -> list[Drawn]:
+    """Write every figure that has something to show into `folder`. Raises ModuleNotFoundError without seaborn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with _theme():
+        from matplotlib import pyplot
+
+        for name, title, caption, painter in FIGURES:
+            figure = painter(material)
+            if figure is None:
+                continue
+            svg = folder / f"{name}.svg"
+            figure.savefig(svg, metadata={"Date": None, "Creator": "kvstream"})
+            figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": "kvstream"})
+            pyplot.close(figure)
+            drawn.append(Drawn(name, title, caption, _alt(name, material), svg))
+    return drawn
+
+
+@contextmanager
+def _theme() -> Iterator[None]:
+    """Seaborn's look without touching anyone else's settings, and without a display."""
+    import matplotlib
+    import seaborn
+
+    settings = {
+        **seaborn.axes_style("ticks"),
+        **seaborn.plotting_context("notebook", font_scale=0.9),
+        "figure.figsize": (6.4, 3.6),
+        "figure.constrained_layout.use": True,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "axes.facecolor": "none",
+        "grid.color": INK,
+        "grid.alpha": 0.13,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kvstream",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+    }
+    backend = matplotlib.get_backend()
+    matplotlib.use("agg")
+    with matplotlib.rc_context(settings):
+        yield
+    matplotlib.use(backend)
+
+
+def _new(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height))
+
+
+def _headline(material: Material) -> Figure | None:
+    entries = [entry for entry in material.summary["schemes"] if entry["n"] and entry["distortion"] is not None]
+    if not entries:
+        return None
+    figure, axes = _new()
+    for entry in entries:
+        style = scheme_style(material.rows[entry["scheme"]][0])
+        late, mean = 1 - entry["met_rate"], entry["distortion"]
+        spread = [
+            axes.hlines(mean, 100 * (1 - entry["met_high"]), 100 * (1 - entry["met_low"])),
+            *(
+                [axes.vlines(100 * late, entry["distortion_low"], entry["distortion_high"])]
+                if entry["distortion_low"] is not None
+                else []
+            ),
+        ]
+        for lines in spread:
+            lines.set(color=style.colour, linewidth=1.3, alpha=0.7, zorder=2)
+        axes.plot(
+            100 * late,
+            mean,
+            linestyle="none",
+            clip_on=False,
+            zorder=4 if entry["clairvoyant"] else 3,
+            label=entry["scheme"] + (" (told the future)" if entry["clairvoyant"] else ""),
+            **_point(style, 13 if style.marker == "*" else 7.5),
+        )
+    axes.set_xlim(-4, 104)
+    axes.set_ylim(bottom=0 if min(entry["distortion"] for entry in entries) >= 0 else None)
+    axes.set_xlabel("deadline missed (% of units)")
+    axes.set_ylabel("distortion (nats of KL)")
+    axes.annotate("better", (0.02, 0.03), (0.1, 0.14), "axes fraction", arrowprops={"arrowstyle": "->", "color": INK})
+    axes.grid()
+    _legend(axes)
+    return figure
+
+
+def _ttft(material: Material) -> Figure | None:
+    import seaborn
+
+    deadlines_s = {row["deadline_s"] for rows in material.rows.values() for row in rows}
+    if not deadlines_s:
+        return None
+    one = len(deadlines_s) == 1
+    figure, axes = _new()
+    for rows in material.rows.values():
+        style = scheme_style(rows[0])
+        values = [
+            math.inf if row["ttft_s"] is None else row["ttft_s"] / (1 if one else row["deadline_s"]) for row in rows
+        ]
+        finite = sorted(value for value in values if math.isfinite(value))
+        if not finite:
+            continue
+        seaborn.ecdfplot(
+            x=finite,
+            weights=[100 / len(values)] * len(finite),
+            stat="count",
+            ax=axes,
+            color=style.colour,
+            linestyle=style.dash,
+            linewidth=1.8,
+            label=rows[0]["scheme"],
+        )
+    axes.axvline(next(iter(deadlines_s)) if one else 1, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.text(
+        next(iter(deadlines_s)) if one else 1,
+        1.01,
+        "deadline",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="bottom",
+        fontsize="small",
+    )
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("TTFT (s)" if one else "TTFT / deadline")
+    axes.set_ylabel("units finished (%)")
+    axes.grid()
+    _legend(axes)
+    return figure
+
+
+def _deadlines(material: Material) -> Figure | None:
+    """Deadlines missed against the deadline given; a policy may act on its deadline, so no curve is extrapolated."""
+    deadlines_s = sorted({row["deadline_s"] for rows in material.rows.values() for row in rows})
+    if len(deadlines_s) < 2:
+        return None
+    from testbed.summary import wilson
+
+    figure, axes = _new()
+    for rows in material.rows.values():
+        style = scheme_style(rows[0])
+        shares = []
+        for deadline_s in deadlines_s:
+            late = [not row["met"] for row in rows if row["deadline_s"] == deadline_s]
+            low, high = wilson(sum(late), len(late))
+            shares.append((100 * sum(late) / len(late), 100 * (low or 0), 100 * (high or 0)))
+        axes.plot(
+            deadlines_s,
+            [share for share, _, _ in shares],
+            linestyle=style.dash,
+            label=rows[0]["scheme"],
+            **_point(style, 6),
+        )
+        axes.fill_between(
+            deadlines_s,
+            [low for _, low, _ in shares],
+            [high for _, _, high in shares],
+            color=style.colour,
+            alpha=0.08,
+            linewidth=0,
+        )
+    axes.set_ylim(-2, 102)
+    axes.set_xlabel("deadline (s)")
+    axes.set_ylabel("deadline missed (% of units)")
+    axes.grid()
+    _legend(axes)
+    return figure
+
+
+def _regret(material: Material) -> Figure | None:
+    import seaborn
+
+    data = [
+        (rows[0]["scheme"], row["regret"])
+        for rows in material.rows.values()
+        for row in rows
+        if row["regret"] is not None and not row["clairvoyant"]
+    ]
+    if not data:
+        return None
+    names = list(dict.fromkeys(name for name, _ in data))
+    figure, axes = _new(height=0.9 + 0.42 * len(names))
+    colours = {name: scheme_style(material.rows[name][0]).colour for name in names}
+    seaborn.stripplot(
+        x=[value for _, value in data],
+        y=[name for name, _ in data],
+        hue=[name for name, _ in data],
+        palette=colours,
+        order=names,
+        ax=axes,
+        size=5,
+        alpha=0.6,
+        jitter=0.18,
+        legend=False,
+        zorder=1,
+    )
+    for y, name in enumerate(names):
+        values = [value for key, value in data if key == name]
+        mean = math.fsum(values) / len(values)
+        axes.plot([mean, mean], [y - 0.32, y + 0.32], color=colours[name], linewidth=2.6)
+    axes.set_yticks(range(len(names)), [f"{name} (n = {sum(key == name for key, _ in data)})" for name in names])
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel("regret (nats)")
+    axes.set_ylabel("")
+    axes.grid(axis="x")
+    return figure
+
+
+def _levels(material: Material) -> Figure | None:
+    ladders = {codec: levels for codec, levels in material.levels.items() if levels}
+    if not ladders:
+        return None
+    figure, axes = _new()
+    palette = ("#0b7abf", "#c97a00", "#0f9b76", "#b8599f", "#7a7a7a", "#a9713a")
+    positive = [level["distortion"] for levels in ladders.values() for level in levels if level["distortion"] > 0]
+    for index, (codec, levels) in enumerate(ladders.items()):
+        ordered = sorted(levels, key=lambda level: level["bits_per_element"])
+        colour = palette[index % len(palette)]
+        axes.plot(
+            [level["bits_per_element"] for level in ordered],
+            [level["distortion"] for level in ordered],
+            marker="os^Dvp"[index % 6],
+            color=colour,
+            label=codec,
+        )
+        for level in ordered:
+            at = (level["bits_per_element"], level["distortion"])
+            axes.annotate(level["name"], at, (5, 4), textcoords="offset points", fontsize="x-small")
+    if positive and max(positive) / min(positive) > 20:
+        axes.set_yscale("symlog", linthresh=min(positive)) if len(positive) < sum(
+            map(len, ladders.values())
+        ) else axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("bits per element of the KV cache")
+    axes.set_ylabel("distortion (nats of KL)")
+    axes.grid()
+    axes.legend()
+    return figure
+
+
+def _timeline(material: Material) -> Figure | None:
+    """Capacity and goodput over time, and under it what the link and the decoder were doing."""
+    if material.session is None:
+        return None
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    row, chunks, link = (material.session[key] for key in ("row", "chunks", "link"))
+    codec = row["codec"].partition(",")[0]
+    n_levels = len(material.levels.get(row["codec"], material.levels.get(codec, []))) or 1 + max(
+        (level for level in row["levels"] if isinstance(level, int)), default=0
+    )
+    colours: dict[int | str, str] = {**dict(enumerate(level_colours(n_levels))), "text": TEXT_COLOUR}
+    figure, (top, lanes) = pyplot.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(3, 1.5))
+    if link:
+        times_s = [sample["t_s"] for sample in link]
+        top.fill_between(
+            times_s, [sample["capacity_bps"] / 1e6 for sample in link], step="post", color="#8a96a3", alpha=0.35, lw=0
+        )
+        top.plot(*delivered_rate(link), color="#0b7abf", linewidth=1.4)
+        top.text(
+            0.995, 1.02, "grey: capacity, blue: delivered", transform=top.transAxes, ha="right", va="bottom", size=8
+        )
+    top.set_ylim(bottom=0)
+    top.set_ylabel("Mbit/s")
+    for chunk in chunks:
+        if chunk["last_byte_s"] is None:
+            continue
+        colour = colours[chunk["level"]]
+        start_s = max(
+            [
+                c["last_byte_s"]
+                for c in chunks
+                if c["last_byte_s"] is not None and c["last_byte_s"] < chunk["last_byte_s"]
+            ]
+            + [chunk["request_s"]]
+        )
+        lanes.barh(1, chunk["last_byte_s"] - start_s, left=start_s, color=colour, edgecolor="white", lw=0.5, height=0.8)
+        if chunk["decode_end_s"] is not None:
+            lanes.barh(
+                0,
+                chunk["decode_end_s"] - chunk["decode_start_s"],
+                left=chunk["decode_start_s"],
+                color=colour,
+                edgecolor="white",
+                lw=0.3,
+                height=0.8,
+                hatch="///" if chunk["level"] == "text" else None,
+            )
+    ends = [chunk["decode_end_s"] for chunk in chunks if chunk["decode_end_s"] is not None]
+    if ends and row["ttft_s"] is not None:
+        lanes.barh(0, row["ttft_s"] - max(ends), left=max(ends), color=INK, alpha=0.55, height=0.8)
+    lanes.set_yticks((0, 1), ("decode", "transfer"))
+    lanes.set_xlabel("seconds since the request")
+    for axes in (top, lanes):
+        axes.axvline(row["deadline_s"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(left=0)
+    top.set_title(
+        f"{row['scheme']} on {row['context']} over {row['trace'].partition(',')[0]}", fontsize="medium", loc="left"
+    )
+    used = [level for level in (*range(n_levels), "text") if level in row["levels"]]
+    figure.legend(
+        handles=[Patch(color=colours[level], label=f"level {level}" if level != "text" else "text") for level in used]
+        + ([Patch(color=INK, alpha=0.55, label="prefill")] if ends else []),
+        loc="outside lower center",
+        ncols=7,
+        fontsize="small",
+        handlelength=1,
+    )
+    return figure
+
+
+def delivered_rate(link: Sequence[Mapping[str, float]], window_s: float = 0.05) -> tuple[list[float], list[float]]:
+    """(middle of the window in seconds, delivered Mbit/s at layer 2) over windows of `window_s`."""
+    times_s, rates = [], []
+    before = link[0]
+    for sample in link[1:]:
+        if sample["t_s"] - before["t_s"] >= window_s - 1e-6:
+            elapsed_s = sample["t_s"] - before["t_s"]
+            times_s.append((sample["t_s"] + before["t_s"]) / 2)
+            rates.append((sample["delivered_bytes"] - before["delivered_bytes"]) * 8 / elapsed_s / 1e6)
+            before = sample
+    return times_s, rates
+
+
+def _point(style: Style, size: float) -> Json:
+    return {
+        "marker": style.marker,
+        "markersize": size,
+        "color": style.colour,
+        "markerfacecolor": "none" if style.hollow else style.colour,
+        "markeredgecolor": style.colour,
+        "markeredgewidth": 1.4,
+    }
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", handlelength=1.8)
+
+
+Painter: TypeAlias = Callable[[Material], "Figure | None"]
+FIGURES: tuple[tuple[str, str, str, Painter], ...] = (
+    (
+        "headline",
+        "Deadlines missed against distortion",
+        "Each scheme once; bars are 95 % intervals (Wilson for the share, a bootstrap over traces for distortion).",
+        _headline,
+    ),
+    (
+        "ttft",
+        "Time to first token",
+        "Share of units with a first token by then; a failed session never arrives.",
+        _ttft,
+    ),
+    (
+        "deadlines",
+        "Deadlines missed against the deadline",
+        "Measured at each deadline, with Wilson's 95 % band.",
+        _deadlines,
+    ),
+    (
+        "regret",
+        "Regret to the oracle",
+        "Distortion above the oracle's, over units that both met: a dot a unit, the bar is the mean.",
+        _regret,
+    ),
+    (
+        "levels",
+        "Rate and distortion of the levels",
+        "As measured with the model on held-out text and written into the manifest.",
+        _levels,
+    ),
+    (
+        "timeline",
+        "One session",
+        "What the link could carry, what arrived, and what was decoded when. The dashed line is the deadline.",
+        _timeline,
+    ),
+)
+
+
+def _alt(name: str, material: Material) -> str:
+    """The figure's message for those who cannot see it; the numbers are in the table."""
+    entries = [entry for entry in material.summary["schemes"] if entry["n"]]
+    if name in ("headline", "ttft", "deadlines"):
+        return "; ".join(
+            f"{entry['scheme']}: deadline missed in {100 - 100 * entry['met_rate']:.0f} %" for entry in entries
+        )
+    if name == "regret":
+        return "; ".join(
+            f"{entry['scheme']}: mean regret {entry['regret']:.2g} nats" for entry in entries if entry["regret_n"]
+        )
+    if name == "levels":
+        return "; ".join(
+            f"{codec} {level['name']}: {level['bits_per_element']:.2f} bit, {level['distortion']:.2g} nats"
+            for codec, levels in material.levels.items()
+            for level in levels
+        )
+    assert material.session is not None
+    row = material.session["row"]
+    return f"{row['scheme']} on {row['unit_id']}: levels {', '.join(map(str, row['levels']))}"

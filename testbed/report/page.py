@@ -1,0 +1,305 @@
+"""`report.html`: one file, no network, light and dark, for a phone and for paper."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from testbed import summary as summaries
+from testbed.report.figures import Drawn, Material, draw
+from testbed.report.style import INK, scheme_style
+from testbed.results import Run
+
+Json: TypeAlias = dict[str, Any]
+
+ASSETS = Path(__file__).with_name("assets")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+"""Content security policy of the page: nothing is ever fetched."""
+
+
+def write(run: Run) -> Path:
+    """Write `report.html` and `figures/` of a run from its cells; returns the page's path.
+
+    Without seaborn the page has no figures and says so. An empty run gives a page that says so too.
+    """
+    manifest = run.manifest
+    cells = list(run.load_cells())
+    rows = [cell["row"] for cell in cells]
+    summary = summaries.summarise(rows, scheme_names(manifest, rows), manifest["experiment"].get("baseline", ""))
+    material = _material(summary, cells, manifest)
+    try:
+        figures, problem = draw(material, run.path / "figures"), ""
+    except ModuleNotFoundError as error:
+        figures, problem = [], f"No figures: the package {error.name} is not installed (pip install 'kvstream[run]')."
+    body = "\n".join(
+        [
+            _header(manifest, summary),
+            _table(summary, material),
+            _figures(figures, problem),
+            _by_trace(summary, material),
+            _fidelity(rows),
+            _provenance(manifest, rows),
+        ]
+    )
+    page = run.path / "report.html"
+    part = page.with_name(f".report.html.{os.getpid()}.part")
+    part.write_text(_document(manifest["experiment"]["name"], body), encoding="utf-8")
+    part.replace(page)
+    return page
+
+
+def scheme_names(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Schemes in the experiment's order."""
+    listed = [entry if isinstance(entry, str) else entry["name"] for entry in manifest.get("schemes", [])]
+    return listed or list(dict.fromkeys(row["scheme"] for row in rows))
+
+
+def _material(summary: Json, cells: Sequence[Json], manifest: Mapping[str, Any]) -> Material:
+    names = [entry["scheme"] for entry in summary["schemes"]]
+    complete = {cell["row"]["unit_id"] for cell in cells} - set(summary["invalid_units"])
+    for name in names:
+        complete &= {cell["row"]["unit_id"] for cell in cells if cell["row"]["scheme"] == name}
+    counted = [cell for cell in cells if cell["row"]["unit_id"] in complete]
+    rows = {name: [cell["row"] for cell in counted if cell["row"]["scheme"] == name] for name in names}
+    return Material(
+        summary=summary,
+        rows={name: found for name, found in rows.items() if found},
+        levels=manifest.get("levels", {}),
+        session=_telling(counted),
+    )
+
+
+def _telling(cells: Sequence[Json]) -> Json | None:
+    """The session to show first: one that met the deadline with many changes of level, not told the future."""
+    shown = [cell for cell in cells if cell["chunks"] and cell["row"]["status"] == "ok"]
+
+    def changes(cell: Json) -> tuple[bool, bool, int, str]:
+        levels, row = cell["row"]["levels"], cell["row"]
+        moves = sum(a != b for a, b in pairwise(levels))
+        return not row["clairvoyant"], row["met"], moves, row["unit_id"]
+
+    return max(shown, key=changes, default=None)
+
+
+def _document(name: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(name)} · kvstream</title>
+<link rel="icon" href="data:,">
+<style>
+{(ASSETS / "page.css").read_text(encoding="utf-8")}
+</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _header(manifest: Mapping[str, Any], summary: Json) -> str:
+    experiment, units = manifest["experiment"], summary["units"]
+    deadlines = ", ".join(f"{value:g} s" for value in experiment.get("deadlines_s", []))
+    verdict, _, rest = summary["verdict"].partition(". ")
+    facts = [
+        f"{units['counted']} units × {len(summary['schemes'])} schemes",
+        f"deadline {deadlines}" if deadlines else "",
+        f"{summary['traces']} traces",
+        {"mininet": "measured over an emulated link (Mininet)", "simulator": "simulated, nothing was sent"}.get(
+            summary["backend"], summary["backend"]
+        ),
+    ]
+    return f"""<header>
+<p class="kicker">kvstream · {escape(experiment["name"])}</p>
+<h1 id="verdict">{escape(verdict.removesuffix("."))}.</h1>
+<p>{escape(rest)}</p>
+<p class="facts">{" · ".join(escape(fact) for fact in facts if fact)}</p>
+</header>"""
+
+
+def _table(summary: Json, material: Material) -> str:
+    head = (
+        "<th scope=col>scheme<th scope=col>n<th scope=col>deadline met <small>95 % interval</small>"
+        "<th scope=col>TTFT <small>p50 / p95 / p99, s</small><th scope=col>distortion <small>nats</small>"
+        "<th scope=col>KL measured <small>nats</small><th scope=col>answers right<th scope=col>bytes"
+        f"<th scope=col>regret <small>nats (n)</small><th scope=col>against {escape(summary['baseline'])}"
+        " <small>met, points</small><th scope=col>fidelity"
+    )
+    body = []
+    for entry in summary["schemes"]:
+        name = escape(entry["scheme"])
+        rows = material.rows.get(entry["scheme"])
+        if not rows:
+            body.append(f"<tr><th scope=row>{name}<td colspan=10>no valid session yet")
+            continue
+        cells = [
+            str(entry["n"]) + (f" <small>{entry['failed']} failed</small>" if entry["failed"] else ""),
+            _interval_bar(entry, scheme_style(rows[0]).colour),
+            " / ".join(_number(entry[key], "failed") for key in ("ttft_p50_s", "ttft_p95_s", "ttft_p99_s")),
+            _number(entry["distortion"]),
+            _number(entry["measured_kl"]),
+            f"{entry['answers_right']}/{entry['answers']}" if entry["answers"] else "–",
+            _size(entry),
+            f"{_number(entry['regret'])} ({entry['regret_n']})" if entry["regret_n"] else "–",
+            _versus(entry["versus"]),
+            f"{entry['fidelity_ok']}/{entry['fidelity_n']}" if entry["fidelity_n"] else "–",
+        ]
+        mark = " <abbr title='told the future of the link'>*</abbr>" if entry["clairvoyant"] else ""
+        body.append(
+            f"<tr><th scope=row>{swatch(rows[0])} {name}{mark}"
+            + "".join(f"<td{' class=against' if i == 8 else ''}>{cell}" for i, cell in enumerate(cells))
+        )
+    remarks = "".join(f"<li>{escape(note)}" for note in summaries.notes(summary))
+    return f"""<section aria-labelledby="schemes"><h2 id="schemes">Schemes</h2>
+<div class="wide"><table><thead><tr>{head}</thead><tbody>{"".join(body)}</tbody></table></div>
+<ul class="notes">{remarks}</ul></section>"""
+
+
+def _interval_bar(entry: Json, colour: str) -> str:
+    """Share and interval as numbers and as a small bar on a scale from 0 to 100 %."""
+    low, rate, high = (100 * entry[key] for key in ("met_low", "met_rate", "met_high"))
+    colour = "currentColor" if colour == INK else colour
+    return (
+        f"<span class=num>{rate:.0f} % <small>{low:.0f}–{high:.0f}</small></span>"
+        f'<svg class="bar" viewBox="0 0 104 10" aria-hidden="true"><path d="M2 5H102" class="axis"/>'
+        f'<path d="M{low + 2:.1f} 5H{high + 2:.1f}" stroke="{colour}" stroke-width="3" opacity=".45"/>'
+        f'<circle cx="{rate + 2:.1f}" cy="5" r="3.4" fill="{colour}"/></svg>'
+    )
+
+
+def _versus(paired: Json | None) -> str:
+    if paired is None:
+        return "baseline"
+    if paired["met"] is None:
+        return "–"
+    words = f"{100 * paired['met']:+.0f}"
+    if paired["met_low"] is not None:
+        words += f" <small>{100 * paired['met_low']:+.0f} to {100 * paired['met_high']:+.0f}</small>"
+    return words + f" <small>p = {paired['met_p']:.2g}</small>"
+
+
+def _size(entry: Json) -> str:
+    size = summaries.bytes_words(entry["bytes"])
+    return size + (
+        f" <small>+ {summaries.bytes_words(entry['wasted_bytes'])} wasted</small>" if entry["wasted_bytes"] else ""
+    )
+
+
+def _figures(figures: Sequence[Drawn], problem: str) -> str:
+    drawn = "".join(
+        f'<figure id="figure-{figure.name}"><h3>{escape(figure.title)}</h3>{inline(figure)}'
+        f"<figcaption>{escape(figure.caption)} "
+        f'<a href="figures/{figure.name}.svg">SVG</a> <a href="figures/{figure.name}.png">PNG</a></figcaption></figure>'
+        for figure in figures
+    )
+    return f"""<section aria-labelledby="figures"><h2 id="figures">Figures</h2>
+{escape(problem)}<div class="figures">{drawn}</div></section>"""
+
+
+def inline(figure: Drawn) -> str:
+    """The SVG as part of the page: no background, the page's text colour, its own ids, a description."""
+    svg = figure.svg.read_text(encoding="utf-8")
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'<g id="patch_2">\s*<path [^>]*style="fill: #ffffff[^>]*/>\s*</g>', "", svg, count=1)
+    svg = svg.replace(INK, "currentColor")
+    svg = re.sub(r'\bid="', f'id="{figure.name}-', svg)
+    svg = re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{figure.name}-", svg)
+    label = escape(f"{figure.title}. {figure.alt}", quote=True)
+    return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', svg, count=1)
+
+
+def swatch(row: Mapping[str, Any]) -> str:
+    """A scheme's colour as a small mark beside its name."""
+    style = scheme_style(row)
+    colour = "currentColor" if style.colour == INK else style.colour
+    fill = "none" if style.hollow else colour
+    circle = f'<circle cx="6" cy="6" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
+    return f'<svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">{circle}</svg>'
+
+
+def _by_trace(summary: Json, material: Material) -> str:
+    """Deadlines met a trace: an average over traces can hide that a scheme fails on one of them."""
+    traces = list(dict.fromkeys(row["trace"] for rows in material.rows.values() for row in rows))
+    if len(traces) < 2:
+        return ""
+    head = "".join(f"<th scope=col>{escape(name)}" for name in material.rows)
+    body = ""
+    for trace in traces:
+        body += f"<tr><th scope=row>{escape(trace)}"
+        for rows in material.rows.values():
+            here = [row for row in rows if row["trace"] == trace]
+            met = sum(row["met"] for row in here)
+            body += f'<td class="share" style="--share:{met / len(here):.3f}">{met}/{len(here)}'
+    return f"""<section aria-labelledby="traces" id="by-trace"><h2 id="traces">Deadlines met, by trace</h2>
+<div class="wide"><table><thead><tr><th scope=col>trace{head}</thead><tbody>{body}</tbody></table></div></section>"""
+
+
+def _fidelity(rows: Sequence[Json]) -> str:
+    """Whether the link did what the trace says, session by session."""
+    judged = [row for row in rows if "ok" in row["fidelity"]]
+    if not judged:
+        return ""
+    good = sum(row["fidelity"]["ok"] for row in judged)
+    body = "".join(
+        f"<tr{'' if row['fidelity']['ok'] else ' class=bad'}><th scope=row>{escape(row['unit_id'])}"
+        f"<td>{escape(row['scheme'])}<td>{escape(_judgement(row['fidelity']))}"
+        f"<td>{_number(row['fidelity'].get('median_error'))}<td>{_number(row['fidelity'].get('p95_error'))}"
+        f"<td>{_number(row['fidelity'].get('lateness_p99_s'))}<td>{row['repeats']}"
+        for row in sorted(judged, key=lambda row: (row["fidelity"]["ok"], row["unit_id"], row["scheme"]))
+    )
+    return f"""<section aria-labelledby="fidelity"><h2 id="fidelity">Fidelity</h2>
+<p>{good} of {len(judged)} sessions ran on a link that did what the trace says.
+A unit with one that did not is left out for every scheme.</p>
+<details><summary>Every session</summary><div class="wide"><table><thead><tr><th scope=col>unit<th scope=col>scheme
+<th scope=col>verdict<th scope=col>median error<th scope=col>p95 error
+<th scope=col>lateness p99 <small>s</small><th scope=col>repeats</thead>
+<tbody>{body}</tbody></table></div></details></section>"""
+
+
+def _judgement(fidelity: Mapping[str, Any]) -> str:
+    return "ok" if fidelity["ok"] else "; ".join(fidelity.get("reasons", [])) or "over the limits"
+
+
+def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
+    """What is needed to do it again."""
+    facts = {
+        "command": manifest.get("command", ""),
+        "commit": manifest.get("git", ""),
+        "backend": manifest.get("backend", ""),
+        "model": ", ".join(sorted({row["model"] for row in rows})),
+        "kernel": manifest.get("kernel", ""),
+        "versions": manifest.get("versions", ""),
+        "sysctls": manifest.get("sysctls", ""),
+    }
+    items = "".join(f"<dt>{key}<dd><code>{escape(_plain(value))}</code>" for key, value in facts.items() if value)
+    experiment = escape(json.dumps(manifest["experiment"], indent=1))
+    return f"""<section aria-labelledby="provenance"><h2 id="provenance">Provenance</h2><dl>{items}</dl>
+<details><summary>The experiment as it was resolved</summary><pre>{experiment}</pre></details></section>"""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _number(value: float | None, missing: str = "–") -> str:
+    if value is None:
+        return missing
+    return "0" if value == 0 else f"{value:.3g}"

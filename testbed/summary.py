@@ -1,0 +1,337 @@
+"""What a run says: per scheme numbers with intervals, paired differences to a baseline, and a verdict in words.
+
+Rows are those of `sessions.jsonl`. Comparisons are paired: a unit counts only if every scheme has a session on it and
+none of them is invalid; the others are counted, by reason. A failed session counts as a missed deadline with an
+infinite TTFT, so that failing never looks like being fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from testbed.errors import SpecError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Json: TypeAlias = dict[str, Any]
+Row: TypeAlias = Mapping[str, Any]
+
+
+def summarise(rows: Sequence[Row], schemes: Sequence[str] = (), baseline: str = "") -> Json:
+    """The content of `summary.json`.
+
+    `schemes` gives the order of the result and which schemes a unit must have to be complete; by default those of
+    the rows, in their order. `baseline` is the scheme that the others are compared with, by default the first.
+    Raises SpecError if the baseline is none of the schemes.
+    """
+    names = list(dict.fromkeys(schemes or [row["scheme"] for row in rows]))
+    baseline = baseline or (names[0] if names else "")
+    if names and baseline not in names:
+        raise SpecError(f"baseline {baseline!r} is none of the schemes; there are {', '.join(names)}")
+    units: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        units.setdefault(row["unit_id"], {})[row["scheme"]] = row
+    complete = {key: cells for key, cells in units.items() if all(name in cells for name in names)}
+    invalid = sorted(key for key, cells in units.items() if any(row["status"] == "invalid" for row in cells.values()))
+    counted = [cells for key, cells in complete.items() if key not in set(invalid)]
+    summary: Json = {
+        "backend": ", ".join(sorted({row["backend"] for row in rows})),
+        "models": sorted({row["model"] for row in rows}),
+        "units": {
+            "seen": len(units),
+            "counted": len(counted),
+            "invalid": len(invalid),
+            "incomplete": sum(key not in complete and key not in set(invalid) for key in units),
+        },
+        "invalid_units": invalid,
+        "traces": len({cells[names[0]]["trace"] for cells in counted}),
+        "baseline": baseline,
+        "schemes": [
+            _scheme(
+                name, [cells[name] for cells in counted], [cells[name] for cells in units.values() if name in cells]
+            )
+            | {"versus": None if name == baseline else versus(counted, name, baseline)}
+            for name in names
+        ],
+    }
+    summary["verdict"] = verdict(summary, counted)
+    return summary
+
+
+def _scheme(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Json:
+    """Statistics over `rows`, the counted sessions; `every` holds the ones left out as well."""
+    met = sum(bool(row["met"]) for row in rows)
+    low, high = wilson(met, len(rows))
+    ttft_s = [math.inf if row["ttft_s"] is None else row["ttft_s"] for row in rows]
+    known = [row for row in rows if row["distortion"] is not None]
+    least, most = clustered_interval([row["distortion"] for row in known], [row["trace"] for row in known])
+    judged = [row["fidelity"]["ok"] for row in every if "ok" in row["fidelity"]]
+    return {
+        "scheme": name,
+        "policy": every[0]["policy"] if every else "",
+        "codec": every[0]["codec"] if every else "",
+        "clairvoyant": bool(every and every[0]["clairvoyant"]),
+        "n": len(rows),
+        "failed": sum(row["status"] == "failed" for row in rows),
+        "met": met,
+        "met_rate": met / len(rows) if rows else None,
+        "met_low": low,
+        "met_high": high,
+        "ttft_p50_s": _quantile(ttft_s, 0.50),
+        "ttft_p90_s": _quantile(ttft_s, 0.90),
+        "ttft_p95_s": _quantile(ttft_s, 0.95),
+        "ttft_p99_s": _quantile(ttft_s, 0.99),
+        "distortion": _mean(_known(rows, "distortion")),
+        "distortion_low": least,
+        "distortion_high": most,
+        "measured_kl": _mean(_known(rows, "measured_kl")),
+        "answers_right": sum(_known(rows, "answers_right")),
+        "answers": sum(_known(rows, "answers")),
+        "bytes": _mean(_known(rows, "bytes")),
+        "wasted_bytes": _mean(_known(rows, "wasted_bytes")),
+        "regret": _mean(_known(rows, "regret")),
+        "regret_n": len(_known(rows, "regret")),
+        "policy_faults": sum(_known(rows, "policy_faults")),
+        "fidelity_ok": sum(judged),
+        "fidelity_n": len(judged),
+        "repeats": sum(_known(every, "repeats")),
+    }
+
+
+def versus(counted: Sequence[Mapping[str, Row]], name: str, baseline: str) -> Json:
+    """Paired differences `name` minus `baseline` over units; intervals by a bootstrap clustered by trace."""
+    traces = [cells[name]["trace"] for cells in counted]
+    met = [int(cells[name]["met"]) - int(cells[baseline]["met"]) for cells in counted]
+    both = [cells for cells in counted if None not in (cells[name]["distortion"], cells[baseline]["distortion"])]
+    distortion = [cells[name]["distortion"] - cells[baseline]["distortion"] for cells in both]
+    met_low, met_high = clustered_interval(met, traces)
+    low, high = clustered_interval(distortion, [cells[name]["trace"] for cells in both])
+    return {
+        "baseline": baseline,
+        "n": len(counted),
+        "met": _mean(met),
+        "met_low": met_low,
+        "met_high": met_high,
+        "met_p": mcnemar(gained=met.count(1), lost=met.count(-1)),
+        "distortion": _mean(distortion),
+        "distortion_low": low,
+        "distortion_high": high,
+    }
+
+
+def wilson(successes: int, n: int) -> tuple[float | None, float | None]:
+    """Wilson's 95 % interval of a rate; (None, None) without observations."""
+    if n == 0:
+        return None, None
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p of McNemar's exact test: of the pairs that differ, are as many better as worse?"""
+    if gained + lost == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue)
+
+
+def clustered_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float | None, float | None]:
+    """95 % interval of a mean by resampling whole clusters: units on one trace are not independent.
+
+    (None, None) with fewer than two clusters, where nothing can be said.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    names = sorted(set(clusters))
+    if len(names) < 2:
+        return None, None
+    sums = np.array([sum(v for v, c in zip(values, clusters, strict=True) if c == name) for name in names], float)
+    counts = np.array([sum(c == name for c in clusters) for name in names], float)
+    if np.ptp(sums / counts) == 0:
+        return float(sums[0] / counts[0]), float(sums[0] / counts[0])
+
+    def mean(sums: Any, counts: Any, axis: int) -> Any:
+        return sums.sum(axis=axis) / counts.sum(axis=axis)
+
+    interval = bootstrap(
+        (sums, counts), mean, paired=True, method="percentile", vectorized=True, rng=np.random.default_rng(1)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def headline(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
+    """The scheme that the verdict is about: of those that meet the deadline as often as the best one, within what
+    chance explains (McNemar, 5 %), the one with the least distortion. Clairvoyant schemes cannot win.
+    """
+    open_to_all = [entry for entry in summary["schemes"] if not entry["clairvoyant"] and entry["n"]]
+    if not open_to_all:
+        return ""
+    best = max(open_to_all, key=lambda entry: (entry["met"], -_or_inf(entry["distortion"])))
+    level = [
+        entry
+        for entry in open_to_all
+        if entry["met"] == best["met"] or versus(counted, entry["scheme"], best["scheme"])["met_p"] >= 0.05
+    ]
+    return str(min(level, key=lambda entry: (_or_inf(entry["distortion"]), -entry["met"]))["scheme"])
+
+
+def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
+    """The run in words; it names what was compared, how large the difference is, and whether chance explains it."""
+    entries = {entry["scheme"]: entry for entry in summary["schemes"]}
+    name = headline(summary, counted)
+    if not name:
+        return "No unit has a valid session of every scheme: nothing can be compared."
+    ours, base = entries[name], entries[summary["baseline"]]
+    rate = f"{_percent(ours['met_rate'])} of {ours['n']} units"
+    if name == base["scheme"]:
+        rivals = [entry for key, entry in entries.items() if key != name and not entry["clairvoyant"]]
+        if not rivals:
+            return _place(summary) + f"{name} meets the deadline in {rate} ({_interval(ours)})."
+        base = max(rivals, key=lambda entry: (entry["met"], -_or_inf(entry["distortion"])))
+    words = [f"{name} {_often(ours, base)}"]
+    if ours["distortion"] is not None and base["distortion"]:
+        words[0] += f", at {ours['distortion'] / base['distortion']:.2g}x its distortion"
+        words[0] += f" ({ours['distortion']:.2g} against {base['distortion']:.2g} nats)"
+    paired = versus(counted, name, base["scheme"])
+    if ours["met"] != base["met"]:
+        likely = "more than chance explains" if paired["met_p"] < 0.05 else "within what chance explains"
+        words.append(
+            f"The difference of {paired['met'] * 100:+.0f} points is {likely} (McNemar p = {paired['met_p']:.2g})"
+        )
+    bound = next((entry for entry in summary["schemes"] if entry["policy"].partition(",")[0] == "oracle"), None)
+    if bound is not None and bound["scheme"] != name and bound["distortion"] is not None:
+        words.append(f"The oracle meets it in {_percent(bound['met_rate'])}, at {bound['distortion']:.2g} nats")
+    return _place(summary) + ". ".join(words) + "."
+
+
+def _place(summary: Json) -> str:
+    place = "In the simulator, " if "simulator" in summary["backend"] else ""
+    if any(model.startswith("synthetic") for model in summary["models"]):
+        place = "Synthetic caches, timing only: " + place
+    return place
+
+
+def _often(ours: Json, base: Json) -> str:
+    if base["met"] == 0 and ours["met"]:
+        return f"meets the deadline in {_percent(ours['met_rate'])} of {ours['n']} units, {base['scheme']} never"
+    ratio = "as often as" if ours["met"] == base["met"] else f"{ours['met'] / base['met']:.2g}x as often as"
+    rates = f"{_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {ours['n']} units"
+    return f"meets the deadline {ratio} {base['scheme']} ({rates})"
+
+
+# --- the table
+
+HEADINGS = ("scheme", "n", "deadline met", "TTFT p50/p95", "distortion", "answers", "bytes", "regret", "fidelity")
+
+
+def cells(summary: Json) -> list[list[str]]:
+    """The table's cells, one row a scheme, in the order of HEADINGS."""
+    return [
+        [
+            entry["scheme"] + (" *" if entry["clairvoyant"] else ""),
+            str(entry["n"]),
+            f"{entry['met_rate']:.0%} [{_interval(entry)}]" if entry["n"] else "-",
+            f"{_seconds(entry['ttft_p50_s'])}/{_seconds(entry['ttft_p95_s'])} s" if entry["n"] else "-",
+            _nats(entry["distortion"]),
+            f"{entry['answers_right']}/{entry['answers']}" if entry["answers"] else "-",
+            bytes_words(entry["bytes"]),
+            f"{_nats(entry['regret'])} ({entry['regret_n']})" if entry["regret_n"] else "-",
+            f"{entry['fidelity_ok']}/{entry['fidelity_n']}" if entry["fidelity_n"] else "-",
+        ]
+        for entry in summary["schemes"]
+    ]
+
+
+def notes(summary: Json) -> list[str]:
+    """What must be said under the table; empty when there is nothing."""
+    units, lines = summary["units"], []
+    if any(entry["clairvoyant"] for entry in summary["schemes"]):
+        lines.append("* is told the future of the link")
+    if units["invalid"]:
+        lines.append(f"{units['invalid']} of {units['seen']} units left out: the link was not what the trace says")
+    if units["incomplete"]:
+        lines.append(f"{units['incomplete']} of {units['seen']} units left out: not every scheme has run yet")
+    for entry in summary["schemes"]:
+        if entry["failed"]:
+            lines.append(f"{entry['scheme']}: {entry['failed']} sessions failed (counted as missed)")
+        if entry["policy_faults"]:
+            lines.append(
+                f"{entry['scheme']}: {entry['policy_faults']} choices replaced, the policy's could not be used"
+            )
+    return lines
+
+
+def table(summary: Json) -> Table:
+    """For a terminal; at most 100 columns unless scheme names are long."""
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
+    for heading in HEADINGS:
+        view.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
+    for row in cells(summary):
+        view.add_row(*row)
+    view.caption = "\n".join(notes(summary)) or None
+    return view
+
+
+def text(summary: Json) -> str:
+    """The same table for a pipe: aligned columns, no colour, never wrapped."""
+    lines = [list(HEADINGS), *cells(summary)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    aligned = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    ]
+    return "\n".join([line.rstrip() for line in aligned] + notes(summary))
+
+
+def _known(rows: Sequence[Row], key: str) -> list[Any]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _quantile(values: Sequence[float], q: float) -> float | None:
+    """The value that a share `q` does not exceed; None where that is a failed session, or nothing is known."""
+    ordered = sorted(values)
+    value = ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.inf
+    return value if math.isfinite(value) else None
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _percent(rate: float) -> str:
+    return f"{rate * 100:.0f} %"
+
+
+def _interval(entry: Json) -> str:
+    return f"{entry['met_low'] * 100:.0f}–{entry['met_high'] * 100:.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.0e}"
+
+
+def bytes_words(value: float | None) -> str:
+    """A size for people: `2.98 MB`."""
+    if value is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from testbed import report
+from testbed.report.style import _KNOWN, level_colours, scheme_style
+from testbed.results import Run
+from tests.testbed.made_run import make_run, manifest
+
+pytest.importorskip("seaborn", reason="figures need seaborn, from kvstream[run]")
+
+ALIASES = ("lowest", "highest")
+DARK, LIGHT = "#14181d", "#ffffff"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("run"))
+    report.write(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: Run) -> str:
+    return (run.path / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    """Ids, and every attribute that could make a browser fetch something."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.fetches: list[str] = []
+        self.labels: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"] or ""] if "id" in given else []
+        self.labels += [given["aria-label"] or ""] if "aria-label" in given else []
+        loads = {"script": "src", "img": "src", "link": "href", "iframe": "src", "image": "href"}
+        if tag in loads and given.get(loads[tag]):
+            self.fetches.append(given[loads[tag]] or "")
+
+
+def test_the_page_fetches_nothing(page: str) -> None:
+    assert [url for url in Page(page).fetches if not url.startswith("data:")] == []
+    assert "@import" not in page
+    assert not re.search(r"url\(\s*['\"]?https?:", page)
+
+
+def test_ids_are_unique_though_figures_are_inlined(page: str) -> None:
+    ids = Page(page).ids
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_is_on_disk_in_both_forms_and_described_in_the_page(run: Run, page: str) -> None:
+    for name in ("headline", "ttft", "regret", "levels", "timeline"):
+        assert (run.path / "figures" / f"{name}.png").stat().st_size > 5_000
+        assert "<svg" in (run.path / "figures" / f"{name}.svg").read_text()
+        assert f'id="figure-{name}"' in page
+    assert any("cachegen: deadline missed in 0 %" in label for label in Page(page).labels)
+
+
+def test_the_svg_in_the_page_takes_the_colour_of_its_text(page: str) -> None:
+    assert "currentColor" in page
+    assert "#262626" not in page
+
+
+def test_verdict_failures_and_invalid_units_are_told(page: str) -> None:
+    assert "meets the deadline" in page
+    assert "1 of 9 units left out" in page
+    assert "text: 1 sessions failed" in page
+    assert "p95 error 31 % over 5 %" in page
+
+
+def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, contexts=("docs",), spoil=False)
+    text = "<script>alert(1)</script>"
+    for cell in run.cells.glob("*.json"):
+        cell.write_text(cell.read_text().replace("steady,scale_mean=30Mbps", text))
+    assert text not in report.write(run).read_text()
+
+
+def test_a_run_without_sessions_has_a_page_that_says_so(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.create(manifest())
+    assert "nothing can be compared" in report.write(run).read_text()
+
+
+def test_known_schemes_look_different_and_can_be_seen_on_both_papers() -> None:
+    looks = [(style.colour, style.marker, style.dash) for name, style in _KNOWN.items() if name not in ALIASES]
+    assert len(set(looks)) == len(looks)
+    for colour in {style.colour for style in _KNOWN.values()} - {"#262626"} | set(level_colours(6)):
+        assert contrast(colour, LIGHT) >= 3, colour
+        assert contrast(colour, DARK) >= 3, colour
+
+
+def test_an_unknown_scheme_keeps_its_look_from_run_to_run() -> None:
+    row = {"scheme": "mine", "policy": "./mine.py:Mine", "depth": 2, "overlap": True}
+    assert scheme_style(row) == scheme_style(dict(row))
+    assert scheme_style(row | {"depth": 1}).hollow
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2 contrast ratio."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from testbed.errors import SpecError
+from testbed.summary import clustered_interval, mcnemar, summarise, table, text, wilson
+from tests.testbed.made_run import make_run
+
+
+def row(scheme: str, unit: int, met: bool, **other: Any) -> dict[str, Any]:
+    return {
+        "unit_id": f"{unit:03d}",
+        "scheme": scheme,
+        "policy": scheme,
+        "codec": "cachegen",
+        "clairvoyant": scheme == "oracle",
+        "model": "m",
+        "backend": "mininet",
+        "trace": f"trace-{unit % 4}",
+        "status": "ok",
+        "deadline_s": 1.0,
+        "ttft_s": 0.5 if met else 1.5,
+        "met": met,
+        "distortion": 0.01,
+        "measured_kl": 0.02,
+        "answers_right": 3,
+        "answers": 4,
+        "bytes": 1_000_000,
+        "wasted_bytes": 0,
+        "policy_faults": 0,
+        "regret": 0.0 if met else None,
+        "fidelity": {"ok": True},
+        "repeats": 0,
+    } | other
+
+
+def test_an_invalid_session_takes_its_unit_from_every_scheme() -> None:
+    rows = [row("a", 0, True), row("b", 0, True), row("a", 1, True), row("b", 1, False, status="invalid")]
+    summary = summarise(rows)
+    assert [entry["n"] for entry in summary["schemes"]] == [1, 1]
+    assert summary["units"] == {"seen": 2, "counted": 1, "invalid": 1, "incomplete": 0}
+    assert summary["invalid_units"] == ["001"]
+
+
+def test_a_unit_that_not_every_scheme_has_run_is_counted_apart() -> None:
+    summary = summarise([row("a", 0, True), row("b", 0, True), row("a", 1, True)])
+    assert [entry["n"] for entry in summary["schemes"]] == [1, 1]
+    assert summary["units"]["incomplete"] == 1
+
+
+def test_a_failed_session_is_a_missed_deadline_that_never_arrives() -> None:
+    rows = [row("a", unit, True) for unit in range(9)]
+    rows.append(row("a", 9, False, status="failed", ttft_s=None, distortion=None, answers=None, answers_right=None))
+    entry = summarise(rows)["schemes"][0]
+    assert (entry["n"], entry["failed"], entry["met"]) == (10, 1, 9)
+    assert entry["ttft_p50_s"] == 0.5
+    assert entry["ttft_p99_s"] is None
+    assert entry["distortion"] == pytest.approx(0.01)
+
+
+def test_wilson_agrees_with_its_formula() -> None:
+    n, k, z = 40, 31, 1.959963984540054
+    p = k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert wilson(k, n) == pytest.approx((centre - half, centre + half))
+    assert wilson(0, 0) == (None, None)
+
+
+def test_mcnemar_is_the_exact_sign_test_of_discordant_pairs() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(6, 0) == pytest.approx(2 * 0.5**6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from("abcd")), min_size=2, max_size=40))
+def test_the_interval_holds_the_mean_of_equal_clusters(pairs: list[tuple[float, str]]) -> None:
+    values, clusters = [value for value, _ in pairs], [cluster for _, cluster in pairs]
+    low, high = clustered_interval(values, clusters)
+    if len(set(clusters)) < 2:
+        assert (low, high) == (None, None)
+    else:
+        assert low is not None
+        assert high is not None
+        assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+
+
+def test_one_trace_gives_no_interval_and_more_units_on_it_do_not_help() -> None:
+    assert clustered_interval([0.0, 1.0] * 50, ["t"] * 100) == (None, None)
+    few = clustered_interval([0.0, 1.0, 0.2], ["a", "b", "c"])
+    many = clustered_interval([0.0, 1.0, 0.2] * 100, ["a", "b", "c"] * 100)
+    assert many == pytest.approx(few)
+
+
+def test_the_verdict_names_the_ratio_and_whether_chance_explains_it() -> None:
+    rows = [row("bold", unit, unit < 10, distortion=0.001) for unit in range(20)]
+    rows += [row("careful", unit, unit < 18, distortion=0.004) for unit in range(20)]
+    verdict = summarise(rows, baseline="bold")["verdict"]
+    assert verdict.startswith("careful meets the deadline 1.8x as often as bold (90 % against 50 % of 20 units)")
+    assert "4x its distortion" in verdict
+    assert "more than chance explains" in verdict
+
+
+def test_what_chance_explains_is_not_called_a_win() -> None:
+    rows = [row("good", unit, unit != 3, distortion=0.001) for unit in range(10)]
+    rows += [row("lowest", unit, True, distortion=0.02) for unit in range(10)]
+    verdict = summarise(rows, baseline="lowest")["verdict"]
+    assert verdict.startswith("good meets the deadline 0.9x as often as lowest")
+    assert "within what chance explains" in verdict
+
+
+def test_a_clairvoyant_scheme_never_makes_the_headline() -> None:
+    rows = [row("oracle", unit, True) for unit in range(10)] + [row("mine", unit, unit < 2) for unit in range(10)]
+    rows += [row("base", unit, unit < 1) for unit in range(10)]
+    summary = summarise(rows, baseline="base")
+    assert summary["verdict"].startswith("mine meets the deadline 2x as often as base")
+    assert "The oracle meets it in 100 %" in summary["verdict"]
+
+
+def test_simulated_and_synthetic_results_say_so() -> None:
+    rows = [row("a", unit, True, backend="simulator", model="synthetic-mistral-7b") for unit in range(3)]
+    assert summarise(rows)["verdict"].startswith("Synthetic caches, timing only: In the simulator, a meets")
+
+
+def test_nothing_to_compare_is_said() -> None:
+    assert summarise([])["verdict"].startswith("No unit")
+    assert "scheme" in text(summarise([]))
+
+
+def test_an_unknown_baseline_is_refused() -> None:
+    with pytest.raises(SpecError, match="baseline 'c' is none of the schemes; there are a"):
+        summarise([row("a", 0, True)], baseline="c")
+
+
+def test_the_table_is_at_most_100_columns_wide_and_marks_the_oracle(tmp_path: Path) -> None:
+    run = make_run(tmp_path, contexts=("docs",), spoil=False)
+    summary = summarise(run.rows(), run.manifest["schemes"])
+    lines = text(summary).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == 1 + 7 + 1
+    assert next(line for line in lines if line.startswith("oracle")).startswith("oracle *")
+
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=100).print(table(summary))
+    assert "…" not in out.getvalue()
