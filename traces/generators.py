@@ -1,7 +1,7 @@
 """Synthetic traces: plain functions from settings to a Trace.
 
 Every setting is keyword-only and SI: rates in bit/s at layer 2, times in seconds, fractions from 0 to 1. The
-annotations say which (`Rate`, `Time`, `Fraction`, `Rates`, `Weights`), so that a spec such as
+annotations say which (`Rate`, `Time`, `Fraction`, `Rates`, `Times`, `Weights`), so that a spec such as
 `uniform,low=100Mbps,high=10Gbps,hold=0.2s,seed=7` maps onto them. The same settings always give the same trace: rates
 come out as whole bit/s and random durations as whole microseconds, so that the last digit of a machine's logarithm
 does not show. A trace's provenance holds the full spec that makes it again.
@@ -25,6 +25,8 @@ from traces.units import Fraction, Rate, Time
 
 Rates = Annotated[Sequence[float], "rates"]
 """Several rates in bit/s; `2Gbps:200Mbps:1Gbps` in a spec."""
+Times = Annotated[Sequence[float], "times"]
+"""Several times in seconds; `0.3s:0.4s` in a spec."""
 Weights = Annotated[Sequence[float], "weights"]
 """Several plain numbers; `1:2:1` in a spec."""
 
@@ -94,10 +96,11 @@ def constant(*, rate: Rate = 30e6, length: Time = 60.0) -> Trace:
 
 
 @generator
-def step(*, rates: Rates = (40e6, 10e6, 25e6), hold: Time = 2.0) -> Trace:
-    """The given rates (bit/s), each for `hold` seconds; the last one stays."""
-    _at_least(0.0, hold=hold)
-    return _made(np.full(len(rates), hold), rates, end="hold")
+def step(*, rates: Rates = (40e6, 10e6, 25e6), hold: Times = (2.0,)) -> Trace:
+    """The given rates (bit/s), each for its `hold` (seconds; one for all, or one a rate); the last rate stays."""
+    if len(hold) not in (1, len(rates)):
+        raise TraceError(f"step: {len(rates)} rates and {len(hold)} holds; give one hold for all, or one a rate")
+    return _made(np.resize(np.asarray(hold, float), len(rates)), rates, end="hold")
 
 
 @generator
@@ -312,7 +315,7 @@ def paper_uniform(
 @generator
 def paper_step(*, hold: Time = 2.0) -> Trace:
     """2, then 0.2, then 1 Gbit/s: the bandwidth drop by which CacheGen (SIGCOMM 2024) explains its adaptation."""
-    return step(rates=(2e9, 0.2e9, 1e9), hold=hold)
+    return step(rates=(2e9, 0.2e9, 1e9), hold=(hold,))
 
 
 @generator

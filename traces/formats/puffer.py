@@ -7,7 +7,6 @@ kernel's estimate in *bytes* per second of payload (copies of these traces in Mb
 
 from __future__ import annotations
 
-
 from traces.errors import TraceError
 from traces.formats.base import Format, Text, choose_part, until_next
 from traces.trace import MAX_ROWS, Trace
