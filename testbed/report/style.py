@@ -17,7 +17,7 @@ INK: Final = "#262626"
 TEXT_COLOUR: Final = "#d0579b"
 """Chunks sent as text: not a level, so not on the ramp."""
 
-_RAMP: Final = ("#6a55b5", "#3a74b0", "#238a8d", "#27a070", "#66a61e", "#a98d00")
+_RAMP: Final = ("#6a55b5", "#3a74b0", "#238a8d", "#27a070", "#5f9c1c", "#a58a00")
 
 
 @dataclass(frozen=True)
