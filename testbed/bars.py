@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 from testbed.errors import SpecError
 from traces.errors import TraceError
@@ -92,3 +94,16 @@ def _measure(entry: Mapping[str, Any], metric: str, *, upward: bool) -> tuple[fl
     else:
         value = entry[f"{metric}_s" if metric.startswith("ttft") else metric]
     return value, 0.0 if value is None else value
+
+
+def write_junit(path: Path, name: str, bars: Sequence[Bar], summary: Mapping[str, Any]) -> None:
+    """The bars as JUnit XML, one test case a bar, for CI systems that show such files."""
+    suite = ElementTree.Element("testsuite", name=f"kvstream {name}", tests=str(len(bars)))
+    failures = 0
+    for bar in bars:
+        case = ElementTree.SubElement(suite, "testcase", classname=name, name=str(bar))
+        if (why := missed(bar, summary)) is not None:
+            failures += 1
+            ElementTree.SubElement(case, "failure", message=why)
+    suite.set("failures", str(failures))
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

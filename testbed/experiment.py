@@ -150,6 +150,11 @@ def from_dict(data: Mapping[str, Any]) -> Experiment:
         experiment = Experiment(**(values | {"schemes": schemes}))
     except TypeError as error:
         raise SpecError(str(error)) from None
+    return checked(experiment)
+
+
+def checked(experiment: Experiment) -> Experiment:
+    """The experiment, if it can be run. Raises SpecError otherwise."""
     _check(experiment)
     return experiment
 

@@ -1,0 +1,215 @@
+"""`kvstream run`, `simulate`, `compare`, `doctor`: measure, and say what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import MachineError, SpecError
+
+if TYPE_CHECKING:
+    from testbed.experiment import Experiment
+    from testbed.results import Run
+
+MOST_INVALID = 0.1
+"""More than this share of invalid units and the run says nothing: exit status 3."""
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = subparsers.add_parser(
+        "run",
+        help="compare schemes over emulated links (the main job without a SPEC)",
+        description="Compare schemes over emulated links, or in the simulator where links cannot be emulated.",
+    )
+    _experiment_arguments(run)
+    run.add_argument("--live", action="store_true", help="show the run in a browser while it goes on")
+    run.set_defaults(run=run_command)
+
+    simulate = subparsers.add_parser("simulate", help="the same comparison in the simulator: no root, no model")
+    _experiment_arguments(simulate)
+    simulate.set_defaults(run=simulate_command)
+
+    compare = subparsers.add_parser("compare", help="two runs on the same units, side by side")
+    compare.add_argument("runs", nargs=2, metavar="RUN", help="folders of runs; the first is the baseline")
+    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    compare.set_defaults(run=compare_command)
+
+    doctor = subparsers.add_parser("doctor", help="what this machine can do, and the line that fixes what it cannot")
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+    doctor.set_defaults(run=doctor_command)
+
+
+def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", nargs="?", metavar="SPEC.toml", help="the experiment; the main job without one")
+    parser.add_argument("--name", help="name of the run, and of its folder under runs/")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
+    parser.add_argument("--model", help="folder or name of a causal language model (default: the bundled one)")
+    parser.add_argument("--context", action="append", help="a shipped context or a JSON file; repeatable")
+    parser.add_argument("--trace", action="append", help="a name, file or generator: uniform,low=5Mbps,high=55Mbps")
+    parser.add_argument("--policy", action="append", help="a policy to add on --codec: cachegen, ./mine.py:Mine,gain=2")
+    parser.add_argument("--codec", help="the codec of all --policy schemes (default: that of the first scheme)")
+    parser.add_argument("--deadline", action="append", help="TTFT deadline, as in 800ms; repeatable")
+    parser.add_argument("--link", action="append", help="link settings: delay=20ms,loss=0.1%%,queue=50ms,cc=cubic")
+    parser.add_argument("--seed", type=int, help="seed of orders, questions and random traces")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier run")
+    parser.add_argument("--quick", action="store_true", help="one context and deadline: a look, not comparable")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and how long it takes, and stop")
+    parser.add_argument(
+        "--fail-if", action="append", default=[], metavar="BAR", help="exit 1 if it holds: 'cachegen.violations>0.1'"
+    )
+    parser.add_argument("--junit", metavar="FILE", help="write the bars as JUnit XML")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    from testbed.emulator import sandbox
+
+    if not sandbox.inside():
+        problem = sandbox.available()
+        if problem is None:
+            return sandbox.run([sys.executable, "-m", "testbed.cli", *_own_arguments()])
+        if args.spec or args.link:
+            raise MachineError(problem)
+        print(f"kvstream: no emulated link here ({problem}): this is the SIMULATOR")
+        return simulate_command(args)
+    from testbed import runner
+
+    return _carry_out(args, runner.run_emulated)
+
+
+def simulate_command(args: argparse.Namespace) -> int:
+    from testbed import simulated
+
+    return _carry_out(args, simulated.run_simulated)
+
+
+def _own_arguments() -> Sequence[str]:
+    return sys.argv[1:] or ["run"]
+
+
+def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
+    """Run what is not there yet, then summarise, report and judge."""
+    import shutil
+
+    from testbed import bars
+    from testbed.results import Run
+
+    experiment = resolve(args)
+    judged = [bars.parse(text) for text in args.fail_if]
+    folder = Path(args.runs) / experiment.name
+    if args.dry_run:
+        return _dry_run(experiment, folder)
+    if args.fresh and folder.exists():
+        Run.open(folder)
+        shutil.rmtree(folder)
+    run = Run(folder)
+    quiet = args.json
+    try:
+        run_units(experiment, run, quiet=quiet, live=getattr(args, "live", False))
+    except KeyboardInterrupt:
+        if run.cells.is_dir() and any(run.cells.glob("*.json")):
+            conclude(run, quiet=quiet)
+        raise
+    summary = conclude(run, quiet=quiet)
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    missed = [why for bar in judged if (why := bars.missed(bar, summary)) is not None]
+    for why in missed:
+        print(f"kvstream: bar missed: {why}", file=sys.stderr)
+    if args.junit:
+        bars.write_junit(Path(args.junit), experiment.name, judged, summary)
+    units = summary["units"]
+    if units["seen"] and units["invalid"] > MOST_INVALID * units["seen"]:
+        print(f"kvstream: {units['invalid']} of {units['seen']} units are invalid: the link was not what the "
+              "traces say; close what else runs on this machine and run again", file=sys.stderr)  # fmt: skip
+        return 3
+    return 1 if missed else 0
+
+
+def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
+    """Rebuild the files of a run from its cells, write summary and report, print the table."""
+    from testbed import report, summary
+    from testbed.results import write_whole
+
+    manifest = run.manifest
+    rows = run.rebuild()
+    schemes = [scheme["name"] for scheme in manifest["schemes"]]
+    result = summary.summarise(rows, schemes, manifest["experiment"]["baseline"])
+    write_whole(run.path / "summary.json", result)
+    page = report.write(run)
+    if not quiet:
+        print()
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(summary.table(result))
+        else:
+            print(summary.text(result))
+        print(f"\n{result['verdict']}\nReport: {page}")
+    return result
+
+
+def resolve(args: argparse.Namespace) -> Experiment:
+    """The experiment of a command line: the file's, or the main job's, with what the options change."""
+    from testbed import experiment as experiments
+    from traces.units import parse_time
+
+    base = experiments.load(args.spec or experiments.MAIN_JOB)
+    changes: dict[str, Any] = {}
+    for option, field in (("model", "model"), ("seed", "seed"), ("name", "name")):
+        if getattr(args, option) is not None:
+            changes[field] = getattr(args, option)
+    for option, field in (("context", "contexts"), ("trace", "traces"), ("link", "links")):
+        if getattr(args, option):
+            changes[field] = tuple(getattr(args, option))
+    if args.deadline:
+        changes["deadlines_s"] = tuple(parse_time(text) for text in args.deadline)
+    if args.policy:
+        codec = args.codec or base.schemes[0].codec
+        changes["schemes"] = tuple(experiments.Scheme(policy, codec) for policy in args.policy)
+        changes["baseline"] = ""
+    elif args.codec:
+        raise SpecError("--codec goes with --policy; say which policies use it")
+    if changes and "name" not in changes:
+        changes["name"] = f"{base.name}-custom"
+    chosen = experiments.checked(replace(base, **changes))
+    return chosen.quick() if args.quick else chosen
+
+
+def _dry_run(experiment: Experiment, folder: Path) -> int:
+    units = experiment.units()
+    sessions = len(units) * len(experiment.schemes)
+    seconds = sum(unit.deadline_s + 0.7 for unit in units) * len(experiment.schemes)
+    print(f"{experiment.name}: {len(units)} units x {len(experiment.schemes)} schemes = {sessions} sessions, "
+          f"about {max(1, round(seconds / 60))} min over emulated links, into {folder}")  # fmt: skip
+    for scheme in experiment.schemes:
+        print(f"  scheme {scheme.name}: policy {scheme.policy}, codec {scheme.codec}, depth {scheme.depth}")
+    for unit in units:
+        print(f"  unit {unit.unit_id}: {unit.context} over {unit.trace}, deadline {unit.deadline_s:g} s")
+    return 0
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    from testbed import comparison
+
+    result = comparison.compare(*args.runs)
+    print(json.dumps(result, indent=1) if args.json else comparison.text(result))
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from testbed import doctor
+
+    checks = doctor.probe()
+    if args.json:
+        print(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        doctor.show(checks)
+    return doctor.status(checks)

@@ -1,0 +1,60 @@
+"""`kvstream compare`: the schemes of two runs on the same units, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from testbed import summary
+from testbed.errors import SpecError
+from testbed.results import Run
+
+_FACTS = ("context", "trace", "offset_s", "deadline_s", "link", "seed", "model", "backend")
+
+
+def compare(before: str, after: str) -> dict[str, Any]:
+    """A summary over both runs; schemes are called `scheme@run`, the baseline is the first run's.
+
+    Raises SpecError where the runs' units differ: numbers from different situations are not comparable.
+    """
+    runs = [Run.open(before), Run.open(after)]
+    labels = [run.path.resolve().name for run in runs]
+    if labels[0] == labels[1]:
+        labels = ["before", "after"]
+    rows = [run.rebuild() for run in runs]
+    units = [{row["unit_id"]: tuple(row[fact] for fact in _FACTS) for row in part} for part in rows]
+    _same(units[0], units[1], before, after)
+    combined = [
+        row | {"scheme": f"{row['scheme']}@{label}"} for part, label in zip(rows, labels, strict=True) for row in part
+    ]
+    baseline = f"{runs[0].manifest['experiment']['baseline'] or rows[0][0]['scheme']}@{labels[0]}"
+    return summary.summarise(combined, baseline=baseline)
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The table, the paired differences to the baseline, and one line in words."""
+    lines = [summary.text(dict(result)), ""]
+    for entry in result["schemes"]:
+        versus = entry["versus"]
+        if versus is None or versus["met"] is None:
+            continue
+        words = f"{entry['scheme']} - {result['baseline']}: deadlines met {versus['met'] * 100:+.1f} points"
+        if versus["met_low"] is not None:
+            words += f" [{versus['met_low'] * 100:+.1f}, {versus['met_high'] * 100:+.1f}]"
+        if versus["distortion"] is not None:
+            words += f", distortion {versus['distortion']:+.2g} nats"
+        if versus["distortion_low"] is not None:
+            words += f" [{versus['distortion_low']:+.2g}, {versus['distortion_high']:+.2g}]"
+        lines.append(f"{words} over {versus['n']} units")
+    return "\n".join([*lines, "", str(result["verdict"])])
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], before: str, after: str) -> None:
+    if not one or not other:
+        raise SpecError(f"{before if not one else after}: no session has finished there; nothing can be compared")
+    differing = sorted(unit for unit in {*one, *other} if one.get(unit) != other.get(unit))
+    if differing:
+        raise SpecError(
+            f"{before} and {after} differ in {len(differing)} units (such as {differing[0]}); "
+            "compare runs of the same contexts, traces, offsets, deadlines, links, seeds, model and backend"
+        )
