@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -36,7 +36,7 @@ class Kernels:
 def compiled() -> Kernels:
     """Every kernel, compiled or loaded from the cache."""
 
-    def array(dtype: types.Type, ndim: int, layout: str = "C", *, readonly: bool = True) -> types.Array:
+    def array(dtype: types.Type, ndim: int, layout: Literal["C", "A"] = "C", *, readonly: bool = True) -> Any:
         return types.Array(dtype, ndim, layout, readonly=readonly)
 
     def decode(out: types.Type) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ def compiled() -> Kernels:
         return _compile(
             _decode_columns,
             types.int64(
-                array(types.uint8, 1),
+                array(types.uint16, 1),
                 array(types.int64, 1),
                 array(types.uint16, 1),
                 array(types.uint16, 2),
@@ -59,7 +59,12 @@ def compiled() -> Kernels:
                 array(f32, 1),
                 array(f32, 2),
                 types.int64,
-                array(out, 3, "A", readonly=False),
+                types.boolean,
+                array(out, 1, readonly=False),
+                types.int64,
+                types.int64,
+                types.int64,
+                types.int64,
             ),
         )
 
@@ -84,7 +89,6 @@ def compiled() -> Kernels:
                 array(types.uint16, 1),
                 array(types.uint8, 1),
                 array(types.uint8, 1),
-                types.int64,
                 array(types.int64, 1, readonly=False),
             ),
         ),
@@ -149,46 +153,45 @@ def _encode_columns(symbols, table_of_column, frequencies, starts, words, length
 
 
 def _decode_columns(
-    data, offsets, table_of_column, frequencies, packed, shared, low, high, first, last,
-    values, scale, offset, token_scale, kind, out,
+    words, offsets, table_of_column, frequencies, packed, shared, low, high, first, last,
+    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride,
 ):  # fmt: skip
-    """Decode columns low to high, tokens first to last, into `out` [B, T, W]; returns a damaged column or -1.
+    """Decode columns low to high, tokens first to last; returns a damaged column or -1.
 
-    `offsets` are the segment's. Lanes without a column decode an empty stream into a part of the tile nobody reads.
+    `offsets` are the segment's. Column c, token t goes to element (c // width) * block_stride + t * token_stride +
+    (c % width) * lane_stride of `out`. `linear` says that `values` is one row of equal steps of 1. Lanes without a
+    column decode an empty stream into a part of the tile nobody reads.
     """
     columns = table_of_column.shape[0]
     n_symbols = frequencies.shape[1]
-    width = out.shape[2]
     columns_a_group = columns // token_scale.shape[0]
     x = np.empty(_LANES, np.uint32)
-    at = np.empty(_LANES, np.int64)
-    end = np.empty(_LANES, np.int64)
+    at = np.empty(_LANES, np.uint64)
+    end = np.empty(_LANES, np.uint64)
     row = np.empty(_LANES, np.int64)
-    block = np.empty(_LANES, np.int64)
-    place = np.empty(_LANES, np.int64)
-    group = np.empty(_LANES, np.int64)
     tile = np.empty((_TILE, _LANES), np.uint8)
     level = np.empty((_LANES, 256), np.float32)
+    slope = np.empty(_LANES, np.float32)
+    shift = np.empty(_LANES, np.float32)
     own = np.empty((1 if shared else _LANES, 1024), np.uint32)
     table = packed if shared else own
-    for base in range(low, high, _LANES):
-        lanes = min(_LANES, high - base)
+    base = low
+    while base < high:
+        block, place, group = base // width, base % width, base // columns_a_group
+        # All lanes of a tile lie in one block of `out` and one group of `token_scale`.
+        lanes = min(_LANES, high - base, width - place, (group + 1) * columns_a_group - base)
         for lane in range(_LANES):
             if lane >= lanes:
-                x[lane], at[lane], end[lane], row[lane] = uint32(0), int64(0), int64(0), int64(0)
+                x[lane], at[lane], end[lane], row[lane] = uint32(0), uint64(0), uint64(0), int64(0)
                 continue
             c = base + lane
             k = table_of_column[c]
-            start, stop = offsets[c], offsets[c + 1]
+            start, stop = uint64(offsets[c]), uint64(offsets[c + 1])
             state = uint32(0)
-            if stop - start >= 2:
-                state = uint32(data[start]) | (uint32(data[start + 1]) << uint32(8))
-                start += 2
-            if stop - start >= 2:
-                state = uint32(state << uint32(16)) | uint32(data[start]) | (uint32(data[start + 1]) << uint32(8))
-                start += 2
+            for _ in range(min(2, offsets[c + 1] - offsets[c])):
+                state = uint32(state << uint32(16)) | uint32(words[start])
+                start += uint64(1)
             x[lane], at[lane], end[lane] = state, start, stop
-            block[lane], place[lane], group[lane] = c // width, c % width, c // columns_a_group
             row[lane] = k if shared else lane
             if not shared:
                 slot = 0
@@ -198,7 +201,10 @@ def _decode_columns(
                     for i in range(f):
                         own[lane, slot + i] = entry + (uint32(i) << uint32(20))
                     slot += f
-            if kind > 0:
+            slope[lane], shift[lane] = scale[c], offset[c]
+            if linear:
+                level[lane, 0] = values[0, 0]
+            elif kind > 0:
                 v = k if values.shape[0] > 1 else 0
                 for s in range(n_symbols):
                     level[lane, s] = values[v, s] * scale[c] + offset[c]
@@ -213,41 +219,60 @@ def _decode_columns(
                 for t in range(n):
                     e0, e1 = table0[x0 & uint32(1023)], table1[x1 & uint32(1023)]
                     e2, e3 = table2[x2 & uint32(1023)], table3[x3 & uint32(1023)]
-                    x0, at0 = _step(data, x0, at0, end0, e0)
-                    x1, at1 = _step(data, x1, at1, end1, e1)
-                    x2, at2 = _step(data, x2, at2, end2, e2)
-                    x3, at3 = _step(data, x3, at3, end3, e3)
+                    x0, at0 = _step(words, x0, at0, end0, e0)
+                    x1, at1 = _step(words, x1, at1, end1, e1)
+                    x2, at2 = _step(words, x2, at2, end2, e2)
+                    x3, at3 = _step(words, x3, at3, end3, e3)
                     tile[t, lane], tile[t, lane + 1] = uint8(e0), uint8(e1)
                     tile[t, lane + 2], tile[t, lane + 3] = uint8(e2), uint8(e3)
                 x[lane], x[lane + 1], x[lane + 2], x[lane + 3] = x0, x1, x2, x3
                 at[lane], at[lane + 1], at[lane + 2], at[lane + 3] = at0, at1, at2, at3
-            for t in range(n):
-                for lane in range(lanes):
-                    s = tile[t, lane]
-                    if kind == 0:
-                        out[block[lane], t0 + t, place[lane]] = s
-                    else:
-                        y = level[lane, s] * token_scale[group[lane], t0 + t]
-                        if kind == 1:
-                            out[block[lane], t0 + t, place[lane]] = y
-                        elif kind == 2:
-                            out[block[lane], t0 + t, place[lane]] = _float16_bits(y)
-                        else:
-                            out[block[lane], t0 + t, place[lane]] = _bfloat16_bits(y)
+            corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
+            factors = token_scale[group, t0 : t0 + n]
+            if lanes == _LANES and lane_stride == 1:
+                # Constants, so that this common case becomes vector instructions.
+                _emit(kind, linear, tile, level, slope, shift, factors, out, corner, token_stride, 1, _LANES)
+            else:
+                _emit(kind, linear, tile, level, slope, shift, factors, out, corner, token_stride, lane_stride, lanes)
         for lane in range(lanes):
             if x[lane] != uint32(0) or at[lane] != end[lane]:
                 return base + lane
+        base += lanes
     return -1
 
 
 @numba.njit(inline="always")
-def _step(data, x, at, end, entry):
+def _step(words, x, at, end, entry):
     """One symbol: the state without it, with a word pulled in if it fell below 2^16 and the stream has one."""
     x = uint32(((entry >> uint32(8)) & uint32(2047)) * (x >> uint32(10))) + uint32(entry >> uint32(20))
-    # The section ends with a word of padding, so this read is inside it even when the stream is at its end.
-    word = uint32(data[at]) | (uint32(data[at + 1]) << uint32(8))
     need = (x < uint32(65536)) & (at < end)
-    return (uint32(x << uint32(16)) | word if need else x), at + (int64(2) if need else int64(0))
+    # A word of padding follows the last stream, so this read is inside even when the stream is at its end.
+    pulled = uint32(x << uint32(16)) | uint32(words[at])
+    return (pulled if need else x), at + uint64(need)
+
+
+@numba.njit(inline="always")
+def _emit(kind, linear, tile, level, slope, shift, factors, out, corner, token_stride, lane_stride, lanes):
+    """Write one tile, symbols (kind 0) or reconstructed values, to `out` from element `corner` on."""
+    for t in range(uint64(factors.shape[0])):
+        at = corner + t * uint64(token_stride)
+        factor = factors[t]
+        for i in range(uint64(lanes)):
+            s = tile[t, i]
+            to = at + i * uint64(lane_stride)
+            if kind == 0:
+                out[to] = s
+            else:
+                if linear:
+                    y = ((np.float32(s) + level[0, 0]) * slope[i] + shift[i]) * factor
+                else:
+                    y = level[i, s] * factor
+                if kind == 1:
+                    out[to] = y
+                elif kind == 2:
+                    out[to] = _float16_bits(y)
+                else:
+                    out[to] = _bfloat16_bits(y)
 
 
 @numba.njit(inline="always")
@@ -275,10 +300,10 @@ def _bfloat16_bits(y):
     return (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
 
 
-def _unpack_lengths(shortest, widths, deltas, words_at, offsets):
-    """Byte offsets of all streams; returns the last. Widths are at most 16 and `deltas` holds 4 bytes for each."""
+def _unpack_lengths(shortest, widths, deltas, offsets):
+    """First words of all streams; returns the last stream's end. `deltas` holds 4 bytes a width, widths are <= 16."""
     n = offsets.shape[0] - 1
-    at = int64(words_at)
+    at = int64(0)
     first_bit = int64(0)
     for group in range(widths.shape[0]):
         width = int64(widths[group])
@@ -293,7 +318,7 @@ def _unpack_lengths(shortest, widths, deltas, words_at, offsets):
                     if byte < deltas.shape[0]:
                         delta |= uint32(deltas[byte]) << uint32(8 * j)
                 delta = (delta >> uint32(bit & 7)) & mask
-            at += 2 * (int64(shortest[group]) + int64(delta))
+            at += int64(shortest[group]) + int64(delta)
         first_bit += 32 * width
     offsets[n] = at
     return at

@@ -57,10 +57,10 @@ _KIND = {"uint8": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 class Streams:
     """A checked section: where each stream's words lie. Nothing in it exceeds the bytes that came."""
 
-    data: NDArray[np.uint8]
-    """The whole section."""
+    words: NDArray[np.uint16]
+    """The words of all streams and one of padding."""
     offsets: NDArray[np.int64]
-    """int64 `[N + 1]`: byte offset of each stream in `data`, then of the end."""
+    """int64 `[N + 1]`: each stream's first word, then the end of the last."""
     columns: int
     tokens: int
     segment_tokens: int
@@ -129,25 +129,24 @@ def decode(
         out = np.empty((columns, tokens), np.uint8)
     elif out.shape != (columns, tokens) or out.dtype != np.uint8 or not out.flags.writeable:
         raise CodecError(f"out must be writable uint8 {(columns, tokens)}, not {out.dtype} {out.shape}")
-    unit = _Affine(np.zeros((1, 1), np.float32), np.ones(1, np.float32), np.zeros(1, np.float32),
-                   np.ones((1, 1), np.float32))  # fmt: skip
+    unit = _affine(None, None, None, None, tables, columns, tokens)
     _decode(streams, rows, tables, out.T[None], "uint8", unit, threads)
     return out
 
 
 def decode_dequantised(
     data: bytes | bytearray | memoryview | NDArray[np.uint8], table_of_column: NDArray[Any], tables: Tables,
-    columns: int, tokens: int, out: NDArray[Any], *, values: NDArray[np.float32],
+    columns: int, tokens: int, out: NDArray[Any], *, values: NDArray[np.float32] | None = None,
     scale: NDArray[np.float32] | None = None, offset: NDArray[np.float32] | None = None,
     token_scale: NDArray[np.float32] | None = None, dtype: str | None = None, threads: int | None = None,
 ) -> NDArray[Any]:  # fmt: skip
     """Decode and reconstruct in one pass: `(values[k, symbol] * scale[c] + offset[c]) * token_scale[g, t]`.
 
     `out` is `[T, C]` or `[B, T, W]` with B * W = C and any strides, column c = b * W + w; k is the column's table (0 if
-    `values` has one row). `values` is float32 `[K, S]` or `[1, S]`; `scale` and `offset` are float32 `[C]` (default 1
-    and 0), `token_scale` float32 `[G, T]` where group g is c // (C / G) (default 1). All arithmetic is float32, rounded
-    once into `out`: float32, float16, or uint16 holding the bits of `dtype` ("float16" or "bfloat16"). Raises
-    CodecError as `decode` does.
+    `values` has one row). `values` is float32 `[K, S]` or `[1, S]` (default: the symbol itself); `scale` and `offset`
+    are float32 `[C]` (default 1 and 0), `token_scale` float32 `[G, T]` where group g is c // (C / G) (default 1). All
+    arithmetic is float32, rounded once into `out`: float32, float16, or uint16 holding the bits of `dtype` ("float16"
+    or "bfloat16"). Raises CodecError as `decode` does.
     """
     rows = _rows(table_of_column, tables, columns)
     streams = parse(data, columns, tokens)
@@ -191,10 +190,12 @@ def parse(data: bytes | bytearray | memoryview | NDArray[np.uint8], columns: int
     ):
         raise CodecError(f"rANS section has {len(view)} bytes, its header says otherwise; fetch the chunk again")
     offsets = np.empty(n + 1, np.int64)
-    end = _kernels().unpack_lengths(shortest.astype(np.uint16), widths, view[deltas_at:words_at], words_at, offsets)
-    if end != words_at + 2 * words:
+    if _kernels().unpack_lengths(shortest.astype(np.uint16), widths, view[deltas_at:words_at], offsets) != words:
         raise CodecError("rANS section's stream lengths do not add up; fetch the chunk again")
-    return Streams(view, offsets, columns, tokens, segment_tokens)
+    # Compiled code wants aligned words; the copy of a section that lies at an odd address is small beside decoding.
+    return Streams(
+        np.require(view[words_at:].view("<u2"), requirements=["A", "C"]), offsets, columns, tokens, segment_tokens
+    )
 
 
 def warm_up() -> None:
@@ -215,6 +216,8 @@ class _Affine:
     scale: NDArray[np.float32]
     offset: NDArray[np.float32]
     token_scale: NDArray[np.float32]
+    linear: bool
+    """`values` is one row v, v + 1, v + 2, ...: reconstruction then needs no table."""
 
 
 def _decode(
@@ -228,13 +231,14 @@ def _decode(
     shared = tables.count <= MAX_SHARED_TABLES
     packed = tables.packed if shared else np.empty((1, 1), np.uint32)
     columns, tokens = streams.columns, streams.tokens
+    flat, strides = _flatten(out)
 
     def work(job: tuple[int, int, int]) -> int:
         segment, low, high = job
         first = segment * streams.segment_tokens
         return int(
             decode_columns(
-                streams.data,
+                streams.words,
                 streams.offsets[segment * columns : (segment + 1) * columns + 1],
                 rows,
                 tables.frequencies,
@@ -249,7 +253,10 @@ def _decode(
                 affine.offset,
                 affine.token_scale,
                 _KIND[kind],
-                out,
+                affine.linear,
+                flat,
+                out.shape[2],
+                *strides,
             )
         )
 
@@ -267,10 +274,11 @@ def _decode(
 
 
 def _affine(
-    values: NDArray[np.float32], scale: NDArray[np.float32] | None, offset: NDArray[np.float32] | None,
+    values: NDArray[np.float32] | None, scale: NDArray[np.float32] | None, offset: NDArray[np.float32] | None,
     token_scale: NDArray[np.float32] | None, tables: Tables, columns: int, tokens: int,
 ) -> _Affine:  # fmt: skip
-    values = np.ascontiguousarray(values, np.float32)
+    steps = np.arange(tables.symbols, dtype=np.float32)
+    values = steps[None] if values is None else np.ascontiguousarray(values, np.float32)
     if values.ndim != 2 or values.shape[0] not in (1, tables.count) or values.shape[1] != tables.symbols:
         raise CodecError(f"values must be [{tables.count} or 1, {tables.symbols}], not {values.shape}")
     scale = np.ones(columns, np.float32) if scale is None else np.ascontiguousarray(scale, np.float32)
@@ -282,7 +290,17 @@ def _affine(
     token_scale = np.ascontiguousarray(token_scale, np.float32)
     if token_scale.ndim != 2 or token_scale.shape[1] != tokens or columns % max(token_scale.shape[0], 1):
         raise CodecError(f"token_scale {token_scale.shape} must be [groups, {tokens}], groups dividing {columns}")
-    return _Affine(values, scale, offset, token_scale)
+    linear = len(values) == 1 and bool((values[0] == values[0, 0] + steps).all())
+    return _Affine(values, scale, offset, token_scale, linear)
+
+
+def _flatten(out: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """The memory that an array spans as one dimension, and the array's strides in elements."""
+    strides = tuple(stride // out.itemsize for stride in out.strides)
+    if min(out.strides) < 0 or any(stride % out.itemsize for stride in out.strides) or not out.flags.aligned:
+        raise CodecError(f"out has strides {out.strides}: they must be non-negative multiples of its element size")
+    span = 1 + sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True))
+    return np.lib.stride_tricks.as_strided(out, (span,), (out.itemsize,)), strides
 
 
 def _rows(table_of_column: NDArray[Any], tables: Tables, columns: int) -> NDArray[np.uint16]:
