@@ -1,12 +1,12 @@
 """CacheGen's encoder as the paper describes it (SIGCOMM 2024, section 5.2).
 
 Tokens of a chunk form groups of ten. The first of a group, the anchor, is quantised to 8 bits; each of the other nine
-is coded as its difference to the *dequantised* anchor. The bin that differences are rounded to grows with depth: 0.5, 1 and
-1.5 for the first, middle and last third of the layers at scale 1, and a level is a scale. Symbols are entropy coded
+is coded as its difference to the *dequantised* anchor. The bin that differences are rounded to grows with depth: 0.5, 1
+and 1.5 for the first, middle and last third of the layers at scale 1, and a level is a scale. Symbols are entropy coded
 with one distribution per (layer, K or V, channel), profiled offline, anchors and differences apart.
 
-What the paper leaves open is settled here. Vectors are a token's H * D channels of one layer, keys or values. An anchor's
-step is its vector's largest magnitude / 127. A difference's step is `bin * m / 16`, where m is the largest magnitude of
+What the paper leaves open is settled here. Vectors are a token's H * D channels of one layer, keys or values. An
+anchor's step is its vector's largest magnitude / 127. A difference's step is `bin * m / 16`, where m is the largest magnitude of
 the token's difference vector: bins are in sixteenths of it, so bin 1 gives 33 symbols, about the 32 of the public code.
 Scales are kept in the dtype of the cache. Because every step follows its vector, no symbol can leave the profiled
 alphabet and none needs an escape.
@@ -15,7 +15,6 @@ alphabet and none needs an escape.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ class CacheGen(Codec):
 
     codec_id = "cachegen"
     needs_profile = True
-    levels: ClassVar = tuple(Level(f"bins x{scale:g}", {"scale": scale}) for scale in SCALES)
+    levels = tuple(Level(f"bins x{scale:g}", {"scale": scale}) for scale in SCALES)
 
     def __init__(self, *, profile: Profile | None = None, coder: str = "rans") -> None:
         super().__init__(profile=profile)
@@ -140,8 +139,8 @@ def largest_half(scale: float) -> int:
 def symbols_of(kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scales and symbols of `kv` `[L, 2, T, H, D]`.
 
-    Returns anchor scales `[L, 2, A]`, anchor symbols uint8 `[L, 2, A, C]`, difference scales `[L, 2, T - A]` and symbols
-    `[L, 2, T - A, C]`, C = H * D.
+    Returns anchor scales `[L, 2, A]`, anchor symbols uint8 `[L, 2, A, C]`, difference scales `[L, 2, T - A]` and
+    difference symbols `[L, 2, T - A, C]`, C = H * D.
     """
     rows = kv.flatten(3)
     tokens = rows.shape[2]
@@ -172,8 +171,8 @@ def columns_first(symbols: Tensor) -> NDArray[np.uint8]:
 def fit(kv_samples: Iterable[Tensor]) -> Profile:
     """Profile the symbol distributions of a model from KV caches `[L, 2, T, H, D]` of its contexts.
 
-    A few tens of thousands of tokens suffice. Every column's histogram is smoothed with that of its layer, so that a symbol
-    that a column did not show is still coded.
+    A few tens of thousands of tokens suffice. Every column's histogram is smoothed with that of its layer, so that a
+    symbol that a column did not show is still coded.
     """
     anchor_counts: NDArray[np.int64] | None = None
     delta_counts: list[NDArray[np.int64]] = []
@@ -211,7 +210,7 @@ def fit(kv_samples: Iterable[Tensor]) -> Profile:
 
 
 def smooth_tables(counts: NDArray[np.int64], blocks: int) -> NDArray[np.uint16]:
-    """Frequencies `[C, S]` that sum to 1,024, none of them 0, from histograms `[C, S]` of `blocks` equal blocks of columns.
+    """Frequencies `[C, S]` that sum to 1,024, none of them 0, from histograms `[C, S]` of equal `blocks` of columns.
 
     The distribution of the block counts as `PRIOR_SYMBOLS` further symbols of each column. Every symbol gets one slot,
     the others are shared out in proportion, by largest remainder.

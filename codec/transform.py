@@ -19,8 +19,8 @@ class Rope:
     """Rotary position embedding of a model's keys.
 
     `inv_freq` is float32 `[L, R / 2]`: the angle (radians) by which each position turns each pair of layer l; R <= D is
-    the number of rotary dimensions, the first of a head (partial rotary embedding). Pair i is dimensions (i, i + R/2), or
-    (2i, 2i + 1) where `interleaved`. Scaled variants (linear, Llama 3, YaRN) are frequencies like any others; a factor
+    the number of rotary dimensions, the first of a head (partial rotary embedding). Pair i is dimensions (i, i + R/2),
+    or (2i, 2i + 1) where `interleaved`. Scaled variants (linear, Llama 3, YaRN) are frequencies like any others; a factor
     on the rotated keys, as YaRN has, needs no undoing.
     """
 
@@ -50,7 +50,9 @@ class Rope:
         return keys
 
 
-def analyse(kv: Tensor, layer: int, side: int, mean: Tensor, inverse: Tensor, rope: Rope | None, positions: range) -> Tensor:
+def analyse(
+    kv: Tensor, layer: int, side: int, mean: Tensor, inverse: Tensor, rope: Rope | None, positions: range
+) -> Tensor:
     """Coefficients `[H, D, T]` (float32) of one layer's keys (`side` 0) or values (1) of `kv` `[L, 2, T, H, D]`.
 
     `mean` is `[H, D]`, `inverse` `[H, D, D]` maps a value to its coefficients: `c = inverse @ (x - mean)`.

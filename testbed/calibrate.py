@@ -1,16 +1,21 @@
-"""What is measured once per model by running it: codec profiles, and the distortion of every level.
+"""Running a model to calibrate codecs for it, and to measure what their levels cost.
 
-Profiles are fitted on the contexts under `contexts/calibration`, distortion is measured on those under
-`contexts/heldout`: texts that share nothing. Both are cached by model and codec.
+A profile is fitted on text of `calibration/fit.txt.xz`, a level's distortion is measured on text of `check.txt.xz`; the
+two share no document. Both are mixed with key-value lines and followed by questions about them, because what a
+cache needs to recall a number is not what it needs to continue a text. Results are kept in the cache directory and
+found again by model, codec and settings.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,116 +23,125 @@ from torch import Tensor
 from codec import registry
 from codec.api import Codec
 from codec.profile import Profile
-from testbed import workload
-from testbed.llm import KVCache, Model, Question, calculate_kv, mean_kl, score
+from testbed.errors import SpecError
+from testbed.llm import Model, calculate_kv, mean_kl
 from testbed.machine import cache_dir
 from testbed.plugs import codec_spec
+from testbed.workload import make_context
 
-CALIBRATION = workload.BUNDLED_CONTEXTS / "calibration"
-HELD_OUT = workload.BUNDLED_CONTEXTS / "heldout"
-FORMAT = 1
-"""Counts changes of what is measured, so that old caches are left alone."""
-
-SCORED_TOKENS = 256
-"""The last tokens of a held-out context are not encoded: they are the text that distortion is measured on."""
+if TYPE_CHECKING:
+    pass
 
 Say = Callable[[str], None]
+TEXTS = Path(__file__).parent / "calibration"
+FORMAT = 1
+"""Counts changes of what is calibrated or measured here, so that old results are left alone."""
+FIT_SAMPLES, CHECK_SAMPLES = 24, 8
+CONTEXT_TOKENS, SUFFIX_TOKENS = 1_536, 256
+TOKENS_A_LINE = 112
+"""One key-value line for so many tokens of context."""
+ASKED = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context, and what follows it: some more text, then questions with their answers."""
+
+    context_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
 
 
 def make_codec(text: str, model: Model, say: Say = lambda line: None) -> Codec:
-    """The codec of a spec, with this model's profile if it needs one."""
+    """The codec of a spec such as `cachegen,coder=ac`, calibrated for the model where it needs that."""
     name, settings = codec_spec(text)
-    needs = registry.codec_class(name).needs_profile
-    return registry.make(name, settings, profile_for(model, name, say) if needs else None)
+    profile = profile_of(name, model, say) if registry.codec_class(name).needs_profile else None
+    return registry.make(name, settings, profile)
 
 
-def profile_for(model: Model, codec: str, say: Say = lambda line: None) -> Profile:
-    """This model's profile for a codec: from the cache, else fitted now."""
-    file = cache_dir() / "profiles" / f"v{FORMAT}-{model.fingerprint[:16]}-{codec}.safetensors"
-    if not file.is_file():
-        say(f"calibrating {codec} for {model.name}")
-        _write(file, fit(model, codec).to_bytes())
-    return Profile.load(file)
+def profile_of(codec_name: str, model: Model, say: Say = lambda line: None) -> Profile:
+    """The model's profile for a codec: the one that was calibrated before, or a new one."""
+    path = cache_dir() / "profiles" / f"v{FORMAT}-{codec_name}-{model.fingerprint[:16]}.safetensors"
+    if path.is_file():
+        return Profile.load(path)
+    say(f"calibrating {codec_name} for {model.name}: {FIT_SAMPLES} contexts of {CONTEXT_TOKENS} tokens")
+    profile = calibrate(codec_name, model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{hashlib.sha256(profile.to_bytes()).hexdigest()[:8]}.new")
+    fresh.write_bytes(profile.to_bytes())
+    fresh.replace(path)
+    return profile
 
 
-def fit(model: Model, codec: str) -> Profile:
-    """Fit a codec's profile on the calibration contexts."""
-    from codec import cachegen
+def calibrate(codec_name: str, model: Model) -> Profile:
+    """Fit a codec's profile to a model. Raises SpecError for a codec that has none."""
+    if codec_name == "cachegen":
+        from codec import cachegen
 
-    fitters = {"cachegen": cachegen.fit}
-    return fitters[codec](caches(model))
-
-
-def caches(model: Model) -> Iterator[Tensor]:
-    """The exact caches `[L, 2, T, H, D]` of the calibration contexts."""
-    for context in workload.load_contexts(CALIBRATION):
-        yield calculate_kv(model, model.encode(context.text.decode())[: model.positions])
+        return cachegen.fit(calculate_kv(model, sample.context_ids) for sample in samples(model, "fit", FIT_SAMPLES))
+    raise SpecError(f"codec {codec_name} needs no calibration")
 
 
-def distortions(model: Model, codec: Codec, chunk_tokens: int, say: Say = lambda line: None) -> list[float]:
-    """Mean KL (nats) of every level against the exact cache, over held-out text and questions in equal parts."""
-    facts = json.dumps([FORMAT, model.fingerprint, codec.get_config(), chunk_tokens], sort_keys=True)
-    file = cache_dir() / "distortions" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
-    if not file.is_file():
-        say(f"measuring the distortion of {len(codec.levels)} levels of {codec.codec_id}")
-        measured = [measure(model, codec, level, chunk_tokens) for level in range(len(codec.levels))]
-        # finite samples can put two near-lossless levels the wrong way round; the ladder must fall
-        ladder = [max(measured[level:]) for level in range(len(measured))]
-        _write(file, json.dumps(ladder).encode())
-    return [float(value) for value in json.loads(file.read_text())]
+def distortions(
+    model: Model, codec: Codec, chunk_tokens: int, say: Say = lambda line: None
+) -> tuple[float, ...]:
+    """Each level's mean KL divergence (nats) of the next-token distribution from that of the exact cache.
+
+    Contexts are coded in chunks of `chunk_tokens`, all at the same level, and the tokens after them are scored.
+    """
+    facts = json.dumps([FORMAT, codec.get_config(), model.fingerprint, chunk_tokens, CHECK_SAMPLES], sort_keys=True)
+    path = cache_dir() / "distortions" / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
+    if path.is_file():
+        return tuple(json.loads(path.read_text()))
+    say(f"measuring the distortion of {codec.codec_id}: {len(codec.levels)} levels on {CHECK_SAMPLES} contexts")
+    total = [0.0] * len(codec.levels)
+    for sample in samples(model, "check", CHECK_SAMPLES):
+        exact = calculate_kv(model, sample.context_ids)
+        wanted = log_probs(model, exact, sample.suffix_ids)
+        for level in range(len(codec.levels)):
+            coded = round_trip(codec, exact, level, chunk_tokens)
+            total[level] += max(0.0, mean_kl(wanted, log_probs(model, coded, sample.suffix_ids))) / CHECK_SAMPLES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(total))
+    return tuple(total)
 
 
-def measure(model: Model, codec: Codec, level: int, chunk_tokens: int) -> float:
-    """Mean KL (nats) of one level over the held-out contexts."""
-    total = 0.0
-    samples = _held_out(model)
-    for sample in samples:
-        for start in range(0, sample.coded, chunk_tokens):
-            span = range(start, min(start + chunk_tokens, sample.coded))
-            data = codec.encode(sample.exact[:, :, span.start : span.stop], level, positions=span)
-            codec.decode(data, sample.cache.view(span.start, span.stop))
-        sample.cache.length = sample.coded
-        total += sample.kl(model)
-    return total / len(samples)
+def round_trip(codec: Codec, kv: Tensor, level: int, chunk_tokens: int) -> Tensor:
+    """The cache `[L, 2, T, H, D]` as a receiver gets it when every chunk comes at one level."""
+    coded = torch.empty_like(kv)
+    for start in range(0, kv.shape[2], chunk_tokens):
+        part = kv[:, :, start : start + chunk_tokens]
+        data = codec.encode(part, level, positions=range(start, start + part.shape[2]))
+        codec.decode(data, coded[:, :, start : start + chunk_tokens])
+    return coded
 
 
-class _Sample:
-    """A held-out context: what is coded, what is scored, and the exact answers to compare with."""
-
-    def __init__(self, model: Model, context: workload.Context) -> None:
-        tokens = model.encode(context.text.decode())[: model.positions - SCORED_TOKENS]
-        self.coded = len(tokens) - SCORED_TOKENS
-        self._text = tokens[self.coded :]
-        coded_text = context.text.decode()
-        self._questions = [
-            Question(tuple(model.encode(q.prompt.decode())), tuple(model.encode(q.answer.decode())))
-            for q in context.questions
-            if len(model.encode(coded_text[: coded_text.index((q.prompt + q.answer).decode())])) < self.coded - 64
-        ]
-        self.exact = calculate_kv(model, tokens[: self.coded])
-        self.cache: KVCache = model.new_cache(self.coded + SCORED_TOKENS)
-        self.cache.length = self.coded
-        self.cache.view().copy_(self.exact)
-        self._exact_text, self._exact_answers = self._score(model)
-
-    def kl(self, model: Model) -> float:
-        text, answers = self._score(model)
-        return (mean_kl(self._exact_text, text) + mean_kl(self._exact_answers, answers)) / 2
-
-    def _score(self, model: Model) -> tuple[Tensor, Tensor]:
-        answers = score(model, self.cache, self._questions).log_probs
-        text = model.forward(self.cache, self._text, keep=len(self._text)).log_softmax(dim=-1)
-        self.cache.length = self.coded
-        return text, answers
+def log_probs(model: Model, kv: Tensor, suffix_ids: Sequence[int]) -> Tensor:
+    """Log-probabilities `[S, vocabulary]` of the tokens after each of `suffix_ids`, over a cache `[L, 2, T, H, D]`."""
+    room = model.new_cache(kv.shape[2] + len(suffix_ids))
+    room.length = kv.shape[2]
+    room.view().copy_(kv)
+    return model.forward(room, suffix_ids, keep=len(suffix_ids)).log_softmax(dim=-1)
 
 
-@lru_cache(maxsize=1)
-def _held_out(model: Model) -> list[_Sample]:
-    with torch.inference_mode():
-        return [_Sample(model, context) for context in workload.load_contexts(HELD_OUT)]
+def samples(model: Model, split: str, count: int, context_tokens: int = CONTEXT_TOKENS) -> Iterator[Sample]:
+    """Contexts of the split's text with key-value lines, and what is scored after them. The same ones every time."""
+    texts = _texts(split)
+    probe = texts[0][:2_000].decode()
+    bytes_a_token = len(probe) / len(model.encode(probe))
+    wanted = context_tokens + SUFFIX_TOKENS
+    for seed in range(count):
+        n_bytes = int(wanted * bytes_a_token * 1.1) + 64
+        n_lines = max(2, n_bytes // int(TOKENS_A_LINE * max(1.0, bytes_a_token)))
+        context = make_context(seed, n_bytes, texts, n_lines)
+        ids = model.encode(context.text.decode())[:wanted]
+        seen = model.decode(ids[:context_tokens]).encode()
+        asked = [q for q in context.questions if q.prompt + q.answer in seen]
+        suffix = list(ids[context_tokens:])
+        for question in asked[:: max(1, len(asked) // ASKED)][:ASKED]:
+            suffix += model.encode("\n" + question.prompt.decode() + question.answer.decode())
+        yield Sample(tuple(ids[:context_tokens]), tuple(suffix))
 
 
-def _write(file: Path, data: bytes) -> None:
-    from testbed.store import write_whole
-
-    write_whole(file, data)
+@cache
+def _texts(split: str) -> tuple[bytes, ...]:
+    return tuple(lzma.decompress((TEXTS / f"{split}.txt.xz").read_bytes()).split(b"\0"))
