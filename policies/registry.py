@@ -27,6 +27,7 @@ POLICIES: dict[str, str] = {
     "highest": "policies.fixed:Highest",
     "text": "policies.fixed:Text",
     "throughput": "policies.throughput:Throughput",
+    "oracle": "policies.oracle:Oracle",
 }
 """Name to `module:class`; imported when first asked for."""
 

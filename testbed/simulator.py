@@ -28,11 +28,8 @@ from testbed.session import (
     SessionRecord,
     ask_directly,
 )
-from traces.fluid import FluidLink
+from traces.fluid import FRAME_BYTES, FluidLink
 from traces.trace import Trace
-
-FRAME_BYTES: Final = 65_536
-"""A receiver learns of bytes in frames of this size; the first news of a chunk's rate comes with its first frame."""
 
 PROGRESS_S: Final = 0.005
 """How often, at most, a policy with a progress hook is asked."""

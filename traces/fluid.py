@@ -11,9 +11,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from functools import lru_cache
+from typing import Final
 
 from traces.errors import TraceError
 from traces.trace import Trace
+
+FRAME_BYTES: Final = 65_536
+"""A receiver learns of arriving bytes in frames of this size."""
 
 
 class FluidLink:
