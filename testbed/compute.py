@@ -6,6 +6,8 @@ order of submission, and the event loop is never held: torch and numba release t
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import sys
 import time
@@ -14,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from codec import registry
+from codec import container, registry
 from codec.errors import CodecError
 from codec.profile import Profile
 from policies.api import TEXT, LevelOrText
@@ -33,6 +36,8 @@ SWITCH_INTERVAL_S = 0.0005
 """How long a thread in Python code may hold the interpreter lock while another waits: the default of 5 ms would delay
 the network's events by as much."""
 REPEATS = 5
+ALIGNMENT = 64
+"""Chunks begin at such addresses, so that decoders read their words without copying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class Compute:
         self._cache: KVCache | None = None
         self._manifest: Manifest | None = None
         self._codec: Codec | None = None
+        self._arena = memoryview(b"")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
@@ -81,6 +87,12 @@ class Compute:
             self._cache = self.model.new_cache(tokens)
         self._cache.poison()
 
+    def forget(self) -> None:
+        """Make sure that nothing of an earlier session can be used."""
+        self._manifest = None
+        if self._cache is not None:
+            self._cache.poison()
+
     def open(self, manifest: Manifest, extra_tokens: int) -> None:
         """Get ready for the chunks of a context. Raises SpecError or CodecError if it is not this model's."""
         if manifest.model != self.model.fingerprint:
@@ -107,6 +119,16 @@ class Compute:
             profile = None if manifest.profile is None else self._profiles.get(manifest.profile)
             self._codecs[key] = registry.from_config(manifest.codec, profile)
         return self._codecs[key]
+
+    def buffers(self, manifest: Manifest) -> list[memoryview]:
+        """[chunk]: memory for any one encoding of it, in one allocation that is kept for the next session."""
+        starts = [0]
+        for info in manifest.chunks:
+            largest = max(*info.sizes_bytes, info.text_bytes)
+            starts.append(starts[-1] + -(-largest // ALIGNMENT) * ALIGNMENT)
+        if len(self._arena) < starts[-1]:
+            self._arena = memoryview(np.ones(starts[-1], dtype=np.uint8).data)  # ones: the pages are touched
+        return [self._arena[start:stop] for start, stop in itertools.pairwise(starts)]
 
     # --- steps of a session
 
@@ -157,9 +179,7 @@ def check_chunk(data: memoryview, start: int, level: int) -> None:
 
     Otherwise a sender could answer with a well-formed chunk of another place, and the cache would be silently wrong.
     """
-    from codec.container import parse
-
-    header = parse(data).header
+    header = container.parse(data).header
     if (header.start, header.level) != (start, level):
         raise CodecError(
             f"asked for tokens from {start} at level {level}, got tokens from {header.start} at level {header.level}"
@@ -211,8 +231,6 @@ def _median_s(step: Callable[..., Step], *arguments: Any) -> float:
 
 def _interpolate(points: Sequence[tuple[int, float]], x: int) -> float:
     """Piecewise linear through the points (ascending), flat outside."""
-    import numpy as np
-
     return float(np.interp(x, [p[0] for p in points], [p[1] for p in points]))
 
 
@@ -222,8 +240,6 @@ def set_threads(threads: int | None) -> int:
     The rest is for the network: with as many threads as cores, every frame that arrives takes a core from a kernel
     whose other threads then spin, and the time to the first token becomes erratic.
     """
-    import os
-
     count = threads or max(1, len(os.sched_getaffinity(0)) // 2)
     torch.set_num_threads(count)
     return count

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import logging as transformers_logging
 
 from codec.targets import DTYPES
 from testbed.errors import SpecError
@@ -132,6 +133,7 @@ class Model:
         source = bundled_model_path() if source in (None, "bundled") else source
         assert source is not None
         folder = _folder(source)
+        transformers_logging.disable_progress_bar()
         on_cpu = torch.device(device).type == "cpu"
         wanted = dtype or ("float32" if on_cpu else "auto")
         if wanted != "auto" and wanted not in DTYPES:
@@ -143,10 +145,11 @@ class Model:
                 use_safetensors=True,
                 dtype="auto" if wanted == "auto" else DTYPES[wanted],
             )
+            network = network.to(device).eval()  # type: ignore[arg-type]  # transformers wraps torch's method
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise SpecError(f"model {source} cannot be loaded: {_first_line(error)}") from error
-        return cls(network.to(device).eval(), tokenizer, Path(str(source)).name, fingerprint(folder))
+        return cls(network, tokenizer, Path(str(source)).name, fingerprint(folder))
 
     @property
     def positions(self) -> int:
@@ -285,20 +288,19 @@ def _kv_shape(model: Model) -> KVShape:
     cache = DynamicCache()
     with torch.inference_mode():
         model.network(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache)
-    layers = cache.layers
-    shapes = {
-        tuple(side.shape) if isinstance(side, Tensor) else None
-        for layer in layers
-        for side in (getattr(layer, "keys", None), getattr(layer, "values", None))
-    }
-    if len(shapes) != 1 or None in shapes or len(layers) != model.network.config.num_hidden_layers:
+    sides = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    seen = [side for side in sides if isinstance(side, Tensor)]
+    shapes = {tuple(side.shape) for side in seen}
+    layers, config = len(cache.layers), model.network.config
+    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    if is_latent or len(shapes) != 1 or len(seen) != len(sides) or layers != config.num_hidden_layers:
         raise SpecError(
             f"model {model.name}: keys and values differ in shape between layers ({shapes}); "
             "models with MLA latents, linear attention or unequal layers are not supported"
         )
-    ((_, heads, _, head_dim),) = (shape for shape in shapes if shape is not None)
-    dtype = str(layers[0].keys.dtype).removeprefix("torch.")
-    return KVShape(layers=len(layers), heads=heads, head_dim=head_dim, dtype=dtype)
+    _, heads, _, head_dim = shapes.pop()
+    dtype = str(seen[0].dtype).removeprefix("torch.")
+    return KVShape(layers=layers, heads=heads, head_dim=head_dim, dtype=dtype)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,206 @@
+"""A warm receiver process: sessions on command, one JSON object a line on stdin, one answer a line on stdout.
+
+    python -m testbed.receiver --model PATH_OR_NAME --store DIR [--threads N] [--device cpu]
+
+`--store` is the receiver's own copy of what a session is judged by (questions, exact log-probabilities) and of the
+chunks that the costs are measured on before any session; sessions themselves take everything from the sender. When
+the model is loaded the process prints `{"ready": true, "model": "<fingerprint>", "threads": 1, ...}`, and then obeys:
+
+    {"cmd": "prepare", "contexts": ["docs-raw-1"]}
+        builds codecs, warms every code path, measures: {"ok": true, "costs": {"docs-raw-1": {"decode_s": [[...]],
+        "recompute_s": [...], "prefill_s": 0.04}}}
+    {"cmd": "session", "url": "http://10.0.0.1:8700", "context": "docs-raw-1", "policy": "cachegen",
+     "deadline_s": 1.0, ...}
+        optional: "question": 0 (index of the timed one), "depth": 2, "overlap": true, "cold": false,
+        "padding_bytes": 0, "start_s": null (CLOCK_MONOTONIC), "prior_bps": null, "concurrent": 1, "seed": 0,
+        "evaluate": true, "limits": {"stall_s": 5, "reconnects": 3, "session_s": 120},
+        "forecast": {"durations_s": [...], "rates_bps": [...], "end": "hold", "rtt_s": 0.04,
+                     "initial_window_bytes": null}   (goodput from the session's start; for clairvoyant policies)
+        {"ok": true, "status": "ok", "record": {...}, "token": 51, "zero_s": ..., "late_s": ..., "rtt_s": ...,
+         "answer_ok": true, "answers_right": 7, "answers": 8, "measured_kl": 0.0021, ...}
+        {"ok": true, "status": "failed", "error": "the sender is lost after 3 reconnections: ..."}
+    {"cmd": "quit"}
+
+What cannot be meant is answered with `{"ok": false, "error": "..."}` and the process goes on. It ends with its stdin.
+The bearer token, where the sender needs one, is in the environment variable KVSTREAM_TOKEN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from codec.errors import CodecError
+from policies.api import Forecast
+from policies.errors import PolicyError
+from testbed.client import Client
+from testbed.compute import Compute, measure_costs, set_threads
+from testbed.errors import SpecError
+from testbed.llm import Model, mean_kl
+from testbed.plugs import make_policy
+from testbed.receiver import Fetched, Limits, fetch_session
+from testbed.session import Costs, SessionFailed, SessionRecord
+from testbed.store import Store, chunk_id
+from traces.errors import TraceError
+from traces.trace import Trace
+
+REFUSALS = (SpecError, CodecError, PolicyError, TraceError)
+
+
+class Worker:
+    """The state between commands: a model, a store to judge by, the costs measured so far."""
+
+    def __init__(self, model: Model, store: Store) -> None:
+        self.compute = Compute(model)
+        self.store = store
+        self._costs: dict[str, Costs] = {}
+
+    async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one command. Raises what REFUSALS lists."""
+        match command.get("cmd"):
+            case "prepare":
+                contexts = [str(context) for context in command["contexts"]]
+                return {"ok": True, "costs": {context: asdict(self.prepare(context)) for context in contexts}}
+            case "session":
+                return await self.session(command)
+        raise SpecError(f"command {command.get('cmd')!r} is unknown; there are prepare, session and quit")
+
+    def prepare(self, context: str) -> Costs:
+        """Build a context's codec, allocate for it, and measure what its steps take here."""
+        if context in self._costs:
+            return self._costs[context]
+        manifest = self.store.manifest(context)
+        if self.compute.lacks_profile(manifest):
+            assert manifest.profile is not None
+            self.compute.add_profile(self.store.profile(manifest.profile))
+        questions = self.store.questions(context)
+        longest = max(questions, key=lambda q: len(q.prompt_ids) + len(q.answer_ids))
+        self.compute.reserve(manifest.tokens + len(longest.prompt_ids) + len(longest.answer_ids))
+        self.compute.buffers(manifest)
+        costs = measure_costs(
+            self.compute,
+            manifest,
+            lambda chunk, level: self.store.get_kv(chunk_id(context, chunk), level),
+            longest.prompt_ids,
+        )
+        self._costs[context] = costs
+        gc.collect()
+        gc.freeze()
+        return costs
+
+    async def session(self, command: dict[str, Any]) -> dict[str, Any]:
+        """One session, and afterwards what its cache was worth."""
+        context = str(command["context"])
+        costs = self.prepare(context)
+        questions = self.store.questions(context)
+        index = int(command.get("question", 0)) % len(questions)
+        policy = make_policy(str(command["policy"]))
+        try:
+            async with Client(str(command["url"])) as client:
+                fetched = await fetch_session(
+                    client,
+                    context,
+                    policy,
+                    float(command["deadline_s"]),
+                    compute=self.compute,
+                    costs=costs,
+                    prompt_ids=questions[index].prompt_ids,
+                    depth=int(command.get("depth", 2)),
+                    overlap=bool(command.get("overlap", True)),
+                    cold=bool(command.get("cold", False)),
+                    padding_bytes=int(command.get("padding_bytes", 0)),
+                    start_s=command.get("start_s"),
+                    forecast=_forecast(command),
+                    prior_bps=command.get("prior_bps"),
+                    concurrent=int(command.get("concurrent", 1)),
+                    seed=int(command.get("seed", 0)),
+                    limits=Limits(**command.get("limits", {})),
+                )
+        except SessionFailed as error:
+            return {"ok": True, "status": "failed", "error": str(error)}
+        result = {"ok": True, "status": "ok", **session_json(fetched)}
+        if command.get("evaluate", True):
+            result |= self._judge(context, index, fetched)
+        return result
+
+    def _judge(self, context: str, index: int, fetched: Fetched) -> dict[str, Any]:
+        """All questions over the cache that arrived, against the exact cache."""
+        questions = self.store.questions(context)
+        score = self.compute.ask(questions)
+        return {
+            "answer_ok": score.right[index] and fetched.token == questions[index].answer_ids[0],
+            "answers_right": sum(score.right),
+            "answers": len(questions),
+            "measured_kl": mean_kl(self.store.reference(context), score.log_probs),
+        }
+
+
+def session_json(fetched: Fetched) -> dict[str, Any]:
+    """A session as JSON values."""
+    body = asdict(fetched)
+    body["record"] = record_json(fetched.record)
+    return body
+
+
+def record_json(record: SessionRecord) -> dict[str, Any]:
+    return {**asdict(record), "met": record.met}
+
+
+def _forecast(command: dict[str, Any]) -> Forecast | None:
+    given = command.get("forecast")
+    if given is None:
+        return None
+    goodput = Trace("forecast", given["durations_s"], given["rates_bps"], end=given.get("end", "hold"))
+    return Forecast(goodput, float(given["rtt_s"]), int(command.get("depth", 2)), given.get("initial_window_bytes"))
+
+
+async def obey_lines(worker: Worker, commands: IO[str], answers: IO[str]) -> None:
+    """One answer a command, until `quit` or the end of input."""
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, commands.readline):
+        try:
+            command = json.loads(line)
+            if command["cmd"] == "quit":
+                return
+            answer = await worker.obey(command)
+        except REFUSALS as error:
+            answer = {"ok": False, "error": str(error)}
+        except (ValueError, KeyError, TypeError) as error:
+            answer = {"ok": False, "error": f"this command cannot be read: {error!r}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m testbed.receiver", description="A warm receiver process.")
+    parser.add_argument("--model", default="bundled", help="folder or name; default: the bundled model")
+    parser.add_argument("--store", type=Path, required=True, help="questions, references and chunks to measure on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; default: half the cores")
+    options = parser.parse_args(arguments)
+    # libraries may print to stdout, which here is for answers only
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        threads = set_threads(options.threads)
+        model = Model.load(options.model, device=options.device, dtype=options.dtype)
+        worker = Worker(model, Store(options.store, create=False))
+    except REFUSALS as error:
+        print(f"receiver: {error}", file=sys.stderr)
+        return 2
+    ready = {"ready": True, "model": model.fingerprint, "name": model.name, "threads": threads, "pid": os.getpid()}
+    answers.write(json.dumps(ready) + "\n")
+    answers.flush()
+    try:
+        asyncio.run(obey_lines(worker, sys.stdin, answers))
+    finally:
+        worker.compute.close()
+    return 0
