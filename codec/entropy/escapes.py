@@ -49,7 +49,7 @@ def split(
 
 
 def parse(data: bytes | memoryview, columns: int, tokens: int) -> NDArray[Any]:
-    """The escapes of a section of `escapes.tobytes()`. Raises CodecError unless each lies in `[columns, tokens]`, in order."""
+    """The escapes of a section of `escapes.tobytes()`. Raises CodecError for places outside it or out of order."""
     if len(data) % RECORD.itemsize:
         raise CodecError(
             f"escape section has {len(data)} bytes, no multiple of {RECORD.itemsize}; fetch the chunk again"

@@ -15,8 +15,11 @@ Section layout, little-endian; N = segments * columns streams, segment by segmen
     uint16 words[words], uint16 0              streams one after another; a stream's first two words are its final
                                                state, high half first (one word if it is below 2^16, none if it is 0)
 
-A decoder checks that every stream ends at x = 0 with all of its words consumed. Duda, "Asymmetric numeral systems"
-(arXiv 1311.2540) is the method; Giesen, "Interleaved entropy coders" (arXiv 1402.3392) the 16-bit renormalisation.
+A decoder checks that every stream ends at x = 0 with all of its words consumed. That notices wrong tables and most
+damage, not all: a stream has next to no redundancy, so whatever carries the section must checksum it.
+
+Duda, "Asymmetric numeral systems" (arXiv 1311.2540) is the method; Giesen, "Interleaved entropy coders" (arXiv
+1402.3392), has the renormalisation by words.
 """
 
 from __future__ import annotations
