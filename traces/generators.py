@@ -217,9 +217,9 @@ def gilbert_elliott(
     random, left = _random(seed), length
     while left > 0.0005:
         mean = bad_time if len(durations) % 2 else good_time
-        stay = min(max(round(-mean * math.log(1.0 - random.random()), 6), 0.001), left)
-        durations.append(stay)
-        left = round(left - stay, 6)
+        durations.append(max(round(-mean * math.log(1.0 - random.random()), 6), 0.001))
+        left -= durations[-1]
+    durations[-1] += left
     rates = np.where(np.arange(len(durations)) % 2, bad, good)
     return _made(durations, rates)
 

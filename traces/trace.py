@@ -88,15 +88,16 @@ class Trace:
             if values is not None:
                 top = 1.0 if what == "loss" else math.inf
                 object.__setattr__(self, what, self._column(what, values, 0.0, top, length=n))
-        edges = np.concatenate(([0.0], np.cumsum(durations)))
-        bits = np.concatenate(([0.0], np.cumsum(durations * rates[: len(durations)])))
+        with np.errstate(over="ignore"):  # an overflow is an infinity, refused below
+            edges = np.concatenate(([0.0], np.cumsum(durations)))
+            bits = np.concatenate(([0.0], np.cumsum(durations * rates[: len(durations)])))
+        if not math.isfinite(edges[-1] + bits[-1]):
+            raise TraceError(f"trace {self.name!r} is too long: its length or its bits overflow")
         if not np.all(np.diff(edges) > 0.0):
             row = int(np.argmin(np.diff(edges) > 0.0))
             raise TraceError(
                 f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s; every row lasts longer than 0 s"
             )
-        if not math.isfinite(edges[-1] + bits[-1]):
-            raise TraceError(f"trace {self.name!r} is too long: its length or its bits overflow")
         for attribute, content in (
             ("rates_bps", rates),
             ("durations_s", durations),
@@ -337,7 +338,8 @@ class Trace:
         """Every rate times ``factor``."""
         if not 0.0 < factor < math.inf:
             raise TraceError(f"trace {self.name!r}: scale factor {factor}; give a finite number above 0")
-        return self._derived(f"scaled x{factor:.9g}", rates_bps=self.rates_bps * factor)
+        with np.errstate(over="ignore"):
+            return self._derived(f"scaled x{factor:.9g}", rates_bps=self.rates_bps * factor)
 
     def scale_to(self, *, mean_bps: float | None = None, peak_bps: float | None = None) -> Trace:
         """Scaled so that the mean, or the peak, becomes the given rate in bit/s."""
@@ -379,7 +381,8 @@ class Trace:
         self._needs_time("stretched")
         if not 0.0 < factor < math.inf:
             raise TraceError(f"trace {self.name!r}: stretch factor {factor}; give a finite number above 0")
-        return self._derived(f"stretched x{factor:.9g}", durations_s=self.durations_s * factor)
+        with np.errstate(over="ignore"):
+            return self._derived(f"stretched x{factor:.9g}", durations_s=self.durations_s * factor)
 
     def resampled(self, step_s: float) -> Trace:
         """Rows of ``step_s`` seconds that carry the same bits; delay and loss become means over a step.

@@ -46,7 +46,7 @@ def _units() -> dict[str, tuple[Dimension, float]]:
 
 
 _UNITS = _units()
-_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµμ%/]*)\s*")
+_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµμ%/]*)\s*", re.ASCII)
 
 
 def parse_quantity(text: str, dimension: Dimension | None = None) -> float:

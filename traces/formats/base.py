@@ -25,7 +25,7 @@ MAX_FILE_BYTES = 256 * 2**20
 HEAD_LINES = 200
 GOODPUT_NOTE = "goodput to layer-2 capacity x1514/1448 (TCP, MTU 1500)"
 _SEPARATOR = re.compile(r"[\s,;]+")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)

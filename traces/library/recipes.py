@@ -56,7 +56,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     ),
     "lab-burst": (
         "step,rates=90Mbps:18Mbps,hold=0.1s:4s",
-        "Lesson 6. A tenth of a second at five times the speed, as a full token bucket gives: the first sample misleads.",
+        "Lesson 6. A tenth of a second at five times the speed, as a full token bucket gives: the first sample lies.",
     ),
 }
 
