@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 from testbed import summary as summaries
 from testbed.report.figures import Drawn, Material, draw
-from testbed.report.style import INK, scheme_style
+from testbed.report.sessions import embedded, n_levels
+from testbed.report.style import INK, TEXT_COLOUR, level_colours, scheme_style
 from testbed.results import Run
 
 Json: TypeAlias = dict[str, Any]
@@ -21,17 +22,22 @@ Json: TypeAlias = dict[str, Any]
 ASSETS = Path(__file__).with_name("assets")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 """Content security policy of the page: nothing is ever fetched."""
+PRINT_ONLY = ' class="print"'
+"""On a screen the session viewer shows what this figure shows."""
 
 
-def write(run: Run) -> Path:
+def write(run: Run, baseline: str = "") -> Path:
     """Write `report.html` and `figures/` of a run from its cells; returns the page's path.
 
+    `baseline` is the scheme that the others are compared with, by default the experiment's.
     Without seaborn the page has no figures and says so. An empty run gives a page that says so too.
     """
     manifest = run.manifest
     cells = list(run.load_cells())
     rows = [cell["row"] for cell in cells]
-    summary = summaries.summarise(rows, scheme_names(manifest, rows), manifest["experiment"].get("baseline", ""))
+    summary = summaries.summarise(
+        rows, scheme_names(manifest, rows), baseline or manifest["experiment"].get("baseline", "")
+    )
     material = _material(summary, cells, manifest)
     try:
         figures, problem = draw(material, run.path / "figures"), ""
@@ -42,6 +48,7 @@ def write(run: Run) -> Path:
             _header(manifest, summary),
             _table(summary, material),
             _figures(figures, problem),
+            _viewer(cells, material),
             _by_trace(summary, material),
             _fidelity(rows),
             _provenance(manifest, rows),
@@ -97,7 +104,9 @@ def _document(name: str, body: str) -> str:
 <title>{escape(name)} · kvstream</title>
 <link rel="icon" href="data:,">
 <style>
-{(ASSETS / "page.css").read_text(encoding="utf-8")}
+{_asset("uPlot.min.css")}
+{_asset("page.css")}
+{_asset("viewer.css")}
 </style>
 </head>
 <body>
@@ -145,9 +154,9 @@ def _table(summary: Json, material: Material) -> str:
             body.append(f"<tr><th scope=row>{name}<td colspan=10>no valid session yet")
             continue
         cells = [
-            str(entry["n"]) + (f" <small>{entry['failed']} failed</small>" if entry["failed"] else ""),
+            str(entry["n"]),
             _interval_bar(entry, scheme_style(rows[0]).colour),
-            " / ".join(_number(entry[key], "failed") for key in ("ttft_p50_s", "ttft_p95_s", "ttft_p99_s")),
+            " / ".join(_number(entry[key]) for key in ("ttft_p50_s", "ttft_p95_s", "ttft_p99_s")),
             _number(entry["distortion"]),
             _number(entry["measured_kl"]),
             f"{entry['answers_right']}/{entry['answers']}" if entry["answers"] else "–",
@@ -186,8 +195,10 @@ def _versus(paired: Json | None) -> str:
         return "–"
     words = f"{100 * paired['met']:+.0f}"
     if paired["met_low"] is not None:
-        words += f" <small>{100 * paired['met_low']:+.0f} to {100 * paired['met_high']:+.0f}</small>"
-    return words + f" <small>p = {paired['met_p']:.2g}</small>"
+        words += f" <small>{100 * paired['met_low']:+.0f} to {100 * paired['met_high']:+.0f}"
+    else:
+        words += " <small>one trace"
+    return words + f", p {paired['met_p']:.1g}</small>"
 
 
 def _size(entry: Json) -> str:
@@ -199,7 +210,8 @@ def _size(entry: Json) -> str:
 
 def _figures(figures: Sequence[Drawn], problem: str) -> str:
     drawn = "".join(
-        f'<figure id="figure-{figure.name}"><h3>{escape(figure.title)}</h3>{inline(figure)}'
+        f'<figure id="figure-{figure.name}"{PRINT_ONLY if figure.name == "timeline" else ""}>'
+        f"<h3>{escape(figure.title)}</h3>{inline(figure)}"
         f"<figcaption>{escape(figure.caption)} "
         f'<a href="figures/{figure.name}.svg">SVG</a> <a href="figures/{figure.name}.png">PNG</a></figcaption></figure>'
         for figure in figures
@@ -229,6 +241,34 @@ def swatch(row: Mapping[str, Any]) -> str:
     fill = "none" if style.hollow else colour
     circle = f'<circle cx="6" cy="6" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
     return f'<svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">{circle}</svg>'
+
+
+def _viewer(cells: Sequence[Json], material: Material) -> str:
+    """Pick a unit and a scheme, see the transfer."""
+    order = {entry["scheme"]: place for place, entry in enumerate(material.summary["schemes"])}
+    shown = sorted((cell for cell in cells if cell["chunks"]), key=lambda cell: order[cell["row"]["scheme"]])
+    if not shown:
+        return ""
+    first = (material.session or shown[0])["row"]
+    data, left_out = embedded(shown, material.levels, first["unit_id"])
+    most = max(n_levels(cell["row"], material.levels) for cell in shown)
+    look = {
+        "ladders": {str(n): level_colours(n) for n in range(1, most + 1)},
+        "text": TEXT_COLOUR,
+        "first": [first["unit_id"], first["scheme"]],
+    }
+    look_json = json.dumps(look).replace("</", r"<\/")
+    scripts = "".join(f"<script>{_asset(name)}</script>" for name in ("uPlot.iife.min.js", "viewer.js", "picker.js"))
+    note = f"<p class=quiet>{left_out} units are left out to keep this page small.</p>" if left_out else ""
+    return f"""<section aria-labelledby="sessions" class="screen"><h2 id="sessions">Sessions</h2>{note}
+<div id="picker" class="picker"></div><div id="viewer"></div>
+<script type="application/json" id="session-data">{data}</script>
+<script type="application/json" id="session-look">{look_json}</script>
+{scripts}</section>"""
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def _by_trace(summary: Json, material: Material) -> str:
@@ -299,7 +339,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _number(value: float | None, missing: str = "–") -> str:
+def _number(value: float | None) -> str:
     if value is None:
-        return missing
+        return "–"
     return "0" if value == 0 else f"{value:.3g}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from testbed import report
+from testbed.report import sessions as report_sessions
 from testbed.report.style import _KNOWN, level_colours, scheme_style
 from testbed.results import Run
 from tests.testbed.made_run import make_run, manifest
@@ -117,3 +119,33 @@ def contrast(one: str, other: str) -> float:
 
     bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
     return (bright + 0.05) / (dim + 0.05)
+
+
+def test_the_viewer_gets_every_session_and_no_closing_tag_can_escape_it(page: str, run: Run) -> None:
+    data = re.search(r'<script type="application/json" id="session-data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    sessions = json.loads(data[1])
+    assert len(sessions) == len(run.rows())
+    cell = next(cell for cell in run.load_cells() if cell["row"]["scheme"] == "cachegen")
+    shown = next(
+        one for one in sessions if (one["unit_id"], one["scheme"]) == (cell["row"]["unit_id"], cell["row"]["scheme"])
+    )
+    assert [chunk["level"] for chunk in shown["chunks"]] == cell["row"]["levels"]
+    assert shown["link"]["delivered"][-1] == cell["link"][-1]["delivered_bytes"]
+
+
+def test_a_large_run_leaves_units_out_of_the_viewer_but_never_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"scheme": "a", "codec": "c", "levels": [0], "oracle_levels": []}
+    cells = [{"row": row | {"unit_id": f"{n:03d}"}, "chunks": [], "link": []} for n in range(50)]
+    monkeypatch.setattr(report_sessions, "MOST_BYTES", 2_000)
+    data, left_out = report_sessions.embedded(cells, {}, "049")
+    kept = [one["unit_id"] for one in json.loads(data)]
+    assert kept[0] == "049"
+    assert 0 < left_out == 50 - len(kept)
+
+
+def test_thinning_keeps_the_last_sample() -> None:
+    samples = [{"t_s": k / 100, "capacity_bps": 1e6, "delivered_bytes": k} for k in range(1001)]
+    link = report_sessions.link(samples)
+    assert len(link["t"]) <= report_sessions.MOST_SAMPLES + 1
+    assert link["delivered"][-1] == 1000

@@ -1,0 +1,263 @@
+// The session viewer: one transfer over time. Used by the report (a finished session) and by the dashboard (a session
+// that grows). No dependencies but uPlot; nothing is fetched.
+//
+//   const viewer = kvViewer(element, look);      look = {levels: [colour...], text: colour}
+//   viewer.show(session);                        again and again while a session grows
+//   viewer.now(t_s);                             a line at the present moment; null takes it away
+"use strict";
+
+function kvViewer(root, look) {
+  const SVG = "http://www.w3.org/2000/svg";
+  const LANE = { transfer: [6, 30], compute: [48, 30] };
+  const LANES_HEIGHT = 84;
+  let session = null, plot = null, selected = 0, nowS = null, keep = null;
+
+  root.innerHTML = `
+    <p class="v-title" data-part="title"></p>
+    <div data-part="legend"></div>
+    <div data-part="plot"></div>
+    <svg class="v-lanes" data-part="lanes" tabindex="0" role="application" height="${LANES_HEIGHT}"
+         aria-label="Transfers and decoding of every chunk; arrow keys walk through the chunks"></svg>
+    <div class="v-key" data-part="key"></div>
+    <div class="v-strip" data-part="strip"></div>
+    <p class="v-detail" data-part="detail" aria-live="polite"></p>
+    <details class="v-table"><summary>All chunks</summary><div class="wide" data-part="table"></div></details>`;
+  const part = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((e) => [e.dataset.part, e]));
+
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const colour = (level) => (level === "text" ? look.text : level === null ? css("--quiet") : look.levels[level] || css("--quiet"));
+  const number = (x, digits = 3) => (x === null || x === undefined ? "–" : String(+x.toPrecision(digits)));
+  const seconds = (x) => (x === null || x === undefined ? "–" : x.toFixed(3) + " s");
+  const escape = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+  const name = (level) => (level === "text" ? "text" : level === null || level === undefined ? "–" : "level " + level);
+
+  function size(bytes) {
+    if (bytes === null || bytes === undefined) return "–";
+    for (const [unit, one] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) if (bytes >= one) return number(bytes / one) + " " + unit;
+    return bytes + " B";
+  }
+
+  // A policy's reasons carry their unit in the name.
+  function reason(key, value) {
+    if (key.endsWith("_bps")) return `${key.slice(0, -4).replaceAll("_", " ")} ${number(value / 1e6)} Mbit/s`;
+    if (key.endsWith("_bytes")) return `${key.slice(0, -6).replaceAll("_", " ")} ${size(Math.round(value))}`;
+    if (key.endsWith("_s")) return `${key.slice(0, -2).replaceAll("_", " ")} ${number(value)} s`;
+    return `${key.replaceAll("_", " ")} ${number(value)}`;
+  }
+
+  function reasons(chunk) {
+    const words = Object.entries(chunk.reason || {}).map(([key, value]) => reason(key, value));
+    if (chunk.fault) words.unshift("the policy's answer could not be used (" + chunk.fault + ")");
+    return words.join(", ");
+  }
+
+  // Goodput of the last 50 ms, from bytes delivered so far.
+  function rates(link) {
+    const out = [];
+    let from = 0;
+    for (let i = 0; i < link.t.length; i++) {
+      while (link.t[i] - link.t[from] > 0.0505) from++;
+      const span = link.t[i] - link.t[from];
+      out.push(span > 0 ? ((link.delivered[i] - link.delivered[from]) * 8) / span / 1e6 : null);
+    }
+    return out;
+  }
+
+  function data() {
+    const link = session.link;
+    return [link.t, link.capacity.map((x) => (x === null ? null : x / 1e6)), rates(link), link.delivered.map((x) => (x === null ? null : x / 1e6))];
+  }
+
+  function endS() {
+    const last = session.link.t.length ? session.link.t[session.link.t.length - 1] : 0;
+    return Math.max(session.deadline_s * 1.08, (session.ttft_s || 0) * 1.03, last, nowS || 0);
+  }
+
+  function makePlot() {
+    const axis = (more) => ({ stroke: () => css("--quiet"), grid: { stroke: () => css("--rule"), width: 1 }, ticks: { stroke: () => css("--rule"), width: 1 }, font: "12px system-ui, sans-serif", ...more });
+    const narrow = root.clientWidth < 560;
+    const options = {
+      width: root.clientWidth,
+      height: 220,
+      legend: { live: true, mount: (u, legend) => part.legend.replaceChildren(legend) },
+      cursor: { drag: { x: true, y: false }, points: { size: 6 } },
+      scales: { x: { time: false, range: (u, low, high) => keep || [0, endS()] }, mbit: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] }, mb: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] } },
+      series: [
+        { label: "time", value: (u, v) => (v === null ? "–" : v.toFixed(2) + " s") },
+        { label: "capacity", scale: "mbit", stroke: () => css("--quiet"), width: 1, fill: () => css("--capacity"), paths: uPlot.paths.stepped({ align: 1 }), value: (u, v) => number(v) + " Mbit/s", points: { show: false } },
+        { label: "arriving", scale: "mbit", stroke: () => css("--accent"), width: 2, value: (u, v) => number(v) + " Mbit/s", points: { show: false } },
+        { label: "delivered", scale: "mb", stroke: () => css("--delivered"), width: 2, dash: [6, 4], value: (u, v) => number(v) + " MB", points: { show: false } },
+      ],
+      axes: [
+        axis({ values: (u, splits) => splits.map((v) => +v.toFixed(3) + " s") }),
+        axis({ scale: "mbit", size: narrow ? 44 : 62, label: narrow ? undefined : "Mbit/s", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
+        axis({ scale: "mb", side: 1, size: narrow ? 36 : 56, grid: { show: false }, label: narrow ? undefined : "MB", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
+      ],
+      hooks: {
+        draw: [(u) => { drawLines(u); drawLanes(u); }],
+        setSelect: [(u) => {
+          if (u.select.width < 4) return;
+          keep = [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")];
+        }],
+      },
+    };
+    part.plot.replaceChildren();
+    plot = new uPlot(options, data(), part.plot);
+    plot.over.addEventListener("dblclick", () => { keep = null; plot.setData(data()); });
+  }
+
+  function drawLines(u) {
+    const ctx = u.ctx, dpr = devicePixelRatio;
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(u.bbox.left, 0, u.bbox.width, u.bbox.top + u.bbox.height);
+    ctx.clip();
+    const line = (t, stroke, dash, label) => {
+      if (t === null || t === undefined) return;
+      const x = Math.round(u.valToPos(t, "x", true));
+      ctx.strokeStyle = ctx.fillStyle = stroke;
+      ctx.lineWidth = 1.5 * dpr;
+      ctx.setLineDash(dash.map((d) => d * dpr));
+      ctx.beginPath();
+      ctx.moveTo(x, u.bbox.top);
+      ctx.lineTo(x, u.bbox.top + u.bbox.height);
+      ctx.stroke();
+      ctx.font = `${11 * dpr}px system-ui, sans-serif`;
+      ctx.textAlign = x > u.bbox.left + u.bbox.width * 0.8 ? "right" : "left";
+      ctx.fillText(label, x + (ctx.textAlign === "left" ? 4 : -4) * dpr, u.bbox.top + (label === "deadline" ? 12 : 26) * dpr);
+    };
+    line(session.deadline_s, css("--ink"), [5, 4], "deadline");
+    line(session.ttft_s, css("--accent"), [], "first token");
+    line(nowS, css("--now"), [], "");
+    ctx.restore();
+  }
+
+  function rect(x, y, width, height, attributes) {
+    const node = document.createElementNS(SVG, "rect");
+    for (const [key, value] of Object.entries({ x, y, width: Math.max(width, 1), height, rx: 1.5, ...attributes })) node.setAttribute(key, value);
+    return node;
+  }
+
+  function label(x, y, text, anchor, klass) {
+    const node = document.createElementNS(SVG, "text");
+    node.setAttribute("x", x); node.setAttribute("y", y); node.setAttribute("text-anchor", anchor); node.setAttribute("class", klass);
+    node.textContent = text;
+    return node;
+  }
+
+  function drawLanes(u) {
+    const dpr = devicePixelRatio, left = u.bbox.left / dpr, width = u.bbox.width / dpr;
+    const x = (t) => left + Math.min(Math.max(u.valToPos(t, "x"), -2), width + 2);
+    const svg = part.lanes, nodes = [];
+    svg.setAttribute("width", u.width);
+    const narrow = left < 56;
+    nodes.push(label(left - 6, LANE.transfer[0] + 19, narrow ? "link" : "transfer", "end", "v-lane"));
+    nodes.push(label(left - 6, LANE.compute[0] + 19, narrow ? "dec." : "decode", "end", "v-lane"));
+    for (const [y, height] of Object.values(LANE)) nodes.push(rect(left, y - 2, width, height + 4, { class: "v-bed" }));
+    const end = nowS === null ? endS() : nowS;
+    let free = 0, last = null;
+    const order = session.chunks.filter((c) => c.request_s !== null).sort((a, b) => (a.last_byte_s ?? 1e9) - (b.last_byte_s ?? 1e9) || a.request_s - b.request_s);
+    for (const chunk of order) {
+      const fill = colour(chunk.level), on = chunk.chunk === selected ? "v-chunk v-on" : "v-chunk";
+      const from = Math.max(chunk.request_s, free), to = chunk.last_byte_s ?? end;
+      if (chunk.first_byte_s !== null || chunk.last_byte_s !== null) {
+        const node = rect(x(from), LANE.transfer[0], x(to) - x(from) - 0.6, LANE.transfer[1], { fill, class: on, "data-chunk": chunk.chunk });
+        if (chunk.last_byte_s === null) node.classList.add("v-open");
+        nodes.push(node);
+        if (x(to) - x(from) > 13) nodes.push(label((x(from) + x(to)) / 2, LANE.transfer[0] + 19, chunk.level === "text" ? "T" : chunk.level, "middle", "v-digit"));
+      }
+      if (chunk.last_byte_s !== null) free = chunk.last_byte_s;
+      if (chunk.decode_start_s !== null) {
+        const done = chunk.decode_end_s ?? end;
+        nodes.push(rect(x(chunk.decode_start_s), LANE.compute[0], x(done) - x(chunk.decode_start_s) - 0.3, LANE.compute[1], { fill, class: on + (chunk.level === "text" ? " v-recompute" : ""), "data-chunk": chunk.chunk }));
+        if (chunk.level === "text" && x(done) - x(chunk.decode_start_s) > 60) nodes.push(label((x(chunk.decode_start_s) + x(done)) / 2, LANE.compute[0] + 19, "recompute", "middle", "v-digit"));
+        if (chunk.decode_end_s !== null) last = Math.max(last ?? 0, chunk.decode_end_s);
+      }
+    }
+    if (session.ttft_s !== null && last !== null && session.ttft_s >= last) {
+      nodes.push(rect(x(last), LANE.compute[0], x(session.ttft_s) - x(last), LANE.compute[1], { class: "v-prefill" }));
+      if (x(session.ttft_s) - x(last) > 42) nodes.push(label((x(last) + x(session.ttft_s)) / 2, LANE.compute[0] + 19, "prefill", "middle", "v-digit"));
+    }
+    const mark = (t, klass) => {
+      if (t === null || x(t) < left || x(t) > left + width) return;
+      const node = document.createElementNS(SVG, "line");
+      for (const [key, value] of Object.entries({ x1: x(t), x2: x(t), y1: 0, y2: LANES_HEIGHT, class: klass })) node.setAttribute(key, value);
+      nodes.push(node);
+    };
+    mark(session.deadline_s, "v-deadline");
+    mark(nowS, "v-now");
+    svg.replaceChildren(...nodes);
+  }
+
+  function title() {
+    const words = [`<b>${escape(session.scheme)}</b> on ${escape(session.context)} over ${escape(session.trace.split(",")[0])}`];
+    if (session.status === "failed") words.push(`failed: ${escape(session.why)}`);
+    else if (session.ttft_s !== null) words.push(`first token after ${seconds(session.ttft_s)} of ${number(session.deadline_s)} s: ${session.met ? "met" : "missed"}`);
+    if (session.status === "invalid") words.push(`invalid: ${escape(session.why)}`);
+    if (session.distortion !== null && session.distortion !== undefined) {
+      words.push(`distortion ${number(session.distortion)}` + (session.oracle_distortion === null || session.oracle_distortion === undefined ? "" : ` (oracle ${number(session.oracle_distortion)})`));
+    }
+    part.title.innerHTML = words.join(" · ");
+  }
+
+  function key() {
+    const used = [...new Set(session.chunks.map((c) => c.level).concat(session.oracle_levels || []))].filter((l) => l !== null);
+    used.sort((a, b) => (a === "text") - (b === "text") || a - b);
+    part.key.innerHTML = used.map((l) => `<span><i style="background:${colour(l)}"></i>${name(l)}${l === 0 ? " (smallest)" : ""}</span>`).join("");
+  }
+
+  function strip() {
+    const row = (head, levels) => `<tr><th scope="row">${head}</th>` + session.chunks.map((c, i) => {
+      const level = levels[i] ?? null;
+      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${colour(level)}">${level === null ? "" : level === "text" ? "T" : level}</td>`;
+    }).join("") + "</tr>";
+    const oracle = session.oracle_levels && session.oracle_levels.length ? row("oracle", session.oracle_levels) : "";
+    part.strip.innerHTML = `<table aria-label="Level of every chunk"><tbody>${row(escape(session.scheme), session.chunks.map((c) => c.level))}${oracle}</tbody></table>`;
+  }
+
+  function detail() {
+    const chunk = session.chunks[selected];
+    if (!chunk || chunk.request_s === null) { part.detail.textContent = ""; return; }
+    const oracle = session.oracle_levels && session.oracle_levels[selected] !== undefined ? ` (oracle: ${name(session.oracle_levels[selected])})` : "";
+    const why = reasons(chunk);
+    part.detail.textContent = `Chunk ${chunk.chunk}: ${name(chunk.level)}${oracle}, ${size(chunk.bytes)}; chosen at ${seconds(chunk.request_s)}, ` +
+      `here at ${seconds(chunk.last_byte_s)}, ${chunk.level === "text" ? "recomputed" : "decoded"} at ${seconds(chunk.decode_end_s)}.` + (why ? ` Why: ${why}.` : "");
+  }
+
+  function table() {
+    const rows = session.chunks.map((c, i) => `<tr data-chunk="${c.chunk}"><th scope="row">${c.chunk}<td>${name(c.level)}<td>${session.oracle_levels && session.oracle_levels[i] !== undefined ? name(session.oracle_levels[i]) : "–"}<td>${size(c.bytes)}<td>${seconds(c.request_s)}<td>${seconds(c.first_byte_s)}<td>${seconds(c.last_byte_s)}<td>${seconds(c.decode_start_s)}<td>${seconds(c.decode_end_s)}<td class="v-why">${escape(reasons(c))}</tr>`);
+    part.table.innerHTML = `<table><thead><tr><th scope="col">chunk<th scope="col">level<th scope="col">oracle<th scope="col">size<th scope="col">requested<th scope="col">first byte<th scope="col">last byte<th scope="col">decode from<th scope="col">to<th scope="col">why</tr></thead><tbody>${rows.join("")}</tbody></table>`;
+  }
+
+  function select(index) {
+    selected = Math.min(Math.max(index, 0), session.chunks.length - 1);
+    strip(); detail();
+    if (plot) drawLanes(plot);
+  }
+
+  root.addEventListener("click", (event) => {
+    const hit = event.target.closest("[data-chunk]");
+    if (hit) select(+hit.dataset.chunk);
+  });
+  part.lanes.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -1e9, End: 1e9 }[event.key];
+    if (step === undefined) return;
+    event.preventDefault();
+    select(selected + step);
+  });
+  new ResizeObserver(() => { if (plot && root.clientWidth && root.clientWidth !== plot.width) makePlot(); }).observe(root);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (plot) { makePlot(); strip(); } });
+
+  return {
+    show(next, follow = false) {
+      if (!session || session.unit_id !== next.unit_id || session.scheme !== next.scheme) { keep = null; selected = 0; }
+      session = next;
+      const requested = session.chunks.reduce((last, c, i) => (c.request_s !== null ? i : last), 0);
+      if (follow) selected = requested;
+      if (plot) plot.setData(data()); else makePlot();
+      title(); key(); strip(); detail(); table();
+    },
+    now(t) { nowS = t; if (plot) plot.setData(data()); },
+    get selected() { return selected; },
+  };
+}
