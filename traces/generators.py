@@ -73,7 +73,7 @@ def _holds(length: float, hold: float) -> Floats:
     _at_least(0.0, length=length, hold=hold)
     if length / hold > MAX_ROWS:
         raise TraceError(f"length={length:g} in steps of {hold:g} s: more than {MAX_ROWS} rows; ask for fewer")
-    n = max(1, math.ceil(length / hold - 1e-9))
+    n = max(1, math.ceil(length / hold - 1e-6))
     durations = np.full(n, hold)
     durations[-1] = length - hold * (n - 1)
     return durations

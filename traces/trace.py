@@ -28,6 +28,7 @@ Per = Literal["time", "chunk"]
 
 MAX_ROWS = 5_000_000
 MAX_RATE_BPS = 1e14
+MIN_ROW_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Trace:
         n = len(rates)
         if not 1 <= n <= MAX_ROWS:
             raise TraceError(f"trace {self.name!r} has {n} rows; a trace has 1 to {MAX_ROWS}")
-        durations = self._column("durations_s", self.durations_s, 0.0, math.inf, length=n if self.per == "time" else 0)
+        durations = self._column(
+            "durations_s", self.durations_s, MIN_ROW_S, math.inf, length=n if self.per == "time" else 0
+        )
         for what in ("delay_s", "loss"):
             values = getattr(self, what)
             if values is not None:
@@ -96,7 +99,7 @@ class Trace:
         if not np.all(np.diff(edges) > 0.0):
             row = int(np.argmin(np.diff(edges) > 0.0))
             raise TraceError(
-                f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s; every row lasts longer than 0 s"
+                f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s is lost beside {edges[row]:g} s before it"
             )
         for attribute, content in (
             ("rates_bps", rates),
@@ -316,6 +319,8 @@ class Trace:
 
     def _window(self, start_s: float, length_s: float) -> dict[str, Floats | None]:
         rows = list(self._rows(start_s, length_s))
+        if len(rows) > 1:  # a cut beside an edge leaves a sliver of rounding
+            rows = [row for row in rows if row[1] >= 2.0 * MIN_ROW_S]
         index = np.array([len(self._rates) - 1 if row is None else row for _, _, row in rows])
         rates = self.rates_bps[index]
         rates[[row is None for _, _, row in rows]] = 0.0
@@ -394,10 +399,9 @@ class Trace:
             raise TraceError(
                 f"trace {self.name!r}: step of {step_s} s; give a step above 0 s, at most {MAX_ROWS} of them"
             )
-        whole = round(self._edges[-1] / step_s)
-        exact = whole >= 1 and math.isclose(whole * step_s, self._edges[-1], rel_tol=1e-9)
-        grid = step_s * np.arange((whole if exact else math.floor(self._edges[-1] / step_s)) + 1)
-        grid = np.append(grid[:-1] if exact else grid, self._edges[-1])
+        grid = step_s * np.arange(math.floor(self._edges[-1] / step_s + 1e-6) + 1)
+        sliver = len(grid) > 1 and self._edges[-1] - grid[-1] < 2.0 * MIN_ROW_S
+        grid = np.append(grid[:-1] if sliver else grid, self._edges[-1])
         durations = np.diff(grid)
 
         def means(column: Floats) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_a_halved_trace_takes_twice_as_long():
 def test_changes_replay_the_trace(trace, start, length):
     steps = trace.changes(start, length)
     assert steps[0][0] == 0.0
-    assert all(a[0] < b[0] < length and a[1] != b[1] for a, b in zip(steps, steps[1:], strict=False))
+    assert all(a[0] < b[0] < length and a[1] != b[1] for a, b in pairwise(steps))
     ends = [at for at, _ in steps[1:]] + [length]
     total = sum(rate * (until - at) for (at, rate), until in zip(steps, ends, strict=True))
     assert near(total, trace.bits_by(start + length) - trace.bits_by(start), trace)

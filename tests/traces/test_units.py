@@ -53,7 +53,22 @@ def test_quantities_become_si(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "fast", "Mbps", "10 furlongs", "10Mb", "1,5s", "1e999s", "nan", "inf", "0x10", "1__0", "٣s", "10Mbps!", "1" * 200],
+    [
+        "",
+        "fast",
+        "Mbps",
+        "10 furlongs",
+        "10Mb",
+        "1,5s",
+        "1e999s",
+        "nan",
+        "inf",
+        "0x10",
+        "1__0",
+        "٣s",
+        "10Mbps!",
+        "1" * 200,
+    ],
 )
 def test_nonsense_is_refused_in_one_line(text):
     with pytest.raises(TraceError) as caught:

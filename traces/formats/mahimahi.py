@@ -57,8 +57,8 @@ def write(trace: Trace) -> str:
         raise TraceError(f"trace {trace.name!r} is shorter than 1 ms or carries no packet: mahimahi cannot hold it")
     if n > MAX_LINES:
         raise TraceError(f"trace {trace.name!r} needs {n} lines in mahimahi, one a packet; write format kvstream")
-    goal = bits[-1] * np.arange(1, n + 1) / n
-    row = np.minimum(np.searchsorted(bits, goal, side="left"), len(bits) - 1) - 1
+    goal = np.minimum(bits[-1] * np.arange(1, n + 1) / n, bits[-1])
+    row = np.searchsorted(bits, goal, side="left") - 1
     when_s = edges[row] + (goal - bits[row]) / trace.rates_bps[row]
     stamps = np.clip(np.ceil(when_s * 1000.0 - 1e-6), 0, period_ms).astype(np.int64)
     stamps[-1] = period_ms  # the last line is the period
