@@ -118,16 +118,13 @@ def _histograms(
     symbols = np.empty(values.shape, np.uint8)
     everything = np.full(classes.tables.count, HALF, np.int32)
     _kernel()(values, own, classes.thresholds, everything, symbols)
-    counts = np.zeros((len(values), ALPHABET))
-    sums = np.zeros((len(values), ALPHABET))
-    magnitude = np.abs(symbols.astype(np.int16) - HALF)
-    magnitude[symbols == 255] = HALF
-    for c in range(len(values)):
-        n = np.bincount(magnitude[c], minlength=HALF + 1)
-        total = np.bincount(magnitude[c], weights=np.abs(values[c]), minlength=HALF + 1)
-        counts[c, HALF:], sums[c, HALF:] = n / 2, total / 2
-        counts[c, HALF::-1], sums[c, HALF::-1] = n / 2, total / 2
-        counts[c, HALF], sums[c, HALF] = n[0], 0.0
+    magnitude = np.minimum(np.abs(symbols.astype(np.int64) - HALF), HALF)
+    cell = (magnitude + np.arange(len(values))[:, None] * (HALF + 1)).ravel()
+    size = len(values) * (HALF + 1)
+    n = np.bincount(cell, minlength=size).reshape(-1, HALF + 1) / 2
+    total = np.bincount(cell, weights=np.abs(values).ravel(), minlength=size).reshape(-1, HALF + 1) / 2
+    counts = np.concatenate([n[:, :0:-1], 2 * n[:, :1], n[:, 1:]], axis=1)
+    sums = np.concatenate([total[:, :0:-1], 0 * total[:, :1], total[:, 1:]], axis=1)
     return counts, sums
 
 

@@ -21,6 +21,7 @@ CODECS: dict[str, str] = {
     "uniform": "codec.uniform:Uniform",
     "fp8": "codec.uniform:FP8",
     "cachegen": "codec.cachegen:CacheGen",
+    "kvstream": "codec.kvstream:KVStream",
 }
 """Name to `module:class`; imported when first asked for, because torch and numba take seconds."""
 

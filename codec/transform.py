@@ -67,8 +67,9 @@ def analyse(
 def synthesise(
     coefficients: Tensor, layer: int, side: int, mean: Tensor, basis: Tensor, rope: Rope | None, positions: range
 ) -> Tensor:
-    """Inverse of `analyse`: values `[T, H, D]` (float32) from coefficients `[H, D, T]` and `basis` `[H, D, D]`."""
-    block = torch.baddbmm(mean[:, None, :], coefficients.transpose(1, 2), basis.transpose(1, 2))
+    """Inverse of `analyse`: values `[T, H, D]` (float32) from coefficients `[H, T, D]` (any strides) and `basis`
+    `[H, D, D]`: `x = basis @ c + mean`."""
+    block = torch.baddbmm(mean[:, None, :], coefficients, basis.transpose(1, 2))
     if side == 0 and rope is not None:
         rope.rotate(block, layer, positions)
     return block.permute(1, 0, 2)

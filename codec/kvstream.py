@@ -1,0 +1,288 @@
+"""kvstream's own codec: transform coding with one scalar step a level.
+
+Keys are turned back to position 0 (RoPE undone), the mean of every channel is removed, and each head's vector is
+expressed in a basis in which its coefficients are uncorrelated and an error of one step costs the same whatever
+coefficient of whatever head it hits: the eigenvectors of the covariance measured in the metric of the model's own
+sensitivity. So one step a level serves all of them, and how many bits a coefficient gets follows from its variance. Coefficients
+are quantised with a dead zone and centroids (`quantize`) and rANS coded with one of a few shared tables each.
+
+All that depends on the model is in the profile; a chunk holds the coded coefficients and the few exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codec.api import Codec, Level
+from codec.container import Chunk, Header
+from codec.entropy import rans
+from codec.entropy.tables import Tables, column_counts
+from codec.errors import CodecError
+from codec.profile import Profile
+from codec.quantize import ALPHABET, HALF, Classes, design, entropy_bits
+from codec.targets import CacheTarget
+from codec.transform import Rope, analyse, synthesise
+
+TARGET_BITS = (0.7, 1.0, 1.4, 1.9, 2.6, 3.6)
+"""Default ladder: bits per element that the levels' steps are chosen for, smallest first."""
+RIDGE = 1e-3
+"""Part of a head's mean sensitivity that every direction has at least: bounds the noise that unused ones get."""
+_SAMPLE_TOKENS = 6_000
+
+
+class KVStream(Codec):
+    """Sections `coef` (rANS, columns in order (layer, K or V, head, coefficient)) and `exce`.
+
+    `exce` lists the coefficients that their class cannot code: uint32 flat indices (column * T + token), ascending,
+    then int32 whole steps; both empty as a rule.
+    """
+
+    codec_id = "kvstream"
+    needs_profile = True
+
+    def __init__(self, *, profile: Profile | None = None) -> None:
+        super().__init__(profile=profile)
+        assert self.profile is not None
+        found = self.profile
+        if found.codec_id != self.codec_id:
+            raise CodecError(f"profile is for codec {found.codec_id}, not {self.codec_id}: calibrate again")
+        layers, heads, dim = (found.number(name) for name in ("layers", "heads", "head_dim"))
+        self._shape = (layers, heads, dim)
+        columns = layers * 2 * heads * dim
+        self._mean = torch.tensor(found.tensor("mean", np.float32, (layers, 2, heads, dim)))
+        basis = torch.tensor(found.tensor("basis", np.float16, (layers, 2, heads, dim, dim))).float()
+        self._basis = basis * torch.tensor(found.tensor("scale", np.float32, (layers, 2, heads)))[..., None, None]
+        self._rope = rope_of_profile(found)
+        frequencies = found.tensor("tables", np.uint16, (None, ALPHABET))
+        self._classes = Classes(Tables(frequencies), found.tensor("values", np.float32, frequencies.shape))
+        self._steps = found.tensor("steps", np.float32, (None,))
+        self._class_of_column = found.tensor("classes", np.uint8, (len(self._steps), columns))
+        if len(self._steps) == 0 or not (self._steps > 0).all() or int(self._class_of_column.max()) >= len(frequencies):
+            raise CodecError(f"profile {found.sha256[:12]} has impossible steps or classes; calibrate again")
+        names = found.metadata.get("levels")
+        if not isinstance(names, list) or len(names) != len(self._steps):
+            raise CodecError(f"profile {found.sha256[:12]} does not name its {len(self._steps)} levels; calibrate again")
+        self.levels = tuple(
+            Level(str(name), {"step": float(step)}) for name, step in zip(names, self._steps, strict=True)
+        )
+        self._inverse: Tensor | None = None
+
+    def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
+        self._check_shape(header)
+        if self._inverse is None:
+            self._inverse = torch.linalg.inv(self._basis.double()).float()
+        coefficients = torch.empty((header.layers, 2, header.heads, header.head_dim, header.tokens))
+        for layer in range(header.layers):
+            for side in (0, 1):
+                coefficients[layer, side] = analyse(
+                    kv, layer, side, self._mean[layer, side], self._inverse[layer, side], self._rope, header.positions
+                )
+        values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
+        own = self._class_of_column[level]
+        symbols, where, steps = self._classes.quantise(values, own)
+        return {
+            "coef": rans.encode(symbols, own, self._classes.tables),
+            "exce": where.astype("<u4").tobytes() + steps.astype("<i4").tobytes(),
+        }
+
+    def _check_chunk(self, chunk: Chunk) -> None:
+        self._check_shape(chunk.header)
+        chunk.section("coef")
+        if len(chunk.section("exce")) % 8:
+            raise CodecError("section 'exce' is not a list of exceptions; encode again")
+
+    def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
+        header = chunk.header
+        layers, heads, dim = self._shape
+        where, steps = self._exceptions(chunk)
+        own = self._class_of_column[header.level]
+        coefficients = np.empty((layers * 2 * heads, header.tokens, dim), np.float32)
+        rans.decode_dequantised(
+            chunk.section("coef"), own, self._classes.tables, len(own), header.tokens, coefficients,
+            values=self._classes.values,
+        )  # fmt: skip
+        column, token = np.divmod(where, header.tokens)
+        coefficients[column // dim, token, column % dim] = steps
+        blocks = torch.from_numpy(coefficients).view(layers, 2, heads, header.tokens, dim)
+        step = float(self._steps[header.level])
+        for layer in range(layers):
+            for side in (0, 1):
+                values = synthesise(
+                    blocks[layer, side], layer, side, self._mean[layer, side], self._basis[layer, side] * step,
+                    self._rope, header.positions,
+                )  # fmt: skip
+                target.write(layer, side, values.to(target.device))
+
+    def _exceptions(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        content = np.frombuffer(chunk.section("exce"), np.uint8)
+        half = len(content) // 2
+        where = content[:half].view("<u4").astype(np.int64)
+        if len(where) and (int(where[-1]) >= chunk.header.elements or (np.diff(where) <= 0).any()):
+            raise CodecError("section 'exce' names coefficients that the chunk does not have; encode again")
+        steps = content[half:].view("<i4").astype(np.float32)
+        return where, steps
+
+    def _check_shape(self, header: Header) -> None:
+        shape = (header.layers, header.heads, header.head_dim)
+        if shape != self._shape:
+            raise CodecError(f"the cache has (layers, heads, head_dim) {shape}, the profile's model {self._shape}")
+
+
+def rope_of_profile(profile: Profile) -> Rope | None:
+    """The rotary embedding that a profile's `inv_freq` describes; None for a model without."""
+    if "inv_freq" not in profile.tensors:
+        return None
+    layers, dim = profile.number("layers"), profile.number("head_dim")
+    inv_freq = profile.tensor("inv_freq", np.float32, (layers, None))
+    if 2 * inv_freq.shape[1] > dim:
+        raise CodecError(f"profile {profile.sha256[:12]} rotates more than {dim} dimensions; calibrate again")
+    return Rope(torch.tensor(inv_freq), bool(profile.metadata.get("rope_interleaved", False)))
+
+
+def fit(
+    kv_samples: Sequence[Tensor], *, rope: Rope | None = None, sensitivity: Tensor | None = None,
+    target_bits: Sequence[float] = TARGET_BITS, klt: bool = True, centre: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> Profile:  # fmt: skip
+    """Calibrate for one model.
+
+    `kv_samples` are caches `[L, 2, T, H, D]` of contexts that begin at position 0. `rope` is the model's rotary embedding,
+    None to leave keys as they are. `sensitivity` says what an error costs: `[L, 2, H]`, a weight of each head, or
+    `[L, 2, H, D, D]`, a metric in the space of keys turned back to position 0 and values (for instance the mean outer
+    product of gradients of log p, whose half is the second-order KL divergence); None weighs all alike. `klt=False` keeps
+    the channels and `centre=False` their means, to measure what each of these stages brings.
+    """
+    if not kv_samples:
+        raise CodecError("a profile needs at least one KV sample")
+    layers, _, _, heads, dim = kv_samples[0].shape
+    mean, covariance = _moments(kv_samples, rope, centre)
+    basis = torch.empty((layers, 2, heads, dim, dim))
+    for index in np.ndindex(layers, 2, heads):
+        metric = _metric(sensitivity, index, dim)
+        basis[index] = _basis(covariance[index], metric, klt)
+    # The scale of the sensitivity is arbitrary: fix it so that a step is about that of the values.
+    basis /= basis.pow(2).mean().sqrt() * dim**0.5
+    scale = basis.abs().amax(dim=(3, 4))
+    stored = (basis / scale[..., None, None]).half()
+    inverse = torch.linalg.inv(stored.double() * scale[..., None, None].double()).float()
+    sample = _coefficients(kv_samples, rope, mean, inverse)
+    steps = [_step_for(sample, bits) for bits in target_bits]
+    classes, own = design([sample / step for step in steps])
+    tensors: dict[str, NDArray[Any]] = {
+        "mean": mean.numpy(),
+        "basis": stored.numpy(),
+        "scale": scale.numpy(),
+        "tables": classes.tables.frequencies,
+        "values": classes.values,
+        "steps": np.array(steps, np.float32),
+        "classes": np.stack(own),
+    }
+    if rope is not None:
+        tensors["inv_freq"] = rope.inv_freq.numpy()
+    facts = {
+        **(metadata or {}),
+        "codec": KVStream.codec_id,
+        "layers": layers,
+        "heads": heads,
+        "head_dim": dim,
+        "levels": [f"{bits:g} bit" for bits in target_bits],
+        "rope_interleaved": rope is not None and rope.interleaved,
+        "calibration_tokens": sum(kv.shape[2] for kv in kv_samples),
+    }
+    return Profile(tensors, facts)
+
+
+def _moments(kv_samples: Sequence[Tensor], rope: Rope | None, centre: bool) -> tuple[Tensor, Tensor]:
+    """Mean `[L, 2, H, D]` and second moment about it `[L, 2, H, D, D]`, keys turned back."""
+    layers, _, _, heads, dim = kv_samples[0].shape
+    first = torch.zeros((layers, 2, heads, dim), dtype=torch.float64)
+    second = torch.zeros((layers, 2, heads, dim, dim), dtype=torch.float64)
+    tokens = 0
+    for kv in kv_samples:
+        if kv.shape[:2] != (layers, 2) or kv.shape[3:] != (heads, dim):
+            raise CodecError(f"KV samples have different shapes: {tuple(kv_samples[0].shape)} and {tuple(kv.shape)}")
+        tokens += kv.shape[2]
+        for layer in range(layers):
+            for side in (0, 1):
+                block = kv[layer, side].float().permute(1, 0, 2).clone()
+                if side == 0 and rope is not None:
+                    rope.rotate(block, layer, range(kv.shape[2]), undo=True)
+                first[layer, side] += block.double().sum(dim=1)
+                second[layer, side] += (block.transpose(1, 2) @ block).double()
+    mean = first / tokens if centre else torch.zeros_like(first)
+    second = second / tokens - (mean[..., :, None] * mean[..., None, :] if centre else 0)
+    return mean.float(), second
+
+
+def _metric(sensitivity: Tensor | None, index: tuple[int, ...], dim: int) -> Tensor:
+    """The positive definite metric of one head, `[D, D]` in float64."""
+    eye = torch.eye(dim, dtype=torch.float64)
+    if sensitivity is None:
+        return eye
+    if sensitivity.dim() == 3:
+        floor = RIDGE * float(sensitivity.mean())
+        return eye * max(float(sensitivity[index]), floor)
+    whole = float(sensitivity.diagonal(dim1=3, dim2=4).mean())
+    own = sensitivity[index].double()
+    own = (own + own.T) / 2
+    ridge = RIDGE * max(float(own.diagonal().mean()), RIDGE * whole)
+    return own + max(ridge, 1e-30) * eye
+
+
+def _basis(covariance: Tensor, metric: Tensor, klt: bool) -> Tensor:
+    """Columns that coefficients multiply: `metric^(-1/2) U`, U the eigenvectors of the covariance in that metric."""
+    weight, axes = torch.linalg.eigh(metric)
+    root = axes @ torch.diag(weight.clamp(min=1e-300).sqrt()) @ axes.T
+    back = axes @ torch.diag(weight.clamp(min=1e-300).rsqrt()) @ axes.T
+    if not klt:
+        return torch.diag(metric.diagonal().rsqrt()).float()
+    _, vectors = torch.linalg.eigh(root @ covariance @ root)
+    return (back @ vectors.flip(1)).float()
+
+
+def _coefficients(kv_samples: Sequence[Tensor], rope: Rope | None, mean: Tensor, inverse: Tensor) -> NDArray[np.float32]:
+    """Coefficients `[columns, N]` of N tokens spread evenly over the samples."""
+    stride = max(1, sum(kv.shape[2] for kv in kv_samples) // _SAMPLE_TOKENS)
+    parts = []
+    for kv in kv_samples:
+        layers = [
+            torch.stack([
+                analyse(kv, layer, side, mean[layer, side], inverse[layer, side], rope, range(kv.shape[2]))[..., ::stride]
+                for side in (0, 1)
+            ])
+            for layer in range(len(kv))
+        ]  # fmt: skip
+        parts.append(torch.stack(layers).flatten(0, 3))
+    return torch.cat(parts, dim=1).contiguous().numpy()
+
+
+def _step_for(sample: NDArray[np.float32], bits: float) -> float:
+    """The step at which coding each column with a Laplace-like table takes `bits` per element, by bisection."""
+    thinned = np.ascontiguousarray(sample[:, :: max(1, sample.shape[1] // 500)])
+    low, high = 1e-6, 2 * float(np.abs(thinned).max()) + 1e-6
+    for _ in range(24):
+        step = (low * high) ** 0.5
+        if _histogram_bits(thinned / step) > bits:
+            low = step
+        else:
+            high = step
+    return (low * high) ** 0.5
+
+
+def _histogram_bits(values: NDArray[np.float32]) -> float:
+    """Mean entropy (bits) of the columns' symbols after rounding with the dead zone typical at low rates."""
+    symbols = np.sign(values) * np.floor(np.abs(values) + 0.4)
+    symbols = (np.clip(symbols, -HALF, HALF) + HALF).astype(np.uint8)
+    columns, tokens = symbols.shape
+    p = column_counts(symbols, ALPHABET) / tokens
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(-np.where(p > 0, p * np.log2(p), 0).sum() / columns)
+
+
+__all__ = ["KVStream", "entropy_bits", "fit", "rope_of_profile"]
