@@ -1,0 +1,1 @@
+"""The emulated link: namespaces, Mininet topology, trace replay, impairments, and the proof of its fidelity."""

@@ -1,0 +1,101 @@
+"""Being on time: a short scheduling slice, and a look at who else uses the processors."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import struct
+from typing import Final
+
+SLICE_S: Final = 0.0001
+TIMER_SLACK_NS: Final = 1
+PR_SET_TIMERSLACK: Final = 29
+SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
+TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+
+
+def be_punctual() -> str:
+    """Ask the scheduler to wake this process promptly even when every core is busy; says what was granted.
+
+    A task with a slice of 0.1 ms gets an early virtual deadline under EEVDF (Linux 6.12 and later), also as an
+    ordinary user: 0.1 ms late at p99 instead of 4 ms. Elsewhere a lower nice value is tried.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
+    number = SCHED_SETATTR.get(platform.machine())
+    if number is not None and _kernel() >= (6, 12):
+        # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
+        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, 0, 0, round(SLICE_S * 1e9), 0, 0)
+        if libc.syscall(number, 0, attributes, 0) == 0:
+            return f"EEVDF slice {SLICE_S * 1e3:g} ms"
+        if ctypes.get_errno() not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
+            return f"default ({os.strerror(ctypes.get_errno())})"
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+    except OSError:
+        return "default"
+    return "nice -20"
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = platform.release().split(".")[:2]
+    return int(major), int("".join(filter(str.isdigit, minor)) or 0)
+
+
+class CpuMeter:
+    """What the processors did since the last reading, in core-seconds: see `read`.
+
+    Meant for a sandbox, whose PID namespace holds just the processes of the run. This process is left out.
+    """
+
+    def __init__(self) -> None:
+        self.cores = os.cpu_count() or 1
+        self._tasks: dict[str, tuple[float, float]] = {}
+        self._machine_last = self._machine()
+        self._own()
+
+    def read(self) -> tuple[float, float, float, float]:
+        """(idle, own, foreign, waited) since the reading before, summed over cores and threads.
+
+        Own is the time of this run's threads, foreign that of all other programs and of other virtual machines
+        (steal); interrupts count as neither. Waited is how long the run's threads could have run but did not.
+        """
+        busy, idle = self._machine()
+        spent, rested = busy - self._machine_last[0], idle - self._machine_last[1]
+        self._machine_last = (busy, idle)
+        own, waited = self._own()
+        return max(rested, 0.0), own, max(spent - own, 0.0), waited
+
+    @staticmethod
+    def _machine() -> tuple[float, float]:
+        with open("/proc/stat") as file:
+            user, nice, system, idle, iowait, _, _, steal = map(int, file.readline().split()[1:9])
+        return (user + nice + system + steal) / TICKS_PER_S, (idle + iowait) / TICKS_PER_S
+
+    def _own(self) -> tuple[float, float]:
+        """Seconds that the run's threads ran and waited since the last look."""
+        ran = waited = 0.0
+        tasks: dict[str, tuple[float, float]] = {}
+        for pid in os.listdir("/proc"):
+            if not pid.isdigit() or int(pid) == os.getpid():
+                continue
+            try:
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with open(f"/proc/{pid}/task/{task}/schedstat", "rb") as file:
+                        now = tuple(float(word) * 1e-9 for word in file.read().split()[:2])
+                    before = self._tasks.get(task, (0.0, 0.0))
+                    ran, waited = ran + now[0] - before[0], waited + now[1] - before[1]
+                    tasks[task] = (now[0], now[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended, or (without CONFIG_SCHED_INFO) the kernel does not keep the time waited
+        self._tasks = tasks
+        return max(ran, 0.0), max(waited, 0.0)
+
+
+def spent_s() -> float:
+    """Processor seconds this process has used."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,227 @@
+"""The shaper's process: it sets one interface's rate at absolute times and reads the class's counters every 10 ms.
+
+`python -m testbed.emulator.replay INTERFACE` in the router's network namespace, spoken to in JSON lines on its standard
+streams by `testbed.emulator.shaper`. A process of its own, so that neither a busy interpreter nor a garbage
+collection of the controller can delay a rate change. Only light modules are imported: it starts in 40 ms.
+
+    {"do": "make", "queue_s": .., "queue_bytes": null | .., "packet_bytes": ..}     put the queueing in place
+    {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..]}                          a session starts at t0_s
+    {"do": "rate", "rate_bps": ..}                                                  step now (per-chunk traces)
+    {"do": "finish", "t_end_s": ..}                                                 end it then; answers its record
+
+Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import sys
+import time
+from collections import deque
+from typing import Any, Final
+
+from testbed.emulator.clock import CpuMeter, be_punctual, spent_s
+from testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
+
+SAMPLE_S: Final = 0.01
+CPU_SAMPLE_S: Final = 0.1
+CPU_SAMPLE_TAKES_S: Final = 0.004
+IDLE_BPS: Final = 10e9
+"""The rate between sessions: what is left in the queue drains, and control traffic does not wait."""
+SPIN_S: Final = 0.0002
+"""A timer wakes this much early for a rate change; the rest is spent looking at the clock."""
+RATE_TOLERANCE: Final = 1e-6
+
+
+class Replay:
+    """The state of the process: one interface, and at most one session."""
+
+    def __init__(self, interface: str) -> None:
+        self.tc = Interface(interface)
+        self.punctual = be_punctual()
+        self.rate_bps = IDLE_BPS
+        self.closed = False
+        self.queue_s = 0.05
+        self.queue_bytes: int | None = None
+        self.packet_bytes = 0
+        self.armed = False
+        self.settings: dict[str, Any] = {}
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def make(self, queue_s: float, queue_bytes: int | None, packet_bytes: int) -> dict[str, Any]:
+        """Create the class and the queue, and check both against the kernel's word."""
+        self.queue_s, self.queue_bytes, self.packet_bytes = queue_s, queue_bytes, packet_bytes
+        self.tc.create(IDLE_BPS, self._limit(IDLE_BPS), packet_bytes)
+        state, (limit, is_open) = self.tc.state(), self.tc.queue_state()
+        wanted = (IDLE_BPS, self._limit(IDLE_BPS), True)
+        if (state.rate_bps, limit, is_open) != wanted or abs(state.burst_s - BURST_S) > 1e-6:
+            raise KernelRefused(0, f"asked for {wanted}, burst {BURST_S} s; the kernel has {state}, {limit} bytes")
+        self.settings = {
+            "interface": self.tc.name,
+            "qdisc": "htb > tbf (valve) > bfifo",
+            "burst_s": state.burst_s,
+            "queue_s": queue_s,
+            "queue_bytes": queue_bytes,
+            "scheduling": self.punctual,
+        }
+        return self.settings
+
+    def arm(self, t0_s: float, changes: list[list[float]]) -> None:
+        """Begin a session; its times count from `t0_s`."""
+        self.t0_s = t0_s
+        self.pending = deque((t0_s + at_s, rate) for at_s, rate in changes)
+        self.samples: list[tuple[float, float, int, int, int]] = []
+        self.changes: list[tuple[float, float, float]] = []
+        self.cpu: list[tuple[float, ...]] = []
+        self.faults: list[str] = []
+        self.spent_s = spent_s()
+        self.next_sample_s = t0_s
+        self.next_cpu_s = t0_s + CPU_SAMPLE_S / 2.0
+        self.base: tuple[int, int] | None = None
+        self.meter = CpuMeter()
+        self.armed = True
+        gc.collect()
+        gc.disable()  # a collection takes milliseconds, and a session's garbage is a few thousand tuples
+
+    def rate(self, rate_bps: float) -> dict[str, Any]:
+        now = time.monotonic()
+        self._step(now, rate_bps)
+        return {"lateness_s": time.monotonic() - now}
+
+    def finish(self, t_end_s: float) -> dict[str, Any]:
+        """Go on until `t_end_s`, then end the session and return its record."""
+        self._until(t_end_s, control=False)
+        self._sample()
+        self._sample_cpu(time.monotonic())
+        self.armed = False
+        spent = spent_s() - self.spent_s
+        try:
+            self._apply(IDLE_BPS)
+        except KernelRefused as error:
+            self._fault(time.monotonic() - self.t0_s, f"the rate could not be changed: {error.strerror}")
+        gc.enable()
+        return {
+            "t0_s": self.t0_s,
+            "length_s": t_end_s - self.t0_s,
+            "samples": self.samples,
+            "changes": self.changes,
+            "cpu": self.cpu,
+            "cores": self.meter.cores,
+            "packet_bytes": self.packet_bytes,
+            "faults": self.faults,
+            "settings": {**self.settings, "shaper_cpu_s": spent},
+        }
+
+    # ---- keeping time -----------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Answer requests until the input ends."""
+        while self._until(None, control=True):
+            line = _read_line()
+            if not line:
+                return
+            request = json.loads(line)
+            try:
+                answer = {"ok": getattr(self, request.pop("do"))(**request)}
+            except OSError as error:
+                answer = {"error": error.strerror or str(error)}
+            os.write(1, json.dumps(answer).encode() + b"\n")
+
+    def _until(self, end_s: float | None, *, control: bool) -> bool:
+        """Step and sample on time until `end_s`, or (`control`) until there is a request to read."""
+        while True:
+            due = [] if end_s is None else [end_s]
+            if self.armed:
+                due.append(self.next_sample_s)
+                if self.pending:
+                    due.append(self.pending[0][0] - SPIN_S)
+            wait = max(min(due) - time.monotonic(), 0.0) if due else None
+            if control:
+                if select.select([0], [], [], wait)[0]:
+                    return True
+            elif wait:
+                time.sleep(wait)
+            now = time.monotonic()
+            if self.armed:
+                if self.pending and self.pending[0][0] - SPIN_S <= now:
+                    due_s, rate_bps = self.pending.popleft()
+                    while now < due_s:
+                        now = time.monotonic()
+                    self._step(due_s, rate_bps)
+                if self.next_sample_s <= now:
+                    self._sample()
+                    # After a stall the grid goes on; the gap stays visible in the record.
+                    self.next_sample_s = max(self.next_sample_s + SAMPLE_S, now)
+                # This one takes a millisecond or more, so it keeps off the changes.
+                if self.next_cpu_s <= now and not (self.pending and self.pending[0][0] - now < CPU_SAMPLE_TAKES_S):
+                    self._sample_cpu(now)
+            if end_s is not None and now >= end_s:
+                return False
+
+    def _step(self, due_s: float, rate_bps: float) -> None:
+        try:
+            self._apply(rate_bps)
+        except KernelRefused as error:
+            self._fault(due_s - self.t0_s, f"the rate could not be changed: {error.strerror}")
+        self.changes.append((due_s - self.t0_s, time.monotonic() - self.t0_s, rate_bps))
+
+    def _apply(self, rate_bps: float) -> None:
+        """Set the class's rate and the queue's limit; a rate of 0 closes the valve instead."""
+        if rate_bps < MIN_BPS:
+            self.tc.set_queue(self._limit(self.rate_bps), self.packet_bytes, open=False)
+            self.closed = True
+            return
+        self.tc.set_rate(rate_bps)
+        self.tc.set_queue(self._limit(rate_bps), self.packet_bytes)
+        if self.closed:
+            self.tc.wake()
+        self.rate_bps, self.closed = rate_bps, False
+
+    def _limit(self, rate_bps: float) -> int:
+        wanted = self.queue_bytes if self.queue_bytes is not None else self.queue_s * rate_bps / 8.0
+        return int(max(wanted, 2 * self.packet_bytes))
+
+    def _sample(self) -> None:
+        before = time.monotonic()
+        try:
+            state = self.tc.state()
+        except KernelRefused as error:
+            self._fault(before - self.t0_s, f"the class is gone: {error.strerror}")
+            return
+        t_s = (before + time.monotonic()) / 2.0 - self.t0_s
+        if abs(state.rate_bps - self.rate_bps) > RATE_TOLERANCE * self.rate_bps + MIN_BPS:
+            self._fault(t_s, f"the rate is {state.rate_bps:.0f} bit/s, not the {self.rate_bps:.0f} that was set")
+        if self.base is None:
+            self.base = (state.sent_bytes, state.drops)
+        rate = 0.0 if self.closed else state.rate_bps
+        sent, drops = state.sent_bytes - self.base[0], state.drops - self.base[1]
+        if sent < 0:
+            self._fault(t_s, "the class's counters went back: it was replaced by another")
+        self.samples.append((t_s, rate, sent, state.backlog_bytes, drops))
+
+    def _sample_cpu(self, now_s: float) -> None:
+        self.cpu.append((now_s - self.t0_s, *self.meter.read()))
+        self.next_cpu_s = now_s + CPU_SAMPLE_S
+
+    def _fault(self, t_s: float, what: str) -> None:
+        if len(self.faults) < 20:
+            self.faults.append(f"{t_s:.3f} s: {what}")
+
+
+def _read_line() -> bytes:
+    """One line of the input, read byte by byte so that nothing stays in a buffer where select() cannot see it."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 65_536)
+        if not byte:
+            return b""
+        line += byte
+    return bytes(line)
+
+
+if __name__ == "__main__":
+    Replay(sys.argv[1]).serve()

@@ -1,0 +1,264 @@
+"""Namespaces of a run's own: nothing on the host changes, and nothing outlives the run.
+
+`run` starts a launcher process, which enters fresh network, mount, PID and IPC namespaces (and a user namespace
+unless it is root), forks the namespaces' first process and, under it, the command. The chain dies from either end:
+
+- the launcher and the first process ask the kernel for SIGKILL when their parent dies (PR_SET_PDEATHSIG);
+- when the first process dies, the kernel kills everything in the PID namespace, and with the last process go the
+  interfaces, queues, rules and mounts.
+
+So SIGKILL of any process of a run leaves nothing behind, whichever it hits. Only the standard library is imported
+here: the launcher starts in some 20 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+from testbed.errors import MachineError
+
+MARK: Final = "KVSTREAM_SANDBOX"
+"""Environment variable that holds, inside a sandbox, the inode of its network namespace."""
+
+LAUNCH_FAILED: Final = 125
+FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWNET: Final = 0x40000000
+MS_NOSUID_NODEV_NOEXEC: Final = 0x2 | 0x4 | 0x8
+MS_PRIVATE_RECURSIVE: Final = 0x40000 | 0x4000
+PR_SET_PDEATHSIG: Final = 1
+
+APPARMOR_SWITCH: Final = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+DEBIAN_SWITCH: Final = Path("/proc/sys/kernel/unprivileged_userns_clone")
+MAX_USER_NAMESPACES: Final = Path("/proc/sys/user/max_user_namespaces")
+
+
+def inside() -> bool:
+    """Whether this process runs in a sandbox's namespaces (not merely with a sandbox's environment)."""
+    mark = os.environ.get(MARK)
+    return mark is not None and mark == _network_namespace()
+
+
+def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
+    """Run a command in namespaces of its own and return its exit status (128 + n when signal n ended it).
+
+    Works as root and as an ordinary user. Standard streams and the working directory are inherited; `env` replaces
+    the environment. SIGINT, SIGTERM and SIGHUP that reach this process are passed on to the command.
+    Raises MachineError, naming the cause and the line that helps, where the machine refuses namespaces.
+    """
+    if not argv:
+        raise ValueError("nothing to run: argv is empty")
+    read_end, write_end = os.pipe()
+    root = str(Path(__file__).resolve().parents[2])
+    launcher = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {root!r})\n"
+                "from testbed.emulator.sandbox import _launch; _launch()"]  # fmt: skip
+    with os.fdopen(read_end, "rb") as report:
+        try:
+            process = subprocess.Popen(
+                [*launcher, str(os.getpid()), str(write_end), *argv], env=env, pass_fds=(write_end,)
+            )
+        finally:
+            os.close(write_end)
+        with _forwarding(process):
+            trouble = report.read().decode()
+            status = process.wait()
+    if trouble:
+        raise MachineError(trouble)
+    return 128 - status if status < 0 else status
+
+
+def available() -> str | None:
+    """None where sandboxes work here, else why not and what helps (the text of the MachineError)."""
+    try:
+        status = run(["true"])
+    except MachineError as error:
+        return str(error)
+    return None if status == 0 else f"a sandboxed `true` ended with status {status}"
+
+
+@contextlib.contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass the signals that a user or a job runner sends on to the sandbox while it runs."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+
+    try:
+        previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    except ValueError:  # not the main thread: Python allows no handlers there
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _network_namespace() -> str:
+    return str(os.stat("/proc/self/ns/net").st_ino)
+
+
+# ---- the launcher: a process of its own, without threads, so that it may fork ----------------------------------
+
+
+def _launch() -> NoReturn:
+    """Entry of the launcher: argv holds the parent's PID, the descriptor to report trouble on, and the command."""
+    parent, report_fd, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    with contextlib.suppress(OSError):
+        # A terminal's Ctrl-C goes to the whole process group; the command gets it once, by forwarding.
+        os.setpgid(0, 0)
+    os.set_inheritable(report_fd, False)
+    alive, held = os.pipe()
+    try:
+        _enter_namespaces()
+        _die_with_parent()  # after the namespaces: a new user namespace clears the request
+        if os.getppid() != parent:
+            os._exit(LAUNCH_FAILED)
+        first = os.fork()
+    except OSError as error:
+        os.write(report_fd, _explain(error).encode())
+        os._exit(LAUNCH_FAILED)
+    if first == 0:
+        os.close(held)
+        _first_process(alive, report_fd, argv)
+    os.close(report_fd)
+    _relay(first)
+
+
+def _enter_namespaces() -> None:
+    uid, gid = os.getuid(), os.getgid()
+    wanted = CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC
+    if uid == 0:
+        try:
+            _libc("unshare", wanted)
+            return
+        except PermissionError:  # root of a container without CAP_SYS_ADMIN: go on like an ordinary user
+            pass
+    _libc("unshare", wanted | CLONE_NEWUSER)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def _first_process(alive: int, report_fd: int, argv: list[str]) -> NoReturn:
+    """PID 1 of the sandbox: mounts, then the command as a child, then reaping until the command ends.
+
+    `alive` is the read end of a pipe that the launcher holds open: it tells a launcher that died before the request
+    to die with it, which getppid() cannot tell across PID namespaces.
+    """
+    _die_with_parent()
+    if select.select([alive], [], [], 0.0)[0]:
+        os._exit(LAUNCH_FAILED)
+    try:
+        _mount(None, "/", None, MS_PRIVATE_RECURSIVE)
+        _mount("proc", "/proc", "proc", MS_NOSUID_NODEV_NOEXEC)
+        # iptables takes a lock in /run, which an ordinary user could not write.
+        _mount("tmpfs", "/run", "tmpfs", MS_NOSUID_NODEV_NOEXEC)
+    except OSError as error:
+        os.write(report_fd, _explain(error).encode())
+        os._exit(LAUNCH_FAILED)
+    environment = {**os.environ, MARK: _network_namespace()}
+    command = os.fork()
+    if command == 0:
+        try:
+            os.execvpe(argv[0], argv, environment)
+        except OSError as error:
+            os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+            os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+    os.close(report_fd)
+    _relay(command)
+
+
+def _relay(child: int) -> NoReturn:
+    """Pass signals to the child, reap whatever ends, and end as the child did."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    while True:
+        ended, status = os.wait()
+        if ended == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def _die_with_parent() -> None:
+    _libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int) -> None:
+    encoded = [None if word is None else word.encode() for word in (source, target, kind)]
+    _libc("mount", *encoded, flags, None, what=f"mount {kind or 'private'} on {target}")
+
+
+def _libc(function: str, *arguments: object, what: str | None = None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, function)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what or function)
+
+
+# ---- why it failed, and the line that helps ---------------------------------------------------------------------
+
+
+def _explain(error: OSError) -> str:
+    """One line: what was refused, by what as far as that can be told, and what to do."""
+    refused = f"cannot make namespaces for the emulated link ({error.filename or 'fork'}: {error.strerror})"
+    cause, remedy = _cause(error.errno)
+    return f"{refused}: {cause}; {remedy}; or use the simulator, which needs none"
+
+
+def _cause(number: int | None) -> tuple[str, str]:
+    if _reads(MAX_USER_NAMESPACES) == "0":
+        return "user.max_user_namespaces is 0", "run `sudo sysctl -w user.max_user_namespaces=15000`"
+    if number == errno.ENOSPC:
+        return "the limit on nested or counted namespaces is reached", "see user.max_*_namespaces in `sysctl -a`"
+    if _reads(DEBIAN_SWITCH) == "0":
+        return (
+            "kernel.unprivileged_userns_clone is 0",
+            "run `sudo sysctl -w kernel.unprivileged_userns_clone=1`, or this command as root",
+        )
+    if _in_container():
+        return (
+            "the container's seccomp profile or capabilities forbid it",
+            "start the container with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined "
+            "--security-opt systempaths=unconfined`, or with `--privileged`",
+        )
+    if _reads(APPARMOR_SWITCH) == "1" and os.getuid() != 0:
+        return (
+            "AppArmor restricts unprivileged user namespaces",
+            "run `sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`, or this command with sudo",
+        )
+    return "the kernel or a security policy forbids it", "run this command as root on the host"
+
+
+def _in_container() -> bool:
+    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+        return True
+    return any(mark in (_reads(Path("/proc/1/cgroup")) or "") for mark in ("docker", "kubepods", "containerd", "lxc"))
+
+
+def _reads(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

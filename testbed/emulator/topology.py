@@ -1,0 +1,330 @@
+"""The path of an emulated run, of Mininet hosts and links: sender — [delay] — router — receiver(s).
+
+No switch and no controller: hosts are joined by `addLink` and the middle ones forward. The bottleneck is the router's
+egress toward the receivers, on a node that neither sends nor receives, so that neither TCP small queues nor a
+receiver's own scheduling reach into the shaper. Every setting that decides what TCP does is pinned here and recorded.
+
+Must run inside a sandbox (`testbed.emulator.sandbox`); Mininet is imported when a network is built.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from testbed.emulator import sandbox
+from testbed.errors import MachineError, SpecError
+
+if TYPE_CHECKING:
+    from mininet.node import Host
+
+    from traces.trace import Trace
+
+MAX_GSO_BYTES = 65_536
+TCP_HEADERS_BYTES = 320
+"""What the kernel keeps free of a GSO packet for headers (MAX_TCP_HEADER)."""
+SYSCTLS = {
+    "net/ipv4/tcp_slow_start_after_idle": "0",
+    "net/ipv4/tcp_no_metrics_save": "1",
+    # Without this the kernel sends packets of 64 KiB on paths of less than 0.5 ms, whatever the rate.
+    "net/ipv4/tcp_tso_rtt_log": "0",
+    "net/ipv4/tcp_rmem": "4096 131072 67108864",
+    "net/ipv4/tcp_wmem": "4096 65536 67108864",
+    "net/ipv4/tcp_timestamps": "1",
+    "net/ipv4/tcp_sack": "1",
+    "net/ipv4/tcp_ecn": "0",
+    "net/ipv6/conf/all/disable_ipv6": "1",
+}
+"""Pinned on every host, and read back. One that the kernel does not have is recorded as absent."""
+PROGRAMS = {
+    "mnexec": "mininet",
+    "ifconfig": "net-tools",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ethtool": "ethtool",
+    "bash": "bash",
+}
+"""Programs a network needs, each with its Debian package."""
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """What a link is beside its trace: the settings of `--link`. Raises SpecError for impossible ones."""
+
+    delay_s: float = 0.0
+    """One way, in each direction: the round trip grows by twice this."""
+    queue_s: float = 0.05
+    """Length of the bottleneck's drop-tail queue, as time at the rate in force: a byte limit re-set at each change."""
+    queue_bytes: int | None = None
+    """A fixed length of that queue instead."""
+    cc: str = "cubic"
+    """Congestion control of every connection through the link."""
+    mtu: int = 1500
+    offloads: bool = True
+    """Segmentation offloads (GSO, TSO, GRO): packets travel the emulated path in groups sized to the trace's rates.
+    Off: one MTU each, which costs CPU above some 2 Gbit/s."""
+
+    def __post_init__(self) -> None:
+        _check(0.0 <= self.delay_s <= 10.0, f"delay={self.delay_s:g} s", "0 to 10 s")
+        _check(0.0 < self.queue_s <= 60.0, f"queue={self.queue_s:g} s", "above 0 and at most 60 s")
+        _check(576 <= self.mtu <= 65_000, f"mtu={self.mtu}", "576 to 65000 bytes")
+        _check(
+            self.queue_bytes is None or self.queue_bytes >= self.mtu + 14,
+            f"queue_bytes={self.queue_bytes}",
+            f"at least one packet, {self.mtu + 14}",
+        )
+        _check(self.cc.replace("_", "").isalnum(), f"cc={self.cc!r}", "the name of a congestion control")
+
+    def gso_bytes(self, traces: Iterable[Trace] = ()) -> int:
+        """Most bytes that travel as one packet: some 1 ms at the lowest rate of the traces, 5 us at the highest.
+
+        A queue releases a packet as a whole, so larger ones blur the trace and can exceed a short queue, while
+        smaller ones cost CPU at high rates.
+        """
+        rates = [float(rate) for trace in traces for rate in trace.rates_bps if rate > 0.0]
+        if not self.offloads or not rates:
+            return self.mtu if not self.offloads else MAX_GSO_BYTES
+        wanted = max(min(rates) * 1e-3, max(rates) * 5e-6) / 8.0
+        return int(min(max(wanted, self.mtu), MAX_GSO_BYTES))
+
+
+def _check(good: bool, what: str, allowed: str) -> None:
+    if not good:
+        raise SpecError(f"link setting {what}: use {allowed}")
+
+
+@dataclass
+class Network:
+    """A running topology; leaving it (`with Network(...) as network:`) ends its programs and frees every interface.
+
+    `traces` are those that will be replayed: packets are sized to their rates. Raises MachineError outside a sandbox,
+    or where a program, a module or a congestion control is missing.
+    """
+
+    link: LinkSettings
+    receivers: int = 1
+    traces: Sequence[Trace] = ()
+    senders: int = 1
+    hosts: dict[str, Host] = field(default_factory=dict, init=False, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What was pinned, as read back: for a run's manifest."""
+    _net: Any = field(default=None, init=False, repr=False)
+    _programs: list[subprocess.Popen[Any]] = field(default_factory=list, init=False, repr=False)
+
+    bottleneck = "router-right"
+    """The router's interface toward the receivers: where the trace is replayed."""
+    upstream = "router-left"
+    """The router's interface toward the sender: where an uplink trace is replayed."""
+
+    @property
+    def sender(self) -> Host:
+        return self.hosts["sender0"]
+
+    @property
+    def receiver(self) -> Host:
+        return self.hosts["receiver0"]
+
+    @property
+    def router(self) -> Host:
+        return self.hosts["router"]
+
+    @property
+    def sender_hosts(self) -> list[Host]:
+        return [self.hosts[f"sender{i}"] for i in range(self.senders)]
+
+    @property
+    def receiver_hosts(self) -> list[Host]:
+        return [self.hosts[f"receiver{i}"] for i in range(self.receivers)]
+
+    @property
+    def sender_ip(self) -> str:
+        return self.sender_ips[0]
+
+    @property
+    def sender_ips(self) -> list[str]:
+        return [f"10.1.{i}.1" for i in range(self.senders)]
+
+    @property
+    def receiver_ips(self) -> list[str]:
+        return [f"10.2.{i}.2" for i in range(self.receivers)]
+
+    @property
+    def packet_bytes(self) -> int:
+        """Most bytes that cross the link as one packet, headers included."""
+        gso = self.link.gso_bytes(self.traces)
+        return gso + 14 if gso <= self.link.mtu else gso + 14 + TCP_HEADERS_BYTES + 66 * (gso // (self.link.mtu - 52))
+
+    def __enter__(self) -> Network:
+        if not sandbox.inside():
+            raise MachineError("an emulated network needs namespaces of its own: start it through emulator.sandbox.run")
+        require_programs(PROGRAMS)
+        for what in ("senders", "receivers"):
+            _check(1 <= getattr(self, what) <= 250, f"{what}={getattr(self, what)}", "1 to 100")
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for program in self._programs:
+            if program.poll() is None:
+                program.kill()
+        for program in self._programs:
+            program.wait()
+        self._programs.clear()
+        if self._net is not None:
+            net, self._net = self._net, None
+            net.stop()
+            self.hosts.clear()
+
+    def popen(self, host: Host, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """Start a program on a host; options as for subprocess.Popen (streams are inherited unless given).
+
+        `python -m testbed...` works on every host. What still runs when the network is left is killed.
+        """
+        environment = dict(options.pop("env", None) or os.environ)
+        paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        program = host.popen(list(argv), **({"stdout": None, "stderr": None} | options), env=environment)
+        self._programs.append(program)
+        return program
+
+    def run(self, host: Host, argv: Sequence[str]) -> str:
+        """Run a program on a host, wait for it and return its output; MachineError when it fails."""
+        process = host.popen(list(argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        output, _ = process.communicate()
+        if process.returncode != 0:
+            raise MachineError(f"`{' '.join(argv)}` on {host.name} failed: {output.strip() or process.returncode}")
+        return output
+
+    # ---- building ---------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        if self.link.cc not in (available := _read("net/ipv4/tcp_available_congestion_control").split()):
+            raise MachineError(
+                f"congestion control {self.link.cc!r} is not loaded; this kernel has {', '.join(available)}: "
+                f"choose one, or run `sudo modprobe tcp_{self.link.cc}`"
+            )
+        self._net = _mininet()(controller=None, build=False)
+        left = [f"sender{i}" for i in range(self.senders)]
+        right = [f"receiver{i}" for i in range(self.receivers)]
+        middle = self._middle()
+        for name in [*left, *middle, *right]:
+            self.hosts[name] = self._net.addHost(name, ip=None)
+        scripts: dict[str, list[str]] = {name: ["set -e"] for name in self.hosts}
+
+        # Every link is a /24: 10.1.i for sender i, 10.2.i for receiver i, 10.0.k inside. Traffic to 10.1 goes left, to
+        # 10.2 right; an end host has one link, so its route is the default and carries the congestion control.
+        def join(here: str, there: str, net: str, index: int | None = None) -> None:
+            number = "" if index is None else str(index)
+            ends = (
+                f"{here}-right{'' if here in left else number}",
+                f"{there}-left{'' if there in right else number}",
+            )
+            self._net.addLink(self.hosts[here], self.hosts[there], intfName1=ends[0], intfName2=ends[1])
+            for name, end, address in ((here, ends[0], f"{net}.1"), (there, ends[1], f"{net}.2")):
+                scripts[name] += self._interface(end, address)
+
+        for i, name in enumerate(left):
+            join(name, middle[0], f"10.1.{i}", i if len(left) > 1 else None)
+            scripts[name].append(f"ip route add default via 10.1.{i}.2 congctl {self.link.cc}")
+        for k, (here, there) in enumerate(itertools.pairwise(middle)):
+            join(here, there, f"10.0.{k}")
+            scripts[here].append(f"ip route add 10.2.0.0/16 via 10.0.{k}.2")
+            scripts[there].append(f"ip route add 10.1.0.0/16 via 10.0.{k}.1")
+        for i, name in enumerate(right):
+            join(middle[-1], name, f"10.2.{i}", i if len(right) > 1 else None)
+            scripts[name].append(f"ip route add default via 10.2.{i}.1 congctl {self.link.cc}")
+        for name in middle:
+            scripts[name].append("echo 1 > /proc/sys/net/ipv4/ip_forward")
+        self._configure(scripts)
+
+    def _middle(self) -> list[str]:
+        """The forwarding hosts from left to right. The router has one link on either side, so that one queue a
+        direction sees everything."""
+        gather = ["gather"] if self.senders > 1 else []
+        fan = ["fan"] if self.receivers > 1 else []
+        return [*gather, "router", *fan]
+
+    def _interface(self, name: str, address: str) -> list[str]:
+        gso = self.link.gso_bytes(self.traces)
+        lines = [f"ip link set {name} mtu {self.link.mtu} up", f"ip address add {address}/24 dev {name}"]
+        if gso <= self.link.mtu:
+            lines.append(f"ethtool -K {name} tso off gso off gro off")
+        elif gso < MAX_GSO_BYTES:
+            lines.append(f"ip link set {name} gso_max_size {gso + TCP_HEADERS_BYTES}")
+        return lines
+
+    def _configure(self, scripts: Mapping[str, list[str]]) -> None:
+        """Run every host's script, all at once, and keep what the kernel then says."""
+        pins = [f"[ ! -e /proc/sys/{key} ] || echo '{value}' > /proc/sys/{key}" for key, value in SYSCTLS.items()]
+        reads = f"cd /proc/sys; for f in {' '.join(SYSCTLS)}; do echo $f=$(cat $f 2>/dev/null || echo absent); done"
+        running = {}
+        for name, lines in scripts.items():
+            script = "\n".join([*lines, *pins, reads, "ip -d -j link show"])
+            running[name] = self.hosts[name].popen(
+                ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        outputs = {name: process.communicate()[0] for name, process in running.items()}
+        for name, process in running.items():
+            if process.returncode != 0:
+                raise MachineError(f"cannot set up host {name} of the emulated network: {outputs[name].strip()}")
+        self.settings = {
+            "link": asdict(self.link),
+            "kernel": platform.release(),
+            "packet_bytes": self.packet_bytes,
+            "hosts": {name: self._checked(name, output) for name, output in outputs.items()},
+        }
+
+    def _checked(self, name: str, output: str) -> dict[str, Any]:
+        """A host's settings as its kernel has them. Raises MachineError where they are not what was asked for."""
+        *lines, links = output.strip().splitlines()
+        sysctls = dict(line.partition("=")[::2] for line in lines)
+        for key, value in SYSCTLS.items():
+            if sysctls[key] not in (value, "absent"):
+                raise MachineError(f"host {name}: {key} is {sysctls[key]!r} after setting it to {value!r}")
+        interfaces = {link["ifname"]: link for link in json.loads(links) if link["ifname"] != "lo"}
+        for interface, link in interfaces.items():
+            if link["mtu"] != self.link.mtu:
+                raise MachineError(f"host {name}: the MTU of {interface} is {link['mtu']}, not {self.link.mtu}")
+        kept = ("mtu", "gso_max_size", "qdisc", "operstate")
+        return {
+            "sysctls": sysctls,
+            "interfaces": {key: {what: link.get(what) for what in kept} for key, link in interfaces.items()},
+        }
+
+
+def require_programs(programs: Mapping[str, str]) -> None:
+    """MachineError naming the first missing program and the package that has it."""
+    for program, package in programs.items():
+        if shutil.which(program) is None:
+            raise MachineError(f"`{program}` is missing; run `sudo apt-get install --no-install-recommends {package}`")
+
+
+def _read(key: str) -> str:
+    return Path("/proc/sys", key).read_text().strip()
+
+
+def _mininet() -> Any:
+    """Mininet's class for networks, without its habit of raising the whole machine's limits."""
+    try:
+        from mininet.net import Mininet
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("distutils"):
+            raise MachineError(
+                "Mininet needs distutils, which Python 3.12 lacks; run `pip install setuptools`"
+            ) from None
+        raise MachineError("the Python package mininet is missing; run `pip install 'kvstream[run]'`") from None
+    # Its init() writes fs.file-max, kernel.pty.max and the like, which no namespace keeps from the host.
+    Mininet.inited = True
+    return Mininet
