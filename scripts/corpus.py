@@ -171,7 +171,7 @@ def build(folder: Path) -> dict:
     parts: dict[str, list[bytes]] = {"train": [], "heldout": []}
     rows = []
     for source in SOURCES:
-        documents = {}
+        documents: dict[str, bytes] = {}
         for name, content in files_of(source, folder / "downloads"):
             document = clean(name, content)
             digest = hashlib.sha256(b"".join((document or b"").split())).digest()
@@ -195,8 +195,8 @@ def build(folder: Path) -> dict:
         )
         print(f"{source.name:28} {source.version:18} {kept['train']:>11,} train {kept['heldout']:>9,} held out")
     report: dict = {"sources": rows}
-    for split, documents in parts.items():
-        text = b"".join(documents)
+    for split, chosen in parts.items():
+        text = b"".join(chosen)
         packed = lzma.compress(text, preset=6)
         (folder / f"{split}.xz").write_bytes(packed)
         report[split] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}

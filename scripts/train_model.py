@@ -20,9 +20,10 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ def retrieval_row(draw: random.Random, text: bytes, size: int) -> tuple[bytes, b
     return tokens[:size], (bytes(marks) + bytes(tail_marks) + bytes(padding))[:size]
 
 
-def losses(model: torch.nn.Module, tokens: torch.Tensor, marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(model: Any, tokens: torch.Tensor, marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy in nats over text bytes and over answer bytes of a batch [batch, length + 1]."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
@@ -199,7 +200,7 @@ def train(recipe: Recipe, text: bytes, seconds: float, device: str, workers: int
 def save(model: LlamaForCausalLM, folder: Path) -> None:
     """Write bf16 safetensors in shards of at most 12 MB, the configuration, and a tokenizer of bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = LlamaForCausalLM(model.config)
+    copy: Any = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(do_sample=False, max_new_tokens=16)
     copy.to(torch.bfloat16).save_pretrained(folder, max_shard_size="11MB")
@@ -212,7 +213,7 @@ def write_tokenizer(folder: Path, longest: int) -> None:
     shifted = iter(range(0x100, 0x200))  # the byte-level alphabet gives the other bytes the next free characters
     vocabulary = {chr(byte if byte in printable else next(shifted)): byte for byte in range(256)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -242,7 +243,7 @@ def write_tokenizer(folder: Path, longest: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def bits_per_byte(model: torch.nn.Module, text: bytes, device: str, length: int = 2_048, windows: int = 96) -> float:
+def bits_per_byte(model: Any, text: bytes, device: str, length: int = 2_048, windows: int = 96) -> float:
     """Cross-entropy on evenly spaced windows of held-out text."""
     starts = np.linspace(0, len(text) - length - 1, windows).astype(int)
     rows = torch.tensor(np.stack([np.frombuffer(text, np.uint8, length + 1, start) for start in starts])).long()
@@ -254,7 +255,7 @@ def bits_per_byte(model: torch.nn.Module, text: bytes, device: str, length: int 
     return total / len(rows) / math.log(2)
 
 
-def right_answers(model: torch.nn.Module, context: bytes, questions: list[tuple[bytes, bytes]], device: str) -> int:
+def right_answers(model: Any, context: bytes, questions: Sequence[tuple[bytes, bytes]], device: str) -> int:
     """How many questions greedy decoding answers right from the exact cache of the context (teacher-forced)."""
     with torch.inference_mode():
         ids = torch.tensor([list(context)], device=device)
@@ -272,7 +273,7 @@ def right_answers(model: torch.nn.Module, context: bytes, questions: list[tuple[
 
 def evaluate(folder: Path, heldout: bytes, device: str, contexts: int) -> dict:
     """Held-out bit/byte, and the share of questions answered right at each context length; prints both."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     report: dict = {"bits_per_byte": round(bits_per_byte(model, heldout, device), 4), "retrieval": {}}
     print(f"held-out text: {report['bits_per_byte']} bit/byte", flush=True)
     texts = [text for text in heldout.split(b"\0") if text.isascii()]

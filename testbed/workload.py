@@ -19,20 +19,21 @@ from testbed.errors import SpecError
 BUNDLED_CONTEXTS = Path(__file__).parent / "contexts"
 ANSWER_DIGITS = 5
 
-_FIRST = (
+_ADJECTIVES = (
     "red blue green amber white black grey silver golden purple pink brown crimson azure ivory olive "
     "quiet loud brave calm eager gentle happy proud shy swift slow bold clever kind keen lively "
     "cold warm dry damp frozen hot mild windy rainy sunny misty stormy dusty icy dark bright "
     "big small tall short wide narrow round square flat steep heavy light thick thin long deep "
     "old young new ancient early late modern rapid steady hidden"
-).split()
-_SECOND = (
+)
+_NOUNS = (
     "fox owl bear wolf hare lynx crow swan otter badger falcon heron raven robin sparrow turtle "
     "river lake hill valley forest meadow island canyon glacier desert harbor bridge tower castle garden temple "
     "apple pear plum cherry lemon mango peach grape melon olive walnut almond ginger pepper onion carrot "
     "anchor hammer needle lantern mirror ladder basket barrel button candle kettle pencil ribbon saddle trumpet violin "
     "comet planet meteor nebula quasar rocket engine piston turbine magnet"
-).split()
+)
+_FIRST, _SECOND = _ADJECTIVES.split(), _NOUNS.split()
 
 
 class Question(NamedTuple):
