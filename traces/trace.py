@@ -99,7 +99,7 @@ class Trace:
         if not np.all(np.diff(edges) > 0.0):
             row = int(np.argmin(np.diff(edges) > 0.0))
             raise TraceError(
-                f"trace {self.name!r}: durations_s[{row}] = {durations[row]} s is lost beside {edges[row]:g} s before it"
+                f"trace {self.name!r}: durations_s[{row}] = {durations[row]:g} s is lost after {edges[row]:g} s"
             )
         for attribute, content in (
             ("rates_bps", rates),

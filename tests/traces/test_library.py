@@ -1,0 +1,98 @@
+"""The library: files that match their recipes, stories, and families in two halves."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from traces import library
+from traces.errors import TraceError
+from traces.generators import GENERATORS
+from traces.library.recipes import RECIPES, make
+from traces.resolve import open_trace
+
+
+def test_names_are_the_recipes_and_no_generators():
+    assert library.names() == sorted(RECIPES)
+    assert not set(library.names()) & set(GENERATORS)
+    assert {"steady", "step-down-up", "uniform-hold", "lte-walk", "dropout", "wifi"} <= set(library.names())
+    assert len(library.TEACHING) == 6
+    assert set(library.TEACHING) <= set(library.names())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_file_is_what_its_recipe_makes(name):
+    stored, made = library.load(name), make(name)
+    assert stored == made
+    assert (stored.name, stored.story, stored.provenance) == (name, made.story, made.provenance)
+    assert len(stored.story.split()) >= 10
+    assert stored.kind == "capacity"
+    assert 10e6 <= stored.mean_bps <= 50e6
+    assert "Apache-2.0" in stored.provenance[0].licence
+
+
+@pytest.mark.parametrize("name", library.TEACHING)
+def test_lessons_differ_within_the_first_second(name):
+    trace = library.load(name)
+    if name != "lab-steady":
+        assert len(trace.changes(0.0, 1.0)) > 1
+    others = [library.load(other) for other in library.TEACHING if other != name]
+    assert all(max(abs(trace.bits_by(t) - other.bits_by(t)) for t in (0.2, 0.4, 0.8)) > 1e6 for other in others)
+
+
+def test_families_have_two_halves_that_share_nothing():
+    assert len(library.families()) == 6
+    everything = []
+    for name in library.families():
+        tune, held_out = library.family(name, "tune"), library.family(name, "held-out")
+        assert len(tune) == len(held_out) == library.HALF
+        assert not set(tune) & set(held_out)
+        everything += tune + held_out
+    assert len(set(everything)) == len(everything) == 96
+    assert len({trace.name for trace in everything}) == 96
+    for trace in everything:
+        assert 3e6 < trace.mean_bps < 100e6
+        assert open_trace(trace.name) == trace
+        assert library.load(trace.name) == trace
+
+
+def test_a_member_can_be_made_from_its_provenance():
+    for name in library.families():
+        trace = library.family(name, "held-out")[0]
+        assert open_trace(trace.provenance[0].source).with_end(trace.end) == trace
+
+
+def test_families_do_not_drift():
+    """Held-out results are comparable across versions only while a name means the same link."""
+    digest = hashlib.sha256()
+    for name in library.families():
+        for half in ("tune", "held-out"):
+            for trace in library.family(name, half):
+                digest.update(bytes.fromhex(trace.sha256))
+    assert digest.hexdigest() == "7baba0ea8d357697b4eee43b9f20b072b3ed2800874ee3c04ae6995d0a2a06f2"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nothing",
+        "family/markov",
+        "family/markov-16",
+        "family/markov-016",
+        "family/none-000",
+        "family/-000",
+        "../steady",
+    ],
+)
+def test_unknown_names_are_refused(name):
+    with pytest.raises(TraceError, match=r"there are|families are") as caught:
+        library.load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_families_and_halves_are_refused():
+    with pytest.raises(TraceError, match="no trace family 'x'; there are markov"):
+        library.family("x", "tune")
+    with pytest.raises(TraceError, match="use tune or held-out"):
+        library.family("markov", "test")
