@@ -118,6 +118,10 @@ def test_a_file_that_fits_two_is_refused_naming_both(rows, names):
         formats.loads(rows, "log.txt")
 
 
+def test_an_odd_number_of_rows_is_no_oboe_file():
+    assert formats.loads(b"0 1000000\n10 1000000\n20 1000000\n", "trace.txt").provenance[0].format == "purdue"
+
+
 def test_a_file_that_fits_none_is_refused_naming_all():
     with pytest.raises(TraceError, match=r"fits no trace format") as caught:
         formats.loads(b"hello world\n", "log.txt")

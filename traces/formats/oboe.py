@@ -11,7 +11,7 @@ import math
 from itertools import pairwise
 
 from traces.errors import TraceError
-from traces.formats.base import Format, Text, table
+from traces.formats.base import HEAD_LINES, Format, Text, table
 from traces.trace import MAX_ROWS, Trace
 
 STEP_MS = 100.0
@@ -46,7 +46,8 @@ def read(text: Text, part: int | None) -> Trace:
 
 def fits(text: Text) -> bool:
     rows = table(text, 2)
-    if rows is None or len(rows) < 2:
+    whole = len(text.lines) <= HEAD_LINES
+    if rows is None or len(rows) < 2 or (whole and len(rows) % 2):
         return False
     return all(start[1] == end[1] for start, end in zip(rows[::2], rows[1::2], strict=False))
 
