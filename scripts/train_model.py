@@ -281,9 +281,8 @@ def evaluate(folder: Path, heldout: bytes, device: str, contexts: int) -> dict:
         right = asked = 0
         for seed in range(contexts):
             context = make_context(seed, length, texts, n_lines=max(4, length // 128))
-            questions = list(context.questions)[:: max(1, length // 2_048)]
-            right += right_answers(model, context.text, questions, device)
-            asked += len(questions)
+            right += right_answers(model, context.text, context.questions, device)
+            asked += len(context.questions)
         report["retrieval"][length] = [right, asked]
         print(f"retrieval at {length:5} tokens: {right}/{asked} = {right / asked:.2%}", flush=True)
     return report
@@ -296,7 +295,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path(".corpus"), help="folder written by corpus.py")
     parser.add_argument("--out", type=Path, help="where the model is written")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure this model instead of training one")
-    parser.add_argument("--contexts", type=int, default=8, help="contexts per length in the evaluation")
+    parser.add_argument("--contexts", type=int, default=12, help="contexts per length in the evaluation")
     parser.add_argument("--workers", type=int, default=12, help="processes that prepare batches")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
