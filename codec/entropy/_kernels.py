@@ -1,0 +1,511 @@
+"""The compiled inner loops of both coders: columns in, units out and back. No argument is checked here.
+
+Kernels are compiled on first use for one set of types each (read-only inputs, outputs of any strides), so that no
+call meets an unexpected compilation; they run without the GIL. Machine code is kept in numba's cache where one is
+writable (beside this file, the user's cache directory, or NUMBA_CACHE_DIR). All kernels are in one file because the
+cache notices a change only in the file of the kernel itself, not in what it inlines.
+"""
+
+# numba gives these functions their types; mypy cannot see them.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import int64, types, uint8, uint32, uint64
+from numba.extending import intrinsic
+
+Kernel = Callable[..., Any]
+_LANES = 16
+"""Columns decoded into one tile: 16 float32 are a cache line of token-major output."""
+_TILE = 64
+"""Tokens of a tile: it stays in the L1 cache."""
+
+
+@dataclass(frozen=True)
+class LengthKernels:
+    pack: Kernel
+    unpack: Kernel
+
+
+@dataclass(frozen=True)
+class CoderKernels:
+    encode: Kernel
+    decode: Mapping[str, Kernel]
+    """By the output's dtype: uint8 (symbols), uint16 (bits of 16-bit floats), float32."""
+
+
+def _array(dtype: types.Type, ndim: int, layout: Literal["C", "A"] = "C", *, readonly: bool = True) -> Any:
+    return types.Array(dtype, ndim, layout, readonly=readonly)
+
+
+_BYTES, _WORDS, _LENGTHS = _array(types.uint8, 1), _array(types.uint16, 1), _array(types.int64, 1)
+_LENGTHS_OUT = _array(types.int64, 1, readonly=False)
+_GRID16, _GRID32 = _array(types.uint16, 2), _array(types.uint32, 2)
+_SYMBOLS = _array(types.uint8, 2, "A")
+_FLOATS, _FLOAT_GRID = _array(types.float32, 1), _array(types.float32, 2)
+_JOB = (_LENGTHS, types.int64, types.int64, types.int64, types.int64)
+"""offsets, low, high, first, last"""
+_RECONSTRUCTION = (_FLOAT_GRID, _FLOATS, _FLOATS, _FLOAT_GRID, types.int64, types.boolean)
+"""values, scale, offset, token_scale, kind, linear"""
+_STRIDES = (types.int64, types.int64, types.int64, types.int64)
+"""width, block_stride, token_stride, lane_stride"""
+
+
+@cache
+def lengths() -> LengthKernels:
+    return LengthKernels(
+        pack=_compile(
+            _pack_deltas, types.void(_array(types.int64, 2), _BYTES, _array(types.uint32, 1, readonly=False))
+        ),
+        unpack=_compile(_unpack_lengths, types.int64(_WORDS, _BYTES, _BYTES, _LENGTHS_OUT)),
+    )
+
+
+@cache
+def rans() -> CoderKernels:
+    words_out = _array(types.uint16, 1, readonly=False)
+    return CoderKernels(
+        encode=_compile(_rans_encode, types.int64(_SYMBOLS, _WORDS, _GRID16, _GRID16, words_out, _LENGTHS_OUT)),
+        decode=_decoders(_rans_decode, _WORDS, _GRID16, _GRID32, types.boolean, _WORDS),
+    )
+
+
+@cache
+def arithmetic() -> CoderKernels:
+    bytes_out = _array(types.uint8, 1, readonly=False)
+    return CoderKernels(
+        encode=_compile(_arithmetic_encode, types.int64(_SYMBOLS, _WORDS, _GRID32, bytes_out, _LENGTHS_OUT)),
+        decode=_decoders(_arithmetic_decode, _WORDS, _GRID32, _BYTES),
+    )
+
+
+def _decoders(function: Kernel, *leading: types.Type) -> dict[str, Kernel]:
+    return {
+        str(dtype): _compile(
+            function,
+            types.int64(*leading, *_JOB, *_RECONSTRUCTION, _array(dtype, 1, readonly=False), *_STRIDES),
+        )
+        for dtype in (types.uint8, types.uint16, types.float32)
+    }
+
+
+def _compile(function: Kernel, signature: Any) -> Kernel:
+    try:
+        return numba.njit(signature, nogil=True, cache=True)(function)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        return numba.njit(signature, nogil=True)(function)
+
+
+def _rans_encode(symbols, table_of_column, frequencies, starts, words, lengths):
+    """Code `symbols` [C, T]; returns the words written, or -1 - column for a symbol without a slot.
+
+    Each stream is written from the end of its longest possible place downward, then moved up against the one before.
+    """
+    columns, tokens = symbols.shape
+    n_symbols = frequencies.shape[1]
+    step = np.empty((n_symbols, 2), np.uint64)
+    used = int64(0)
+    for c in range(columns):
+        k = table_of_column[c]
+        for s in range(n_symbols):
+            f = uint64(frequencies[k, s])
+            # x < f * 2^22 here, so x // f == (x * ceil(2^42 / f)) >> 42 exactly, and the product fits 64 bits.
+            step[s, 0] = (uint64(1 << 42) + f - uint64(1)) // f if f > uint64(0) else uint64(0)
+            step[s, 1] = f | (uint64(starts[k, s]) << uint64(32))
+        top = used + tokens + 2
+        at = top
+        x = uint64(0)
+        for t in range(tokens - 1, -1, -1):
+            s = int64(symbols[c, t])
+            if s >= n_symbols or step[s, 0] == uint64(0):
+                return -1 - c
+            f = step[s, 1] & uint64(0xFFFFFFFF)
+            if x >= (f << uint64(22)):
+                at -= 1
+                words[at] = x & uint64(0xFFFF)
+                x >>= uint64(16)
+            q = (x * step[s, 0]) >> uint64(42)
+            x = (q << uint64(10)) + (x - q * f) + (step[s, 1] >> uint64(32))
+        if x > uint64(0):
+            at -= 1
+            words[at] = x & uint64(0xFFFF)
+            if x > uint64(0xFFFF):
+                at -= 1
+                words[at] = x >> uint64(16)
+        n = top - at
+        for i in range(n):
+            words[used + i] = words[at + i]
+        lengths[c] = n
+        used += n
+    return used
+
+
+def _rans_decode(
+    table_of_column, frequencies, packed, shared, words, offsets, low, high, first, last,
+    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride,
+):  # fmt: skip
+    """Decode columns low to high, tokens first to last; returns a damaged column or -1.
+
+    `offsets` are the segment's. Column c, token t goes to element (c // width) * block_stride + t * token_stride +
+    (c % width) * lane_stride of `out`. `linear` says that `values` is one row of equal steps of 1. Lanes without a
+    column decode an empty stream into a part of the tile nobody reads.
+    """
+    columns = table_of_column.shape[0]
+    n_symbols = frequencies.shape[1]
+    columns_a_group = columns // token_scale.shape[0]
+    x = np.empty(_LANES, np.uint32)
+    at = np.empty(_LANES, np.uint64)
+    end = np.empty(_LANES, np.uint64)
+    row = np.empty(_LANES, np.int64)
+    tile = np.empty((_TILE, _LANES), np.uint8)
+    level = np.empty((256, _LANES), np.float32)
+    own = np.empty((1 if shared else _LANES, 1024), np.uint32)
+    table = packed if shared else own
+    base = low
+    while base < high:
+        block, place, group = base // width, base % width, base // columns_a_group
+        # All lanes of a tile lie in one block of `out` and one group of `token_scale`.
+        lanes = min(_LANES, high - base, width - place, (group + 1) * columns_a_group - base)
+        for lane in range(_LANES):
+            if lane >= lanes:
+                x[lane], at[lane], end[lane], row[lane] = uint32(0), uint64(0), uint64(0), int64(0)
+                continue
+            c = base + lane
+            k = table_of_column[c]
+            start, stop = uint64(offsets[c]), uint64(offsets[c + 1])
+            state = uint32(0)
+            for _ in range(min(2, offsets[c + 1] - offsets[c])):
+                state = uint32(state << uint32(16)) | uint32(words[start])
+                start += uint64(1)
+            x[lane], at[lane], end[lane] = state, start, stop
+            row[lane] = k if shared else lane
+            if not shared:
+                slot = 0
+                for s in range(n_symbols):
+                    f = int64(frequencies[k, s])
+                    entry = uint32(s) | (uint32(f) << uint32(8))
+                    for i in range(f):
+                        own[lane, slot + i] = entry + (uint32(i) << uint32(20))
+                    slot += f
+            _prepare(values, scale[c], offset[c], k, kind, linear, level, lane)
+        for t0 in range(first, last, _TILE):
+            n = min(_TILE, last - t0)
+            for lane in range(0, _LANES, 4):
+                x0, x1, x2, x3 = x[lane], x[lane + 1], x[lane + 2], x[lane + 3]
+                at0, at1, at2, at3 = at[lane], at[lane + 1], at[lane + 2], at[lane + 3]
+                end0, end1, end2, end3 = end[lane], end[lane + 1], end[lane + 2], end[lane + 3]
+                table0, table1 = table[row[lane]], table[row[lane + 1]]
+                table2, table3 = table[row[lane + 2]], table[row[lane + 3]]
+                for t in range(n):
+                    e0, e1 = table0[x0 & uint32(1023)], table1[x1 & uint32(1023)]
+                    e2, e3 = table2[x2 & uint32(1023)], table3[x3 & uint32(1023)]
+                    x0, at0 = _rans_step(words, x0, at0, end0, e0)
+                    x1, at1 = _rans_step(words, x1, at1, end1, e1)
+                    x2, at2 = _rans_step(words, x2, at2, end2, e2)
+                    x3, at3 = _rans_step(words, x3, at3, end3, e3)
+                    tile[t, lane], tile[t, lane + 1] = uint8(e0), uint8(e1)
+                    tile[t, lane + 2], tile[t, lane + 3] = uint8(e2), uint8(e3)
+                x[lane], x[lane + 1], x[lane + 2], x[lane + 3] = x0, x1, x2, x3
+                at[lane], at[lane + 1], at[lane + 2], at[lane + 3] = at0, at1, at2, at3
+            corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
+            factors = token_scale[group, t0 : t0 + n]
+            if lanes == _LANES and lane_stride == 1:
+                # Constants, so that this common case becomes vector instructions.
+                _emit(kind, linear, tile, level, factors, out, corner, token_stride, 1, _LANES)
+            else:
+                _emit(kind, linear, tile, level, factors, out, corner, token_stride, lane_stride, lanes)
+        for lane in range(lanes):
+            if x[lane] != uint32(0) or at[lane] != end[lane]:
+                return base + lane
+        base += lanes
+    return -1
+
+
+@numba.njit(inline="always")
+def _rans_step(words, x, at, end, entry):
+    """One symbol: the state without it, with a word pulled in if it fell below 2^16 and the stream has one."""
+    x = uint32(((entry >> uint32(8)) & uint32(2047)) * (x >> uint32(10))) + uint32(entry >> uint32(20))
+    need = (x < uint32(65536)) & (at < end)
+    # A word of padding follows the last stream, so this read is inside even when the stream is at its end.
+    pulled = uint32(x << uint32(16)) | uint32(words[at])
+    return (pulled if need else x), at + uint64(need)
+
+
+@numba.njit(inline="always")
+def _prepare(values, scale, offset, k, kind, linear, level, lane):
+    """What symbols of a lane stand for: `level` [symbol, lane], or first value, scale and offset if `linear`."""
+    if linear:
+        level[0, lane], level[1, lane], level[2, lane] = values[0, 0], scale, offset
+    elif kind > 0:
+        row = k if values.shape[0] > 1 else 0
+        for s in range(values.shape[1]):
+            level[s, lane] = values[row, s] * scale + offset
+
+
+@numba.njit(inline="always")
+def _emit(kind, linear, tile, level, factors, out, corner, token_stride, lane_stride, lanes):
+    """Write one tile, symbols (kind 0) or reconstructed values, to `out` from element `corner` on."""
+    for t in range(uint64(factors.shape[0])):
+        at = corner + t * uint64(token_stride)
+        factor = factors[t]
+        for i in range(uint64(lanes)):
+            s = tile[t, i]
+            to = at + i * uint64(lane_stride)
+            if kind == 0:
+                out[to] = s
+            else:
+                if linear:
+                    y = ((np.float32(s) + level[0, i]) * level[1, i] + level[2, i]) * factor
+                else:
+                    y = level[s, i] * factor
+                if kind == 1:
+                    out[to] = y
+                elif kind == 2:
+                    out[to] = _float16_bits(y)
+                else:
+                    out[to] = _bfloat16_bits(y)
+
+
+@numba.njit(inline="always")
+def _float16_bits(y):
+    """Bits of the float16 nearest to a float32, ties to even."""
+    bits = np.float32(y).view(np.uint32)
+    sign = (bits >> uint32(16)) & uint32(0x8000)
+    bits &= uint32(0x7FFFFFFF)
+    if bits >= uint32(0x47800000):
+        half = uint32(0x7E00) if bits > uint32(0x7F800000) else uint32(0x7C00)
+    elif bits < uint32(0x38800000):
+        # Below the smallest normal float16: adding 0.5 lets the float32 adder round to a multiple of 2^-24.
+        half = np.float32(np.abs(np.float32(y)) + np.float32(0.5)).view(np.uint32) - uint32(0x3F000000)
+    else:
+        half = (bits - uint32(0x38000000) + uint32(0xFFF) + ((bits >> uint32(13)) & uint32(1))) >> uint32(13)
+    return half | sign
+
+
+@numba.njit(inline="always")
+def _bfloat16_bits(y):
+    """Bits of the bfloat16 nearest to a float32, ties to even."""
+    bits = np.float32(y).view(np.uint32)
+    if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000):
+        return (bits >> uint32(16)) | uint32(0x40)
+    return (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
+
+
+def _unpack_lengths(shortest, widths, deltas, offsets):
+    """First words of all streams; returns the last stream's end. `deltas` holds 4 bytes a width, widths are <= 16."""
+    n = offsets.shape[0] - 1
+    at = int64(0)
+    first_bit = int64(0)
+    for group in range(widths.shape[0]):
+        width = int64(widths[group])
+        mask = (uint32(1) << uint32(width)) - uint32(1)
+        for i in range(min(32, n - group * 32)):
+            offsets[group * 32 + i] = at
+            bit = first_bit + i * width
+            delta = uint32(0)
+            if width > 0:
+                for j in range(3):
+                    byte = (bit >> 3) + j
+                    if byte < deltas.shape[0]:
+                        delta |= uint32(deltas[byte]) << uint32(8 * j)
+                delta = (delta >> uint32(bit & 7)) & mask
+            at += int64(shortest[group]) + int64(delta)
+        first_bit += 32 * width
+    offsets[n] = at
+    return at
+
+
+def _pack_deltas(deltas, widths, packed):
+    first_bit = int64(0)
+    for group in range(deltas.shape[0]):
+        width = int64(widths[group])
+        for i in range(deltas.shape[1]):
+            bit = first_bit + i * width
+            value = uint64(deltas[group, i]) << uint64(bit & 31)
+            if width > 0:
+                packed[bit >> 5] |= uint32(value & uint64(0xFFFFFFFF))
+                if (bit & 31) + width > 32:
+                    packed[(bit >> 5) + 1] |= uint32(value >> uint64(32))
+        first_bit += 32 * width
+
+
+def _arithmetic_encode(symbols, table_of_column, cdf, data, lengths):
+    """Code `symbols` [C, T] with `cdf` [K, S + 1]; returns the bytes written, or -1 - column for an unknown symbol.
+
+    Bits that low and high share leave at once; a run of undecided middle bits (`pending`) leaves behind the first bit
+    that decides it.
+    """
+    columns, tokens = symbols.shape
+    n_symbols = cdf.shape[1] - 1
+    used = uint64(0)
+    for c in range(columns):
+        k = table_of_column[c]
+        start = used
+        low, high = uint32(0), uint32(0xFFFFFFFF)
+        pending = int64(0)
+        bits, n_bits = uint64(0), int64(0)
+        for t in range(tokens + 1):
+            if t < tokens:
+                s = symbols[c, t]
+                if s >= n_symbols:
+                    return -1 - c
+                low, high = _narrow(low, high, cdf[k, s], cdf[k, s + 1])
+                same = _leading_zeros(low ^ high)
+                leaving = low
+            else:
+                # One more bit, and behind it one more undecided one, tell the last interval's middle half apart.
+                same, leaving = int64(1), low & uint32(0x40000000)
+                leaving = uint32(0x80000000) if leaving else uint32(0)
+                pending += 1
+            if same > 0:
+                first = uint64(leaving >> uint32(31))
+                bits, n_bits = (bits << uint64(1)) | first, n_bits + 1
+                while pending > 0:
+                    n = min(pending, 24)
+                    run = (uint64(1) << uint64(n)) - uint64(1)
+                    bits, n_bits = (bits << uint64(n)) | (uint64(0) if first else run), n_bits + n
+                    pending -= n
+                    while n_bits >= 8:
+                        n_bits -= 8
+                        data[used] = uint8(bits >> uint64(n_bits))
+                        used += uint64(1)
+                rest = uint64(leaving & uint32(0x7FFFFFFF)) >> uint64(32 - same)
+                bits, n_bits = (bits << uint64(same - 1)) | rest, n_bits + same - 1
+                while n_bits >= 8:
+                    n_bits -= 8
+                    data[used] = uint8(bits >> uint64(n_bits))
+                    used += uint64(1)
+            if t < tokens:
+                low, high, undecided = _renormalise(low, high, same)
+                pending += undecided
+        if n_bits > 0:
+            data[used] = uint8(bits << uint64(8 - n_bits))
+            used += uint64(1)
+        lengths[c] = used - start
+    return int64(used)
+
+
+def _arithmetic_decode(
+    table_of_column, cdf, data, offsets, low_column, high_column, first, last,
+    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride,
+):  # fmt: skip
+    """As `_rans_decode`, with `cdf` [K, S + 1] in place of tables."""
+    columns = table_of_column.shape[0]
+    n_symbols = cdf.shape[1] - 1
+    columns_a_group = columns // token_scale.shape[0]
+    low = np.empty(_LANES, np.uint32)
+    high = np.empty(_LANES, np.uint32)
+    value = np.empty(_LANES, np.uint32)
+    bits = np.empty(_LANES, np.uint64)
+    n_bits = np.empty(_LANES, np.int64)
+    at = np.empty(_LANES, np.uint64)
+    taken = np.empty(_LANES, np.int64)
+    tile = np.empty((_TILE, _LANES), np.uint8)
+    level = np.empty((256, _LANES), np.float32)
+    base = low_column
+    while base < high_column:
+        block, place, group = base // width, base % width, base // columns_a_group
+        lanes = min(_LANES, high_column - base, width - place, (group + 1) * columns_a_group - base)
+        for lane in range(lanes):
+            c = base + lane
+            low[lane], high[lane] = uint32(0), uint32(0xFFFFFFFF)
+            bits[lane], n_bits[lane], at[lane] = _refill(
+                data, uint64(0), int64(0), uint64(offsets[c]), uint64(offsets[c + 1])
+            )
+            value[lane] = uint32(bits[lane] >> uint64(n_bits[lane] - 32))
+            n_bits[lane] -= 32
+            taken[lane] = 0
+            _prepare(values, scale[c], offset[c], table_of_column[c], kind, linear, level, lane)
+        for t0 in range(first, last, _TILE):
+            n = min(_TILE, last - t0)
+            for lane in range(lanes):
+                k = table_of_column[base + lane]
+                end = uint64(offsets[base + lane + 1])
+                lo, hi, v, b, n_b, a = low[lane], high[lane], value[lane], bits[lane], n_bits[lane], at[lane]
+                row = cdf[k]
+                for t in range(n):
+                    span = uint64(hi - lo) + uint64(1)
+                    target = uint64(uint32(v - lo))
+                    s, step = uint64(0), uint64(n_symbols)
+                    while step > uint64(1):
+                        half = step >> uint64(1)
+                        # The symbol's count reaches c exactly when value - low >= (span * c) >> 16.
+                        s = s + half if target >= (span * uint64(row[s + half])) >> uint64(16) else s
+                        step -= half
+                    tile[t, lane] = s
+                    lo, hi = _narrow(lo, hi, row[s], row[s + uint64(1)])
+                    same = _leading_zeros(lo ^ hi)
+                    lo, hi, undecided = _renormalise(lo, hi, same)
+                    shift = same + undecided
+                    b, n_b, a = _refill(data, b, n_b, a, end)
+                    incoming = uint32((b >> uint64(n_b - shift)) & ((uint64(1) << uint64(shift)) - uint64(1)))
+                    v = uint32(uint64(v) << uint64(shift)) | incoming
+                    v ^= uint32(0x80000000) if undecided > 0 else uint32(0)
+                    n_b -= shift
+                    taken[lane] += shift
+                low[lane], high[lane], value[lane], bits[lane], n_bits[lane], at[lane] = lo, hi, v, b, n_b, a
+            corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
+            factors = token_scale[group, t0 : t0 + n]
+            if lanes == _LANES and lane_stride == 1:
+                _emit(kind, linear, tile, level, factors, out, corner, token_stride, 1, _LANES)
+            else:
+                _emit(kind, linear, tile, level, factors, out, corner, token_stride, lane_stride, lanes)
+        for lane in range(lanes):
+            # The encoder ended with two bits, then zeros to a full byte.
+            ending = uint32(0x80000000) if low[lane] & uint32(0x40000000) else uint32(0x40000000)
+            if value[lane] != ending or offsets[base + lane + 1] - offsets[base + lane] != (taken[lane] + 9) // 8:
+                return base + lane
+        base += lanes
+    return -1
+
+
+@numba.njit(inline="always")
+def _narrow(low, high, below, above):
+    """The part of the interval [low, high] that belongs to cumulative counts `below` to `above` of 65,536."""
+    span = uint64(high - low) + uint64(1)
+    return (
+        uint32(low + uint32((span * uint64(below)) >> uint64(16))),
+        uint32(low + uint32((span * uint64(above)) >> uint64(16)) - uint32(1)),
+    )
+
+
+@numba.njit(inline="always")
+def _renormalise(low, high, same):
+    """Drop `same` leading bits, then every second bit that straddles the middle; returns how many of the latter."""
+    low = uint32(uint64(low) << uint64(same))
+    high = uint32((uint64(high) << uint64(same)) | ((uint64(1) << uint64(same)) - uint64(1)))
+    undecided = _leading_zeros(uint32(~uint32((low & ~high) << uint32(1))))
+    low = uint32(uint64(low) << uint64(undecided)) & uint32(0x7FFFFFFF)
+    high = uint32((uint64(high) << uint64(undecided)) | ((uint64(1) << uint64(undecided)) - uint64(1)))
+    return low, high | uint32(0x80000000), undecided
+
+
+@numba.njit(inline="always")
+def _refill(data, bits, n_bits, at, end):
+    """At least 32 bits in the reservoir; beyond a stream's end there are zeros."""
+    while n_bits <= 32:
+        more = uint64(0)
+        for i in range(uint64(4)):
+            more = (more << uint64(8)) | (uint64(data[at + i]) if at + i < end else uint64(0))
+        bits, n_bits, at = (bits << uint64(32)) | more, n_bits + 32, at + uint64(4)
+    return bits, n_bits, at
+
+
+@intrinsic
+def _leading_zeros(typing_context, x):
+    """Of a uint32, as int64; 32 for 0."""
+
+    def generate(context, builder, signature, args):
+        return builder.zext(builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0)), ir.IntType(64))
+
+    return types.int64(types.uint32), generate

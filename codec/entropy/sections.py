@@ -1,0 +1,294 @@
+"""What both coders share around their inner loops: streams in a section, jobs for threads, reconstruction.
+
+A section holds one stream for each column and segment of `segment_tokens` tokens, so that any number of them decodes
+side by side. Its units are 16-bit words (rANS) or bytes (arithmetic coding). Layout, little-endian; N = segments *
+columns streams, segment by segment; G = ceil(N / 32) groups of consecutive streams:
+
+    uint32 segment_tokens, uint32 units        units of all streams, padding excluded
+    uint16 shortest[G], uint8 width[G]         length in units of a group's shortest stream; bits of its deltas
+    (zeros to a multiple of 4)
+    uint32 deltas[sum(width)]                  32 deltas of `width` bits each a group, lowest bits first
+    units of all streams, one after another, then two bytes of zeros
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codec.errors import CodecError
+
+if TYPE_CHECKING:
+    from codec.entropy._kernels import LengthKernels
+
+Data = bytes | bytearray | memoryview | NDArray[np.uint8]
+GROUP = 32
+"""Streams whose lengths share a base and a width: one GPU warp."""
+MAX_SEGMENT_TOKENS = 16_384
+"""A stream's length in units then fits 16 bits for either coder."""
+KINDS = {"uint8": 0, "float32": 1, "float16": 2, "bfloat16": 3}
+"""What a decoder can write, and the number its kernels know it by; symbols are uint8."""
+_HEADER = struct.Struct("<II")
+_COLUMNS_A_JOB = 512
+_PARALLEL_SYMBOLS = 1 << 18
+"""Below this many symbols, a second thread costs more than it saves."""
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A checked section: where each stream's units lie. Nothing in it exceeds the bytes that came."""
+
+    units: NDArray[Any]
+    """uint16 or uint8: the units of all streams, then two bytes of padding."""
+    offsets: NDArray[np.int64]
+    """int64 `[N + 1]`: each stream's first unit, then the end of the last."""
+    columns: int
+    tokens: int
+    segment_tokens: int
+
+    @property
+    def segments(self) -> int:
+        return -(-self.tokens // self.segment_tokens)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Symbol s of column c at token t becomes (values[k, s] * scale[c] + offset[c]) * token_scale[g, t], in float32."""
+
+    values: NDArray[np.float32]
+    """`[K, S]`, row k that of the column's table, or `[1, S]`."""
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32]
+    token_scale: NDArray[np.float32]
+    """`[G, T]`, g = c // (C / G)."""
+
+    @property
+    def linear(self) -> bool:
+        """`values` is one row v, v + 1, v + 2, ...: no lookup is needed."""
+        steps = np.arange(self.values.shape[1], dtype=np.float32)
+        return len(self.values) == 1 and bool((self.values[0] == self.values[0, 0] + steps).all())
+
+
+def reconstruction(
+    n_tables: int, n_symbols: int, columns: int, tokens: int, values: NDArray[Any] | None = None,
+    scale: NDArray[Any] | None = None, offset: NDArray[Any] | None = None, token_scale: NDArray[Any] | None = None,
+) -> Reconstruction:  # fmt: skip
+    """Fill in defaults (the symbol itself) and check shapes. Raises CodecError."""
+
+    def floats(given: NDArray[Any] | None, default: NDArray[Any]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(default if given is None else given, np.float32)
+
+    values = floats(values, np.arange(n_symbols)[None])
+    scale, offset = floats(scale, np.ones(columns)), floats(offset, np.zeros(columns))
+    token_scale = floats(token_scale, np.ones((1, tokens)))
+    if values.ndim != 2 or values.shape[0] not in (1, n_tables) or values.shape[1] != n_symbols:
+        raise CodecError(f"values must be [{n_tables} or 1, {n_symbols}], not {values.shape}")
+    if scale.shape != (columns,) or offset.shape != (columns,):
+        raise CodecError(f"scale {scale.shape} and offset {offset.shape} must each be [{columns}]")
+    if token_scale.ndim != 2 or token_scale.shape[1] != tokens or columns % max(token_scale.shape[0], 1):
+        raise CodecError(f"token_scale {token_scale.shape} must be [groups, {tokens}], groups dividing {columns}")
+    return Reconstruction(values, scale, offset, token_scale)
+
+
+def table_rows(table_of_column: NDArray[Any], n_tables: int, columns: int) -> NDArray[np.uint16]:
+    """The checked table of each column. Raises CodecError."""
+    rows = np.asarray(table_of_column)
+    if rows.shape != (columns,) or rows.dtype.kind not in "iu":
+        raise CodecError(f"table_of_column must be {columns} integers, not {rows.dtype} of shape {rows.shape}")
+    if columns and not 0 <= int(rows.min()) <= int(rows.max()) < n_tables:
+        raise CodecError(f"table_of_column names table {int(rows.max())} of {n_tables}")
+    return np.ascontiguousarray(rows, np.uint16)
+
+
+def encode(
+    symbols: NDArray[np.uint8], segment_tokens: int | None, threads: int | None,
+    encode_columns: Callable[[NDArray[np.uint8], int, int], tuple[NDArray[Any], NDArray[np.int64]]],
+) -> bytes:  # fmt: skip
+    """A section of symbols uint8 `[C, T]`.
+
+    `encode_columns(part, low, high)` codes `part`, the columns low to high of one segment, into units and each
+    stream's length.
+    """
+    if symbols.ndim != 2 or symbols.dtype != np.uint8:
+        raise CodecError(f"symbols are uint8 [columns, tokens], not {symbols.dtype} of shape {symbols.shape}")
+    columns, tokens = symbols.shape
+    _check_size(columns, tokens)
+    if segment_tokens is None:
+        segment_tokens = min(tokens, MAX_SEGMENT_TOKENS)
+    if not 1 <= segment_tokens <= MAX_SEGMENT_TOKENS:
+        raise CodecError(f"segments of {segment_tokens} tokens are outside 1 to {MAX_SEGMENT_TOKENS}")
+
+    def work(job: tuple[int, int, int]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        segment, low, high = job
+        first = segment * segment_tokens
+        return encode_columns(symbols[low:high, first : first + segment_tokens], low, high)
+
+    parts = _spread(work, _jobs(columns, -(-tokens // segment_tokens)), columns * tokens, threads)
+    head = _pack_lengths(np.concatenate([lengths for _, lengths in parts]), segment_tokens)
+    return b"".join([head, *(units.tobytes() for units, _ in parts), b"\0\0"])
+
+
+def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
+    """Check a section's header and lengths against its bytes. Raises CodecError."""
+    _check_size(columns, tokens)
+    view = _as_array(data)
+    if len(view) < _HEADER.size + 2:
+        raise CodecError(f"coded section is truncated: {len(view)} bytes; fetch the chunk again")
+    segment_tokens, units = _HEADER.unpack_from(view.data)
+    if not 1 <= segment_tokens <= min(tokens, MAX_SEGMENT_TOKENS):
+        raise CodecError(
+            f"coded section claims segments of {segment_tokens} tokens for {tokens}; fetch the chunk again"
+        )
+    n = columns * -(-tokens // segment_tokens)
+    groups = -(-n // GROUP)
+    widths_at = _HEADER.size + 2 * groups
+    deltas_at = (widths_at + groups + 3) // 4 * 4
+    if len(view) < deltas_at + 2:
+        raise CodecError(f"coded section is truncated: {len(view)} bytes for {n} streams; fetch the chunk again")
+    shortest = view[_HEADER.size : widths_at].view("<u2")
+    widths = view[widths_at : widths_at + groups]
+    units_at = deltas_at + 4 * int(widths.sum(dtype=np.int64))
+    if (
+        int(widths.max()) > 16
+        or len(view) != units_at + unit_bytes * units + 2
+        or view[widths_at + groups : deltas_at].any()
+    ):
+        raise CodecError(f"coded section has {len(view)} bytes, its header says otherwise; fetch the chunk again")
+    offsets = np.empty(n + 1, np.int64)
+    if _kernels().unpack(shortest.astype(np.uint16), widths, view[deltas_at:units_at], offsets) != units:
+        raise CodecError("coded section's stream lengths do not add up; fetch the chunk again")
+    # Compiled code wants aligned units; the copy of a section that lies at an odd address is small beside decoding.
+    payload = np.require(view[units_at:].view(f"<u{unit_bytes}"), requirements=["A", "C"])
+    return Streams(payload, offsets, columns, tokens, segment_tokens)
+
+
+def symbol_target(out: NDArray[np.uint8] | None, columns: int, tokens: int) -> NDArray[np.uint8]:
+    """`out`, checked, or a new array uint8 `[C, T]`. Raises CodecError."""
+    if out is None:
+        return np.empty((columns, tokens), np.uint8)
+    if out.shape != (columns, tokens) or out.dtype != np.uint8 or not out.flags.writeable:
+        raise CodecError(f"out must be writable uint8 {(columns, tokens)}, not {out.dtype} {out.shape}")
+    return out
+
+
+def value_target(out: NDArray[Any], dtype: str | None, columns: int, tokens: int) -> tuple[NDArray[Any], str]:
+    """`out` as `[B, T, W]` of float32 or uint16, checked, and the kind of number it takes. Raises CodecError."""
+    kind = dtype or str(out.dtype)
+    fits = {"float32": ("float32",), "float16": ("float16", "uint16"), "bfloat16": ("uint16",)}
+    if str(out.dtype) not in fits.get(kind, ()):
+        raise CodecError(f"cannot reconstruct {kind} into an array of {out.dtype}")
+    target = out[None] if out.ndim == 2 else out
+    if target.ndim != 3 or target.shape[1] != tokens or target.shape[0] * target.shape[2] != columns:
+        raise CodecError(f"out {out.shape} does not hold {columns} columns of {tokens} tokens")
+    if not out.flags.writeable:
+        raise CodecError("out is read-only")
+    return target.view(np.uint16) if kind == "float16" else target, kind
+
+
+def decode(
+    streams: Streams, target: NDArray[Any], kind: str, how: Reconstruction, threads: int | None,
+    decode_columns: Callable[..., int],
+) -> None:  # fmt: skip
+    """Decode every stream into `target` `[B, T, W]`. Raises CodecError where a stream does not end as it must.
+
+    `decode_columns(units, offsets, low, high, first, last, emit)` decodes columns low to high of a segment whose
+    tokens are first to last, and returns a damaged column or -1; `emit` is what the kernels' `emit` takes.
+    """
+    columns = streams.columns
+    flat, strides = _flatten(target)
+    emit = (
+        how.values, how.scale, how.offset, how.token_scale, KINDS[kind], how.linear, flat, target.shape[2], *strides,
+    )  # fmt: skip
+
+    def work(job: tuple[int, int, int]) -> int:
+        segment, low, high = job
+        first = segment * streams.segment_tokens
+        offsets = streams.offsets[segment * columns : (segment + 1) * columns + 1]
+        last = min(first + streams.segment_tokens, streams.tokens)
+        return int(decode_columns(streams.units, offsets, low, high, first, last, *emit))
+
+    jobs = _jobs(columns, streams.segments)
+    for (segment, _, _), bad in zip(jobs, _spread(work, jobs, columns * streams.tokens, threads), strict=True):
+        if bad >= 0:
+            raise CodecError(
+                f"coded stream of column {bad}, segment {segment}, is damaged or belongs to other tables; "
+                "fetch the chunk again"
+            )
+
+
+def _flatten(out: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """The memory that an array spans as one dimension, and the array's strides in elements."""
+    strides = tuple(stride // out.itemsize for stride in out.strides)
+    if min(out.strides) < 0 or any(stride % out.itemsize for stride in out.strides) or not out.flags.aligned:
+        raise CodecError(f"out has strides {out.strides}: they must be non-negative multiples of its element size")
+    span = 1 + sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True))
+    return np.lib.stride_tricks.as_strided(out, (span,), (out.itemsize,)), strides
+
+
+def _check_size(columns: int, tokens: int) -> None:
+    if columns < 1 or tokens < 1 or columns * tokens > 1 << 40:
+        raise CodecError(f"{columns} columns of {tokens} tokens cannot be coded")
+
+
+def _as_array(data: Data) -> NDArray[np.uint8]:
+    view = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    if view.dtype != np.uint8 or view.ndim != 1 or not view.flags.c_contiguous:
+        raise CodecError("a coded section must be contiguous bytes")
+    return view
+
+
+def _pack_lengths(lengths: NDArray[np.int64], segment_tokens: int) -> bytes:
+    if int(lengths.sum()) >= 1 << 32:
+        raise CodecError("a section holds at most 2^32 units; cut the chunk")
+    groups = -(-len(lengths) // GROUP)
+    # Absent streams of the last group take its shortest length, so that they widen nothing.
+    padded = np.full(groups * GROUP, lengths[(groups - 1) * GROUP :].min(), np.int64)
+    padded[: len(lengths)] = lengths
+    grid = padded.reshape(groups, GROUP)
+    shortest = grid.min(axis=1)
+    deltas = grid - shortest[:, None]
+    widths = np.ceil(np.log2(deltas.max(axis=1) + 1)).astype(np.uint8)
+    head = _HEADER.pack(segment_tokens, int(lengths.sum())) + shortest.astype("<u2").tobytes() + widths.tobytes()
+    packed = np.zeros(int(widths.sum(dtype=np.int64)), np.uint32)
+    _kernels().pack(deltas, widths, packed)
+    return head + bytes(-len(head) % 4) + packed.astype("<u4").tobytes()
+
+
+def _jobs(columns: int, segments: int) -> list[tuple[int, int, int]]:
+    """(segment, first column, last column + 1), in the order of streams."""
+    return [
+        (segment, low, min(low + _COLUMNS_A_JOB, columns))
+        for segment in range(segments)
+        for low in range(0, columns, _COLUMNS_A_JOB)
+    ]
+
+
+def _spread(work: Callable[[Job], Result], jobs: list[Job], symbols: int, threads: int | None) -> list[Result]:
+    """Run jobs in order of the list, on several threads where that pays; the kernels hold no GIL."""
+    n = _cores() if threads is None else threads
+    n = min(n, len(jobs), max(1, symbols // _PARALLEL_SYMBOLS))
+    if n <= 1:
+        return [work(job) for job in jobs]
+    with ThreadPoolExecutor(n, thread_name_prefix="entropy") as pool:
+        return list(pool.map(work, jobs))
+
+
+@cache
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _kernels() -> LengthKernels:
+    from codec.entropy import _kernels
+
+    return _kernels.lengths()
