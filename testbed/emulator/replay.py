@@ -41,7 +41,7 @@ class Replay:
 
     def __init__(self, interface: str) -> None:
         self.tc = Interface(interface)
-        self.punctual = be_punctual()
+        self.punctual = be_punctual(light=True)
         self.rate_bps = IDLE_BPS
         self.closed = False
         self.queue_s = 0.05

@@ -1,4 +1,4 @@
-"""The path of an emulated run, of Mininet hosts and links: sender — [delay] — router — receiver(s).
+"""The path of an emulated run, of Mininet hosts and links: sender(s) — [delay] — router — receiver(s).
 
 No switch and no controller: hosts are joined by `addLink` and the middle ones forward. The bottleneck is the router's
 egress toward the receivers, on a node that neither sends nor receives, so that neither TCP small queues nor a
@@ -15,12 +15,14 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed.emulator import sandbox
+from testbed.emulator.impairments import Impairments
+from testbed.emulator.link import MAX_GSO_BYTES, LinkSettings
 from testbed.errors import MachineError, SpecError
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from traces.trace import Trace
 
-MAX_GSO_BYTES = 65_536
 TCP_HEADERS_BYTES = 320
 """What the kernel keeps free of a GSO packet for headers (MAX_TCP_HEADER)."""
 SYSCTLS = {
@@ -55,52 +56,6 @@ PROGRAMS = {
 """Programs a network needs, each with its Debian package."""
 
 
-@dataclass(frozen=True)
-class LinkSettings:
-    """What a link is beside its trace: the settings of `--link`. Raises SpecError for impossible ones."""
-
-    delay_s: float = 0.0
-    """One way, in each direction: the round trip grows by twice this."""
-    queue_s: float = 0.05
-    """Length of the bottleneck's drop-tail queue, as time at the rate in force: a byte limit re-set at each change."""
-    queue_bytes: int | None = None
-    """A fixed length of that queue instead."""
-    cc: str = "cubic"
-    """Congestion control of every connection through the link."""
-    mtu: int = 1500
-    offloads: bool = True
-    """Segmentation offloads (GSO, TSO, GRO): packets travel the emulated path in groups sized to the trace's rates.
-    Off: one MTU each, which costs CPU above some 2 Gbit/s."""
-
-    def __post_init__(self) -> None:
-        _check(0.0 <= self.delay_s <= 10.0, f"delay={self.delay_s:g} s", "0 to 10 s")
-        _check(0.0 < self.queue_s <= 60.0, f"queue={self.queue_s:g} s", "above 0 and at most 60 s")
-        _check(576 <= self.mtu <= 65_000, f"mtu={self.mtu}", "576 to 65000 bytes")
-        _check(
-            self.queue_bytes is None or self.queue_bytes >= self.mtu + 14,
-            f"queue_bytes={self.queue_bytes}",
-            f"at least one packet, {self.mtu + 14}",
-        )
-        _check(self.cc.replace("_", "").isalnum(), f"cc={self.cc!r}", "the name of a congestion control")
-
-    def gso_bytes(self, traces: Iterable[Trace] = ()) -> int:
-        """Most bytes that travel as one packet: some 1 ms at the lowest rate of the traces, 5 us at the highest.
-
-        A queue releases a packet as a whole, so larger ones blur the trace and can exceed a short queue, while
-        smaller ones cost CPU at high rates.
-        """
-        rates = [float(rate) for trace in traces for rate in trace.rates_bps if rate > 0.0]
-        if not self.offloads or not rates:
-            return self.mtu if not self.offloads else MAX_GSO_BYTES
-        wanted = max(min(rates) * 1e-3, max(rates) * 5e-6) / 8.0
-        return int(min(max(wanted, self.mtu), MAX_GSO_BYTES))
-
-
-def _check(good: bool, what: str, allowed: str) -> None:
-    if not good:
-        raise SpecError(f"link setting {what}: use {allowed}")
-
-
 @dataclass
 class Network:
     """A running topology; leaving it (`with Network(...) as network:`) ends its programs and frees every interface.
@@ -116,6 +71,8 @@ class Network:
     hosts: dict[str, Host] = field(default_factory=dict, init=False, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What was pinned, as read back: for a run's manifest."""
+    impairments: Impairments | None = field(default=None, init=False, repr=False)
+    """What delays and loses packets on the way, if anything does."""
     _net: Any = field(default=None, init=False, repr=False)
     _programs: list[subprocess.Popen[Any]] = field(default_factory=list, init=False, repr=False)
 
@@ -167,9 +124,13 @@ class Network:
             raise MachineError("an emulated network needs namespaces of its own: start it through emulator.sandbox.run")
         require_programs(PROGRAMS)
         for what in ("senders", "receivers"):
-            _check(1 <= getattr(self, what) <= 250, f"{what}={getattr(self, what)}", "1 to 100")
+            if not 1 <= getattr(self, what) <= 100:
+                raise SpecError(f"{what}={getattr(self, what)}: use 1 to 100")
         try:
             self._build()
+            if self.link.impaired:
+                self.impairments = Impairments(self)
+                self.settings["impairments"] = self.impairments.settings
         except BaseException:
             self.__exit__()
             raise
@@ -251,10 +212,11 @@ class Network:
 
     def _middle(self) -> list[str]:
         """The forwarding hosts from left to right. The router has one link on either side, so that one queue a
-        direction sees everything."""
+        direction sees everything; what delays and loses has a host of its own, away from that queue."""
         gather = ["gather"] if self.senders > 1 else []
+        delay = ["delay"] if self.link.impaired else []
         fan = ["fan"] if self.receivers > 1 else []
-        return [*gather, "router", *fan]
+        return [*gather, *delay, "router", *fan]
 
     def _interface(self, name: str, address: str) -> list[str]:
         gso = self.link.gso_bytes(self.traces)

@@ -1,0 +1,176 @@
+"""The element: a process on a middle host that holds, drops, reorders and duplicates the packets it forwards.
+
+`python -m testbed.emulator.element SETTINGS` with the settings of `Impairments` as JSON. Queue 0 holds what goes toward
+the receivers, queue 1 what comes back; `testbed.emulator.impairments` puts the iptables rules that fill them. Prints
+`ready`, then answers each line of input with a line of JSON: its counters. End of input ends it.
+
+A packet is due `delay` after it was read. Times are kept by a scheduling slice of 0.1 ms, so that a busy machine does
+not make the delay longer; what it still adds is counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import json
+import random
+import select
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from testbed.emulator.clock import be_punctual, spent_s
+from testbed.emulator.nfqueue import ACCEPT, DROP, PacketQueue, payload_of
+
+EARLY_S: Final = 0.00003
+"""Packets that are due this soon go along: waking up again would take longer."""
+BATCH: Final = 256
+LATE_BINS_S: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
+
+
+class Lane:
+    """One direction through the element."""
+
+    def __init__(self, queue: PacketQueue, settings: dict[str, Any], *, forward: bool) -> None:
+        self.queue = queue
+        self.delay_s: float = settings["delay_s"]
+        self.jitter_s: float = settings["jitter_s"]
+        self.ordered: bool = settings["ordered"]
+        # What harms packets does so on the way to the receivers only, like the bottleneck.
+        self.lose = _losses(settings) if forward else None
+        self.reorder: float = settings["reorder"] if forward else 0.0
+        self.duplicate: float = settings["duplicate"] if forward else 0.0
+        self.random = random.Random(f"{settings['seed']}/{'forward' if forward else 'back'}")
+        self.plain = not (self.jitter_s or self.lose or self.reorder or self.duplicate)
+        self.held: deque[tuple[float, int]] = deque()
+        self.heap: list[tuple[float, int, bytes]] = []
+        self.last_due_s = 0.0
+        self.counts = dict.fromkeys(("packets", "dropped", "reordered", "duplicated"), 0)
+        self.late = [0] * (len(LATE_BINS_S) + 1)
+        self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) if self.duplicate else None
+
+    def next_due_s(self) -> float | None:
+        if self.plain:
+            return self.held[0][0] if self.held else None
+        return self.heap[0][0] if self.heap else None
+
+    def take(self) -> None:
+        """Read what waits and decide when each packet goes, or that it does not."""
+        packets = self.queue.receive(BATCH)
+        now = time.monotonic()
+        self.counts["packets"] += len(packets)
+        if self.plain:
+            due = now + self.delay_s
+            self.held.extend((due, packet_id) for packet_id, _ in packets)
+            return
+        dropped = []
+        for packet_id, message in packets:
+            if self.lose is not None and self.lose():
+                dropped.append((packet_id, DROP))
+                continue
+            due = now + max(self.delay_s + self.jitter_s * self.random.uniform(-1.0, 1.0), 0.0)
+            if self.ordered:
+                due = self.last_due_s = max(due, self.last_due_s)
+            if self.reorder and self.random.random() < self.reorder:
+                due = now
+                self.counts["reordered"] += 1
+            copy = b""
+            if self.duplicate and self.random.random() < self.duplicate:
+                copy = payload_of(message)
+            heapq.heappush(self.heap, (due, packet_id, copy))
+        if dropped:
+            self.counts["dropped"] += len(dropped)
+            self.queue.decide(dropped)
+
+    def release(self) -> None:
+        """Let go what is due."""
+        now = time.monotonic()
+        limit = now + EARLY_S
+        if self.plain:
+            last = None
+            while self.held and self.held[0][0] <= limit:
+                last = self.held.popleft()
+            if last is not None:
+                self.queue.accept_up_to(last[1])
+                self._note_late(now - last[0])
+            return
+        verdicts = []
+        copies = []
+        while self.heap and self.heap[0][0] <= limit:
+            due, packet_id, copy = heapq.heappop(self.heap)
+            verdicts.append((packet_id, ACCEPT))
+            self._note_late(now - due)
+            if copy:
+                copies.append(copy)
+        if verdicts:
+            self.queue.decide(verdicts)
+        for copy in copies:
+            assert self.raw is not None
+            self.raw.sendto(copy, (socket.inet_ntoa(copy[16:20]), 0))
+            self.counts["duplicated"] += 1
+
+    def _note_late(self, late_s: float) -> None:
+        for i, bound in enumerate(LATE_BINS_S):
+            if late_s <= bound:
+                self.late[i] += 1
+                return
+        self.late[-1] += 1
+
+    def report(self) -> dict[str, Any]:
+        return {**self.counts, "late": self.late, "lost_by_kernel": self.queue.lost()}
+
+
+def _losses(settings: dict[str, Any]) -> Callable[[], bool] | None:
+    """A function that says, packet by packet, whether it is lost.
+
+    Independent losses, or the Gilbert-Elliott chain: in the bad state a packet is lost with probability `loss_bad`,
+    which lasts `loss_burst` packets on average; the chain enters it just often enough for the mean to be `loss`.
+    """
+    loss, burst, bad_loss = settings["loss"], settings["loss_burst"], settings["loss_bad"]
+    if not loss:
+        return None
+    draw = random.Random(f"{settings['seed']}/loss").random
+    if not burst:
+        return lambda: draw() < loss
+    leave = 1.0 / burst
+    share = loss / bad_loss
+    enter = leave * share / (1.0 - share)
+    bad = False
+
+    def lost() -> bool:
+        nonlocal bad
+        bad = draw() >= leave if bad else draw() < enter
+        return bad and draw() < bad_loss
+
+    return lost
+
+
+def main(settings: dict[str, Any]) -> None:
+    punctual = be_punctual()
+    queues = [PacketQueue(number, payload=bool(settings["duplicate"])) for number in (0, 1)]
+    lanes = [Lane(queue, settings, forward=i == 0) for i, queue in enumerate(queues)]
+    by_descriptor = {lane.queue.socket.fileno(): lane for lane in lanes}
+    requests = sys.stdin.fileno()
+    watched = [*by_descriptor, requests]
+    gc.disable()  # nothing here makes cycles, and a collection would hold packets up
+    print("ready", flush=True)
+    while True:
+        due = [time_s for lane in lanes if (time_s := lane.next_due_s()) is not None]
+        wait = max(min(due) - time.monotonic(), 0.0) if due else None
+        for readable in select.select(watched, [], [], wait)[0]:
+            if readable == requests:
+                if not sys.stdin.readline():
+                    return
+                reports = [lane.report() for lane in lanes]
+                print(json.dumps({"lanes": reports, "cpu_s": spent_s(), "scheduling": punctual}), flush=True)
+            else:
+                by_descriptor[readable].take()
+        for lane in lanes:
+            lane.release()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

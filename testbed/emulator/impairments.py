@@ -1,0 +1,153 @@
+"""Delay, jitter, loss, reordering and duplication on a middle host of their own, before the bottleneck.
+
+Two backends with the same settings: the kernel's netem, where there is one, and our element on NFQUEUE
+(`testbed.emulator.element`). Neither ever sits on the sender, whose TCP would take the held packets for its own
+backlog, nor on the shaped interface, whose rate would then count them. What was chosen is in `settings`, for the
+manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from testbed.emulator.link import LinkSettings
+from testbed.errors import MachineError
+
+if TYPE_CHECKING:
+    from testbed.emulator.topology import Network
+
+HOST: Final = "delay"
+LEFT, RIGHT = "delay-left", "delay-right"
+IPTABLES: Final = ("iptables", "iptables-legacy", "iptables-nft")
+"""Tried in this order: nft variants need a kernel with the nft queue or its compatibility layer."""
+NETEM_LIMIT: Final = 1 << 18
+"""Packets that netem may hold; its default of 1000 is a second bottleneck at high rates."""
+NETEM_FIELDS: Final = ("delay_s", "jitter_s", "loss", "loss_burst", "loss_bad", "reorder", "duplicate")
+START_S: Final = 10.0
+
+
+class Impairments:
+    """What delays and loses packets on a network that is being built; lives as long as the network."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.link = network.link
+        self._element: subprocess.Popen[str] | None = None
+        wanted = self.link.impair
+        if self.link.jitter_s and self.link.jitter_order:
+            if wanted == "netem":
+                raise MachineError(
+                    "netem cannot keep packets in order under jitter: use impair=nfqueue or jitter_order=off"
+                )
+            wanted = "nfqueue"
+        refused = None if wanted == "nfqueue" else self._try_netem()
+        if wanted == "netem" and refused is not None:
+            raise MachineError(f"this kernel has no netem ({refused}): use impair=nfqueue, or load sch_netem")
+        self.backend = "netem" if wanted != "nfqueue" and refused is None else "nfqueue"
+        self.settings: dict[str, Any] = {"backend": self.backend, "why_not_netem": refused}
+        if self.backend == "nfqueue":
+            self._start_element()
+
+    def report(self) -> dict[str, Any]:
+        """Counters so far: of the element per direction (to the receivers first), or what `tc -s` says of netem."""
+        if self._element is None:
+            lines = [
+                self.network.run(self._host, ["tc", "-s", "-j", "qdisc", "show", "dev", dev]) for dev in (RIGHT, LEFT)
+            ]
+            return {"backend": "netem", "lanes": [json.loads(line)[0] for line in lines]}
+        assert self._element.stdin is not None
+        try:
+            self._element.stdin.write("report\n")
+            self._element.stdin.flush()
+        except BrokenPipeError:
+            raise MachineError("the element that delays packets died") from None
+        return {"backend": "nfqueue", **json.loads(self._line())}
+
+    @property
+    def _host(self) -> Any:
+        return self.network.hosts[HOST]
+
+    def _try_netem(self) -> str | None:
+        """Set netem up in both directions; the reason when the kernel will not."""
+        for interface, forward in ((RIGHT, True), (LEFT, False)):
+            words = netem_words(self.link, forward=forward)
+            try:
+                self.network.run(
+                    self._host,
+                    ["tc", "qdisc", "add", "dev", interface, "root", "netem", "limit", str(NETEM_LIMIT), *words],
+                )
+                (qdisc,) = json.loads(self.network.run(self._host, ["tc", "-j", "qdisc", "show", "dev", interface]))
+            except MachineError as error:
+                return str(error).rpartition(": ")[2]
+            if qdisc["kind"] != "netem":
+                return f"asked for netem, got {qdisc['kind']}"
+        return None
+
+    def _start_element(self) -> None:
+        settings = {name: getattr(self.link, name) for name in NETEM_FIELDS}
+        settings |= {"ordered": self.link.jitter_order, "seed": self.link.seed}
+        self._element = self.network.popen(
+            self._host,
+            [sys.executable, "-m", "testbed.emulator.element", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if self._line() != "ready":
+            assert self._element.stderr is not None
+            trouble = self._element.stderr.read().strip().splitlines() or ["it died"]
+            raise MachineError(f"cannot delay packets without netem: {trouble[-1]}; the kernel needs nfnetlink_queue")
+        self.settings["iptables"] = self._fill_queues()
+
+    def _line(self) -> str:
+        assert self._element is not None
+        assert self._element.stdout is not None
+        if not select.select([self._element.stdout], [], [], START_S)[0]:
+            raise MachineError("the element that delays packets does not answer")
+        return self._element.stdout.readline().strip()
+
+    def _fill_queues(self) -> str:
+        """Send what is forwarded through the queues; the iptables program that could."""
+        troubles = []
+        for program in IPTABLES:
+            try:
+                for number, interface in enumerate((LEFT, RIGHT)):
+                    self.network.run(
+                        self._host,
+                        [program, "-w", "-A", "FORWARD", "-i", interface, "-j", "NFQUEUE", "--queue-num", str(number)],
+                    )
+                return program
+            except MachineError as error:
+                troubles.append(str(error))
+            except FileNotFoundError:
+                troubles.append(f"`{program}` is missing")
+        raise MachineError(
+            f"cannot delay packets without netem: {troubles[0]}; run `sudo apt-get install iptables`, "
+            "and `sudo modprobe xt_NFQUEUE` where the kernel has it as a module"
+        )
+
+
+def netem_words(link: LinkSettings, *, forward: bool) -> list[str]:
+    """The arguments of `tc qdisc ... netem` for one direction."""
+    words = ["delay", f"{link.delay_s * 1e6:.0f}us"]
+    if link.jitter_s:
+        words.append(f"{link.jitter_s * 1e6:.0f}us")
+    if not forward:
+        return words
+    if link.loss and link.loss_burst:
+        leave = 1.0 / link.loss_burst
+        share = link.loss / link.loss_bad
+        enter = leave * share / (1.0 - share)
+        words += ["loss", "gemodel", *(f"{100.0 * part:.6f}%" for part in (enter, leave, link.loss_bad, 0.0))]
+    elif link.loss:
+        words += ["loss", f"{100.0 * link.loss:.6f}%"]
+    if link.duplicate:
+        words += ["duplicate", f"{100.0 * link.duplicate:.6f}%"]
+    if link.reorder:
+        words += ["reorder", f"{100.0 * link.reorder:.6f}%"]
+    return words
