@@ -8,9 +8,9 @@ which. The driver calls `poll` after every event, carries out the work it return
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from policies.api import CANCEL, KEEP, TEXT, Choice, InFlight, LevelOrText, Observation, Policy, Replace, Transfer
 from policies.errors import PolicyError
@@ -166,6 +166,7 @@ class Session:
         self._costs = costs
         self._overlap = overlap
         self._rtt_s = rtt_s
+        self._lookahead_s = (rtt_s or 0.0) + LOOKAHEAD_MARGIN_S
         self._prior_bps = prior_bps
         self._concurrent = concurrent
         self._seed = seed
@@ -178,6 +179,7 @@ class Session:
         self._tokens = tuple(c.tokens for c in manifest.chunks)
         self._text_bytes = tuple(c.text_bytes for c in manifest.chunks)
         self._ladder = tuple(level.distortion for level in manifest.levels)
+        self._tables = (self._tokens, self._sizes, self._text_bytes, costs.decode_s, costs.recompute_s)
         self._in_flight: list[int] = []
         self._recent: deque[tuple[float, int]] = deque()
         self._arrived: list[int] = []
@@ -186,6 +188,7 @@ class Session:
         self._transfers: list[Transfer] = []
         self._last_end_s = 0.0
         self._wasted_bytes = 0
+        self._uncomputed = len(manifest.chunks)
         self._prefilling = False
         self._ttft_s: float | None = None
 
@@ -197,10 +200,15 @@ class Session:
         if self._progress is not None and self._progress_due and self._in_flight:
             self._progress_due = False
             work += self._ask_progress(now_s)
-        while self._unrequested and self._may_request(now_s):
+        while self._unrequested and (not self._in_flight or self._may_look_ahead(now_s)):
             work.append(self._request(now_s))
-        if self._computing is None and (step := self._next_compute(now_s)) is not None:
-            work.append(step)
+        if self._computing is None:
+            if self._arrived:
+                if self._overlap or not (self._unrequested or self._in_flight):
+                    work += self._next_compute(now_s)
+            elif self._uncomputed == 0 and not self._prefilling:
+                self._prefilling = True
+                work.append(Prefill())
         return work
 
     def wake_s(self) -> float | None:
@@ -237,23 +245,29 @@ class Session:
 
     def observe(self, now_s: float) -> Observation:
         """What the policy may know now."""
-        left = self._unrequested
-        recompute = self._costs.recompute_s
+        left, n, costs = self._unrequested, len(self._chunks), self._costs
+        first = left[0] if left else n - 1
+        if len(left) == n - first or not left:  # nothing was reordered: the rest is the end of every table
+            rest = slice(first if left else n, None)
+            tables: list[tuple[Any, ...] | None] = [table and table[rest] for table in self._tables]
+        else:
+            tables = [table and tuple([table[i] for i in left]) for table in self._tables]
+        tokens, sizes, text_bytes, decode_s, recompute_s = tables
         return Observation(
-            chunk=left[0] if left else len(self._chunks) - 1,
-            n_chunks=len(self._chunks),
+            chunk=first,
+            n_chunks=n,
             now_s=now_s,
             deadline_s=self.deadline_s,
             remaining=tuple(left),
-            tokens=tuple(self._tokens[i] for i in left),
-            sizes_bytes=tuple(self._sizes[i] for i in left),
+            tokens=tokens,  # type: ignore[arg-type]
+            sizes_bytes=sizes,  # type: ignore[arg-type]
             distortion=(self._ladder,) * len(left),
-            text_bytes=tuple(self._text_bytes[i] for i in left),
-            recompute_s=None if recompute is None else tuple(recompute[i] for i in left),
-            decode_s=tuple(self._costs.decode_s[i] for i in left),
-            prefill_s=self._costs.prefill_s,
+            text_bytes=text_bytes,  # type: ignore[arg-type]
+            recompute_s=recompute_s,
+            decode_s=decode_s,  # type: ignore[arg-type]
+            prefill_s=costs.prefill_s,
             transfers=tuple(self._transfers),
-            in_flight=tuple(self._flight(i) for i in self._in_flight),
+            in_flight=tuple([self._flight(i) for i in self._in_flight]),
             compute_backlog_s=self._backlog_s(now_s),
             rtt_s=self._rtt_s,
             prior_bps=self._prior_bps,
@@ -312,6 +326,7 @@ class Session:
         record = self._chunks[chunk]
         record.decode_start_s = start_s
         record.decode_end_s = end_s
+        self._uncomputed -= 1
 
     def on_failed(self, chunk: int, why: str, now_s: float) -> None:
         """A chunk arrived damaged: fetch it again, or give up after MAX_ATTEMPTS. Raises SessionFailed then."""
@@ -325,14 +340,9 @@ class Session:
 
     # --- inside
 
-    @property
-    def _lookahead_s(self) -> float:
-        return (self._rtt_s or 0.0) + LOOKAHEAD_MARGIN_S
-
-    def _may_request(self, now_s: float) -> bool:
-        if not self._in_flight:
-            return True
-        if self._depth == 1 or len(self._in_flight) >= self._depth:
+    def _may_look_ahead(self, now_s: float) -> bool:
+        """Whether the next chunk may be chosen while another is in flight."""
+        if len(self._in_flight) >= self._depth:
             return False
         rest_s = self._rest_s()
         return rest_s is not None and rest_s - (now_s - self._recent[-1][0]) <= self._lookahead_s + 1e-9
@@ -375,7 +385,9 @@ class Session:
         """Let the policy give up on the oldest chunk in flight."""
         assert self._progress is not None
         try:
-            answer = self._progress(self.observe(now_s))
+            call = getattr(self._ask, "call", None)  # an `Ask` with a time limit has one for hooks as well
+            obs = self.observe(now_s)
+            answer = self._progress(obs) if call is None else call(self._progress, obs)
         except Exception as error:  # as for `choose`
             self._chunks[self._in_flight[0]].fault = f"{type(error).__name__}: {error}"
             return []
@@ -408,9 +420,8 @@ class Session:
         self._recent.clear()
         self._unrequested = sorted([*self._unrequested, chunk])
 
-    def _next_compute(self, now_s: float) -> Work | None:
-        if not self._overlap and (self._unrequested or self._in_flight):
-            return None
+    def _next_compute(self, now_s: float) -> list[Work]:
+        """Begin with the oldest arrived chunk that can be computed: text needs everything before it in the cache."""
         for chunk in self._arrived:
             record = self._chunks[chunk]
             if record.level == TEXT:
@@ -422,11 +433,8 @@ class Session:
                 step = Decode(chunk, record.level)
             self._arrived.remove(chunk)
             self._computing, self._computing_since_s = chunk, now_s
-            return step
-        if not self._prefilling and all(c.decode_end_s is not None for c in self._chunks):
-            self._prefilling = True
-            return Prefill()
-        return None
+            return [step]
+        return []
 
     def _flight(self, chunk: int) -> InFlight:
         record = self._chunks[chunk]
@@ -441,8 +449,11 @@ class Session:
         return self._costs.decode_s[chunk][int(level or 0)]
 
     def _backlog_s(self, now_s: float) -> float:
-        waiting: Sequence[int] = [*self._arrived, *self._in_flight]
-        backlog_s = sum(self._cost_s(chunk) for chunk in waiting)
+        backlog_s = 0.0
+        for chunk in self._arrived:
+            backlog_s += self._cost_s(chunk)
+        for chunk in self._in_flight:
+            backlog_s += self._cost_s(chunk)
         if self._computing is not None:
             backlog_s += max(0.0, self._cost_s(self._computing) - (now_s - self._computing_since_s))
         return backlog_s

@@ -22,6 +22,7 @@ from testbed.session import (
     Costs,
     Decode,
     Fetch,
+    Prefill,
     Recompute,
     Session,
     SessionFailed,
@@ -34,7 +35,8 @@ from traces.trace import Trace
 PROGRESS_S: Final = 0.005
 """How often, at most, a policy with a progress hook is asked."""
 
-EPSILON_S: Final = 1e-12
+EPSILON_S: Final = 1e-6
+"""Time moves on by at least this between two looks at one chunk."""
 
 
 class _Foresees(Protocol):
@@ -83,8 +85,8 @@ def simulate(
     link = FluidLink(goodput, rtt_s, initial_window_bytes)
     size = len(json.dumps(manifest.to_json())) if manifest_bytes is None else manifest_bytes
     _, now_s = link.transfer(0.0, size) if size else (0.0, rtt_s)
-    hook = getattr(policy, "progress", None) is not None
-    _Driver(session, link, costs, fine=depth > 1 or hook, tick_s=PROGRESS_S if hook else math.inf).run(now_s)
+    tick_s = math.inf if getattr(policy, "progress", None) is None else PROGRESS_S
+    _Driver(session, link, costs, fine=depth > 1 or tick_s < math.inf, tick_s=tick_s).run(now_s)
     return session.record()
 
 
@@ -96,6 +98,7 @@ class _Driver:
     """
 
     __slots__ = (
+        "_change_s",
         "_chunk",
         "_compute_end_s",
         "_compute_start_s",
@@ -106,8 +109,8 @@ class _Driver:
         "_last_s",
         "_line",
         "_link",
-        "_net_s",
-        "_seen_first",
+        "_news_s",
+        "_seen",
         "_session",
         "_size",
         "_tick_s",
@@ -118,96 +121,88 @@ class _Driver:
         self._fine, self._tick_s = fine, tick_s
         self._line: deque[tuple[int, int, float]] = deque()
         self._chunk: int | None = None
+        """The chunk on the link; the four times below are its own."""
         self._size = 0
-        self._seen_first = False
-        self._first_s = self._last_s = self._net_s = self._compute_end_s = math.inf
+        self._seen = False
+        self._first_s = self._last_s = self._news_s = self._change_s = math.inf
         self._computing: int = PREFILL
-        self._compute_start_s = 0.0
+        self._compute_start_s, self._compute_end_s = 0.0, math.inf
 
     def run(self, now_s: float) -> None:
         session = self._session
         while not session.done:
             for work in session.poll(now_s):
-                kind = type(work)
-                if kind is Fetch:
-                    self._line.append((work.chunk, work.bytes, now_s))  # type: ignore[union-attr]
-                elif kind is Cancel:
-                    self._cancel(work.chunk, now_s)  # type: ignore[union-attr]
+                if isinstance(work, Fetch):
+                    self._line.append((work.chunk, work.bytes, now_s))
+                elif isinstance(work, Cancel):
+                    self._cancel(work.chunk, now_s)
                 else:
                     self._begin_compute(work, now_s)
-            if self._chunk is None and self._line:
-                self._place()
-            elif self._fine and self._chunk is not None:
-                self._net_s = self._next_news_s(now_s)
-            now_s = min(self._net_s, self._compute_end_s)
-            if now_s == math.inf:
-                raise SessionFailed("the link carries nothing more: the transfer never ends")
-            if self._compute_end_s <= now_s:
-                end_s, self._compute_end_s = self._compute_end_s, math.inf
-                session.on_computed(self._computing, self._compute_start_s, end_s)
+            if self._chunk is None:
+                if self._line:
+                    self._place()
+            elif self._fine and self._news_s <= now_s:
+                self._news_s = self._next_news_s(now_s)
+            if self._compute_end_s <= self._news_s:
+                now_s = self._compute_end_s
+                if now_s == math.inf:
+                    raise SessionFailed("the link carries nothing more: the transfer never ends")
+                self._compute_end_s = math.inf
+                session.on_computed(self._computing, self._compute_start_s, now_s)
             else:
-                self._news(now_s)
+                now_s = self._news_s
+                self._tell(now_s)
 
-    def _begin_compute(self, work: object, now_s: float) -> None:
-        kind = type(work)
-        if kind is Decode:
-            chunk, level = work.chunk, work.level  # type: ignore[attr-defined]
-            cost_s = self._costs.decode_s[chunk][level]
-        elif kind is Recompute:
+    def _begin_compute(self, work: Decode | Recompute | Prefill, now_s: float) -> None:
+        if isinstance(work, Decode):
+            self._computing, cost_s = work.chunk, self._costs.decode_s[work.chunk][work.level]
+        elif isinstance(work, Recompute):
             assert self._costs.recompute_s is not None
-            chunk = work.chunk  # type: ignore[attr-defined]
-            cost_s = self._costs.recompute_s[chunk]
+            self._computing, cost_s = work.chunk, self._costs.recompute_s[work.chunk]
         else:
-            chunk, cost_s = PREFILL, self._costs.prefill_s
-        self._computing, self._compute_start_s, self._compute_end_s = chunk, now_s, now_s + cost_s
+            self._computing, cost_s = PREFILL, self._costs.prefill_s
+        self._compute_start_s, self._compute_end_s = now_s, now_s + cost_s
 
     def _place(self) -> None:
-        """Put the oldest waiting answer on the link."""
+        """Put the oldest waiting answer on the link; a receiver hears of it when its first frame is complete."""
         self._chunk, self._size, request_s = self._line.popleft()
         self._first_s, self._last_s = self._link.transfer(request_s, self._size, self._chunk)
-        self._seen_first = False
-        self._net_s = self._first_s if self._fine else self._last_s
+        self._seen = False
+        self._news_s = self._last_s
+        if self._fine and self._size > FRAME_BYTES:
+            frame_s = self._first_s + self._link.time_between(self._first_s, FRAME_BYTES, self._chunk)
+            self._news_s = min(frame_s, self._last_s)
+            self._change_s = self._link.next_change_s(self._first_s)
 
-    def _news(self, now_s: float) -> None:
-        """Tell the session what a receiver would have seen by now."""
+    def _tell(self, now_s: float) -> None:
+        """Tell the session what a receiver has seen by now."""
         session, chunk = self._session, self._chunk
         assert chunk is not None
-        if not self._seen_first:
+        if not self._seen:
             session.on_first_byte(chunk, self._first_s)
-            self._seen_first = True
+            self._seen = True
         if now_s >= self._last_s:
             session.on_last_byte(chunk, self._last_s)
-            self._chunk, self._net_s = None, math.inf
-        elif now_s > self._first_s:
-            session.on_bytes(chunk, self._received(now_s), now_s)
-
-    def _received(self, now_s: float) -> int:
-        """Bytes of the chunk on the link that have arrived, less than all."""
-        assert self._chunk is not None
-        return min(self._size - 1, int(self._link.bytes_between(self._first_s, now_s, self._chunk)))
+            self._chunk, self._news_s = None, math.inf
+            return
+        received = int(self._link.bytes_between(self._first_s, now_s, chunk))
+        session.on_bytes(chunk, min(received, self._size - 1), now_s)
 
     def _next_news_s(self, now_s: float) -> float:
-        """When a receiver would next have something to decide about the chunk on the link.
+        """When a receiver would next have something to decide about the chunk on the link, whose first frame is here.
 
-        That is its first frame; then, while the session waits to choose the next chunk, the moment the session asks
-        for, and, after a change of the link's rate, a few moments while the session's rate window forgets the old one.
+        While the session waits to choose the next chunk, that is the moment for which it asks, and, after a change of
+        the link's rate, a few moments while the session's rate window forgets the old rate.
         """
-        if now_s < self._first_s:
-            return self._first_s
-        session, link, chunk = self._session, self._link, self._chunk
-        assert chunk is not None
-        first_frame_s = self._first_s + link.time_between(self._first_s, FRAME_BYTES, chunk)
-        if now_s < first_frame_s - EPSILON_S:
-            return min(first_frame_s, self._last_s)
         news_s = min(self._last_s, now_s + self._tick_s)
-        wake_s = session.wake_s()
+        wake_s = self._session.wake_s()
         if wake_s is None:
             return news_s
-        step_s = RATE_WINDOW_S / 4
-        change_s = link.next_change_s(max(now_s - RATE_WINDOW_S, self._first_s))
-        if change_s <= now_s:  # the window still mixes two rates
-            return min(news_s, max(wake_s, now_s + EPSILON_S), now_s + step_s)
-        return min(news_s, max(wake_s, now_s + EPSILON_S), change_s + step_s)
+        wake_s = max(wake_s, now_s + EPSILON_S)
+        if self._change_s <= now_s - RATE_WINDOW_S:
+            self._change_s = self._link.next_change_s(now_s - RATE_WINDOW_S)
+        settled_s = max(self._change_s, now_s) + RATE_WINDOW_S / 4
+        return min(news_s, wake_s, settled_s)
 
     def _cancel(self, chunk: int, now_s: float) -> None:
         """The sender stops when the word arrives; what it has sent by then still passes."""
@@ -215,4 +210,4 @@ class _Driver:
             self._line = deque(entry for entry in self._line if entry[0] != chunk)
             return
         self._link.cut(max(now_s + self._link.rtt_s, self._first_s))
-        self._chunk, self._net_s = None, math.inf
+        self._chunk, self._news_s = None, math.inf
