@@ -88,8 +88,8 @@ class Run:
         """Begin, or go on with, a run. Raises SpecError if the folder holds a different experiment."""
         old = self.path / "manifest.json"
         if old.is_file():
-            before = json.loads(old.read_text())
-            if before.get("experiment") != manifest["experiment"] or before.get("backend") != manifest["backend"]:
+            before, now = json.loads(old.read_text()), json.loads(json.dumps(_finite(manifest)))
+            if any(before.get(key) != now[key] for key in ("experiment", "backend")):
                 raise SpecError(f"{self.path} holds another experiment; choose another --name or remove the folder")
         self.cells.mkdir(parents=True, exist_ok=True)
         write_whole(old, manifest)

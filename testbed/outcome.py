@@ -1,0 +1,99 @@
+"""From what a backend observed to a row of results: the same for the emulated link and the simulator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from policies.api import TEXT, LevelOrText
+from testbed import bounds, plugs
+from testbed.experiment import Scheme, Unit
+from testbed.manifest import Manifest
+from testbed.results import Row, Status
+from testbed.session import Costs
+from traces.trace import Trace
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The oracle's plan for a unit under one codec and depth; None and empty where no plan meets the deadline."""
+
+    distortion: float | None
+    levels: tuple[LevelOrText, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One session as a backend saw it. `record` is None for a session without a first token."""
+
+    status: Status
+    why: str = ""
+    record: Mapping[str, Any] | None = None
+    """`SessionRecord` as a dict."""
+    measured_kl: float | None = None
+    answer_ok: bool | None = None
+    answers_right: int | None = None
+    answers: int | None = None
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+    repeats: int = 0
+
+
+def bound_of(
+    manifest: Manifest, goodput: Trace, unit: Unit, depth: int, costs: Costs, rtt_s: float
+) -> Bound:
+    """What is possible at all: exact over plans that send the chunks in order."""
+    size = len(json.dumps(manifest.to_json()))
+    line = bounds.line_of(manifest, goodput, costs=costs, depth=depth, rtt_s=rtt_s, manifest_bytes=size)
+    plan = bounds.oracle_plan(line, unit.deadline_s)
+    if plan is None:
+        return Bound(None, ())
+    text = len(manifest.levels)
+    return Bound(plan.distortion, tuple(TEXT if option == text else option for option in plan.options))
+
+
+def row_of(unit: Unit, scheme: Scheme, model: str, backend: str, outcome: Outcome, bound: Bound) -> Row:
+    """The row of `sessions.jsonl`."""
+    record = outcome.record
+    ttft_s = None if record is None else float(record["ttft_s"])
+    distortion = None if record is None else float(record["distortion"])
+    met = ttft_s is not None and ttft_s <= unit.deadline_s
+    regret = None
+    if met and distortion is not None and bound.distortion is not None:
+        regret = distortion - bound.distortion
+    return Row(
+        unit_id=unit.unit_id,
+        scheme=scheme.name,
+        policy=scheme.policy,
+        codec=scheme.codec,
+        clairvoyant=plugs.is_clairvoyant(scheme.policy),
+        model=model,
+        backend=backend,
+        context=unit.context,
+        trace=unit.trace,
+        offset_s=unit.offset_s,
+        link=unit.link,
+        seed=unit.seed,
+        depth=scheme.depth,
+        overlap=scheme.overlap,
+        status=outcome.status,
+        why=outcome.why,
+        deadline_s=unit.deadline_s,
+        ttft_s=ttft_s,
+        met=met,
+        distortion=distortion,
+        measured_kl=outcome.measured_kl,
+        answer_ok=outcome.answer_ok,
+        answers_right=outcome.answers_right,
+        answers=outcome.answers,
+        levels=[] if record is None else list(record["levels"]),
+        bytes=None if record is None else record["bytes"],
+        wasted_bytes=None if record is None else record["wasted_bytes"],
+        policy_faults=0 if record is None else record["policy_faults"],
+        oracle_distortion=bound.distortion,
+        oracle_levels=list(bound.levels),
+        regret=regret,
+        fidelity=dict(outcome.fidelity),
+        repeats=outcome.repeats,
+    )

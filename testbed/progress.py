@@ -1,0 +1,50 @@
+"""What a run says while it goes on: one line a session on a terminal, silence in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from testbed.experiment import Experiment
+    from testbed.results import Row
+
+
+class Progress:
+    """Plain lines; `quiet` says nothing at all. In a pipe only what is said once a run is printed."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stdout.isatty()
+        self._done = self._left = 0
+        self._begun_s = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Something the user waits for."""
+        if not self._quiet:
+            print(line, flush=True)
+
+    def begin(self, experiment: Experiment, sessions: int, todo: int) -> None:
+        self._left = todo
+        self._begun_s = time.monotonic()
+        words = f"{experiment.name}: {len(experiment.units())} units x {len(experiment.schemes)} schemes"
+        if todo < sessions:
+            words += f", {sessions - todo} of {sessions} sessions are there already"
+        self.say(words)
+
+    def place(self, words: str) -> None:
+        """What runs where: the first thing to know about the numbers."""
+        self.say(words)
+
+    def step(self, row: Row) -> None:
+        self._done += 1
+        self._left -= 1
+        if self._quiet or not self._terminal:
+            return
+        rest_s = (time.monotonic() - self._begun_s) / self._done * self._left
+        ttft = "no first token" if row.ttft_s is None else f"TTFT {row.ttft_s:.2f} s"
+        mark = row.status if row.status != "ok" else "met" if row.met else "missed"
+        line = f"  {row.scheme:<18} {row.unit_id:<28} {ttft:<14} {mark:<8} {self._left} to go, about {rest_s:.0f} s"
+        end = "\n" if self._left == 0 else ""
+        print(f"\r\033[K{line}", end=end, flush=True)

@@ -1,0 +1,252 @@
+"""Runs an experiment over emulated links: real processes, real bytes, a real first token.
+
+For each link setting one network is built, with a warm sender and a warm receiver on its hosts. A session begins at a
+moment of CLOCK_MONOTONIC that shaper and receiver are told beforehand, so the trace's time zero is the session's. Link
+and session are judged after it; a session over the fidelity limits is repeated, then marked invalid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from testbed import machine, outcome, plugs, prepare
+from testbed.dashboard import events
+from testbed.emulator import fidelity
+from testbed.emulator.shaper import Shaper
+from testbed.emulator.topology import Network
+from testbed.experiment import Experiment, Scheme, Unit
+from testbed.outcome import Bound, Outcome
+from testbed.process import Process
+from testbed.progress import Progress
+from testbed.results import Json, Run
+from testbed.session import Costs
+from traces.framing import goodput_per_capacity
+from traces.resolve import open_trace
+from traces.trace import Trace
+
+PORT: Final = 8700
+LEAD_S: Final = 0.15
+"""From the command to a session's time zero: the connection is made and opened in it."""
+PADDING_BYTES: Final = 1 << 20
+"""Sent before a session over its connection, so that it is as warm as one that has been in use."""
+COVERED_S: Final = 600.0
+"""A trace is scheduled for so long; no session lasts longer."""
+SESSION_LIMIT_S: Final = 120.0
+
+
+def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
+    """Run every session that has no cell yet. Must be called inside a sandbox."""
+    progress = Progress(quiet)
+    traces = {name: open_trace(name) for name in experiment.traces}
+    for scheme in experiment.schemes:
+        plugs.make_policy(scheme.policy)
+    links = {text: plugs.make_link(text) for text in experiment.links}
+    limits = replace(fidelity.Limits(), **experiment.limits)
+    prepared = prepare.prepare(
+        experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
+    )
+    units = experiment.units()
+    todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
+    manifest = describe(experiment, prepared, "mininet")
+    run.create(manifest)
+    progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
+    log = run.path / "events.jsonl"
+    names = [scheme.name for scheme in experiment.schemes]
+    events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))
+    for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
+        sessions = list(part)
+        with Stage(links[text], list(traces.values()), prepared, run.path) as stage:
+            manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings, "costs": stage.costs_json}
+            run.create(manifest)
+            progress.place(stage.describe())
+            for unit, scheme in sessions:
+                trace = traces[unit.trace]
+                trace = trace.shifted(unit.offset_s) if unit.offset_s else trace
+                result, chunks, link = stage.settled(experiment, unit, scheme, trace, limits, log)
+                bound = stage.bound(unit, scheme, trace)
+                row = outcome.row_of(unit, scheme, prepared.model_name, "mininet", result, bound)
+                run.save(row, chunks, link)
+                events.append(log, events.SessionEnd(vars(row)))
+                progress.step(row)
+
+
+def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -> Json:
+    """The run's `manifest.json`: everything that its numbers depend on."""
+    return {
+        "experiment": experiment.to_json(),
+        "backend": backend,
+        "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
+        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
+        "levels": prepare.describe_levels(prepared, experiment.codecs),
+        "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
+        "traces": {name: open_trace(name).sha256 for name in experiment.traces},
+        "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
+        "exact_answers": dict(prepared.exact_right),
+        "command": " ".join(["kvstream", *sys.argv[1:]]),
+    } | machine.describe()
+
+
+class Stage:
+    """A network with its shaper, sender and receiver, warm and ready for sessions."""
+
+    def __init__(self, link: Any, traces: list[Trace], prepared: prepare.Prepared, folder: Path) -> None:
+        self._link = link
+        self._traces = traces
+        self._prepared = prepared
+        self._folder = folder
+        self._bounds: dict[tuple[str, str, int], Bound] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Stage:
+        with ExitStack() as stack:
+            network = stack.enter_context(Network(self._link, traces=self._traces))
+            self.network = network
+            self.shaper = stack.enter_context(Shaper(network))
+            store = str(self._prepared.path)
+            self.sender = Process(
+                "sender",
+                lambda argv, **options: network.popen(network.sender, argv, **options),
+                ["-m", "testbed.sender", "--store", store, "--host", "0.0.0.0", "--port", str(PORT), "--sandbox"],
+                self._folder / "sender.log",
+            )
+            stack.callback(self.sender.close)
+            self.receiver = Process(
+                "receiver",
+                lambda argv, **options: network.popen(network.receiver, argv, **options),
+                ["-m", "testbed.receiver", "--store", store, "--model", self._prepared.model],
+                self._folder / "receiver.log",
+            )
+            stack.callback(self.receiver.close)
+            ids = list(dict.fromkeys(self._prepared.ids.values()))
+            self.costs_json = self.receiver.ask({"cmd": "prepare", "contexts": ids}, SESSION_LIMIT_S)["costs"]
+            self._costs = {key: _costs(value) for key, value in self.costs_json.items()}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def describe(self) -> str:
+        threads = self.receiver.ready.get("threads")
+        return f"Mininet hosts in namespaces of their own; decoding on the CPU ({threads} thread(s) of torch)"
+
+    @property
+    def rtt_s(self) -> float:
+        return 2.0 * float(self._link.delay_s)
+
+    def _goodput(self, trace: Trace) -> Trace:
+        return trace.scaled(goodput_per_capacity(self._link.mtu))
+
+    def bound(self, unit: Unit, scheme: Scheme, trace: Trace) -> Bound:
+        """The oracle's plan for a unit, computed once a codec and depth."""
+        key = (unit.unit_id, scheme.codec, scheme.depth)
+        if key not in self._bounds:
+            context = self._prepared.ids[unit.context, scheme.codec]
+            manifest = self._prepared.manifests[unit.context, scheme.codec]
+            self._bounds[key] = outcome.bound_of(
+                manifest, self._goodput(trace), unit, scheme.depth, self._costs[context], self.rtt_s
+            )
+        return self._bounds[key]
+
+    def settled(
+        self, experiment: Experiment, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
+    ) -> tuple[Outcome, list[Json], list[Json]]:
+        """One session, again while the link was not what the trace says, up to the experiment's limit."""
+        repeats = 0
+        result, chunks, link = self.session(unit, scheme, trace, limits, log)
+        while result.status == "invalid" and repeats < experiment.most_repeats:
+            repeats += 1
+            result, chunks, link = self.session(unit, scheme, trace, limits, log)
+        return replace(result, repeats=repeats), chunks, link
+
+    def session(
+        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
+    ) -> tuple[Outcome, list[Json], list[Json]]:
+        """One session on the link, with what the link did."""
+        zero_s = time.monotonic() + LEAD_S
+        self.shaper.arm(trace, zero_s, COVERED_S)
+        self._announce(unit, scheme, trace, log)
+        answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s), SESSION_LIMIT_S + 30.0)
+        end_s = time.monotonic()
+        if answer["status"] == "ok":
+            end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
+        measured = self.shaper.finish(end_s)
+        verdict = fidelity.judge(measured, trace, limits)
+        link = measured.rows()
+        if answer["status"] == "failed":
+            return Outcome("failed", answer["error"], fidelity=verdict.to_json()), [], link
+        status, why = ("ok", "") if verdict.ok else ("invalid", "; ".join(verdict.reasons))
+        result = Outcome(
+            status,  # type: ignore[arg-type]
+            why,
+            answer["record"],
+            measured_kl=answer.get("measured_kl"),
+            answer_ok=answer.get("answer_ok"),
+            answers_right=answer.get("answers_right"),
+            answers=answer.get("answers"),
+            fidelity=verdict.to_json(),
+        )
+        return result, answer["record"]["chunks"], link
+
+    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float) -> Json:
+        command: Json = {
+            "cmd": "session",
+            "url": f"http://{self.network.sender_ip}:{PORT}",
+            "context": self._prepared.ids[unit.context, scheme.codec],
+            "policy": scheme.policy,
+            "deadline_s": unit.deadline_s,
+            "depth": scheme.depth,
+            "overlap": scheme.overlap,
+            "question": unit.seed + unit.index,
+            "seed": unit.seed,
+            "start_s": zero_s,
+            "padding_bytes": PADDING_BYTES,
+            "limits": {"session_s": SESSION_LIMIT_S},
+        }
+        if plugs.is_clairvoyant(scheme.policy):
+            goodput = self._goodput(trace)
+            command["forecast"] = {
+                "durations_s": goodput.durations_s.tolist(),
+                "rates_bps": goodput.rates_bps.tolist(),
+                "end": goodput.end,
+                "rtt_s": self.rtt_s,
+                "initial_window_bytes": None,
+            }
+        return command
+
+    def _announce(self, unit: Unit, scheme: Scheme, trace: Trace, log: Path) -> None:
+        manifest = self._prepared.manifests[unit.context, scheme.codec]
+        events.append(
+            log,
+            events.SessionStart(
+                unit.unit_id,
+                scheme.name,
+                scheme.policy,
+                scheme.codec,
+                unit.context,
+                unit.trace,
+                unit.deadline_s,
+                len(manifest.chunks),
+                len(manifest.levels),
+                capacity=[] if trace.per == "chunk" else trace.changes(0.0, 2 * unit.deadline_s),
+                clairvoyant=plugs.is_clairvoyant(scheme.policy),
+                depth=scheme.depth,
+                overlap=scheme.overlap,
+            ),
+        )
+
+
+def _costs(value: Mapping[str, Any]) -> Costs:
+    recompute = value["recompute_s"]
+    return Costs(
+        decode_s=tuple(tuple(row) for row in value["decode_s"]),
+        recompute_s=None if recompute is None else tuple(recompute),
+        prefill_s=float(value["prefill_s"]),
+    )
