@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from testbed.store import Store, checked_id, checked_sha256, chunk_id, encodings
 
 CONNECT_S = 5.0
 READ_S = 60.0
+CLOSE_S = 0.2
 
 
 class Client:
@@ -81,7 +83,7 @@ class Client:
                 f"{self.url}/v1/contexts/{checked_id(context)}/stream",
                 compress=0,
                 max_msg_size=2 * wire.FRAME_BYTES,
-                timeout=aiohttp.ClientWSTimeout(ws_close=0.2),
+                timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_S),
             )
         except aiohttp.WSServerHandshakeError as error:
             await session.close()
@@ -131,7 +133,9 @@ class StreamConnection:
         await self.socket.send_str(wire.pack_request(request))
 
     async def drop(self) -> None:
-        """Close at once, without waiting for the other side."""
+        """Close; a sender that does not answer is waited for at most CLOSE_S."""
+        with suppress(OSError, aiohttp.ClientError):
+            await self.socket.close()
         await self._session.close()
 
 

@@ -48,6 +48,8 @@ from testbed.session import (
 )
 
 RETRY_S = 0.1
+PADDING_REST_S = 0.1
+"""Padding is cut short so long before the start: what is queued on the way must have drained by then."""
 SPIN_S = 0.002
 """The event loop's timers are good to a millisecond; the rest to the start is spun away."""
 
@@ -184,7 +186,7 @@ class _Run:
         try:
             if not cold:
                 connection = await self._connect()
-                await _open_window(connection, padding_bytes, self._limits.stall_s)
+                await _open_window(connection, padding_bytes, self._limits.stall_s, start_s)
             await _sleep_until(start_s)
             self._zero_s = time.monotonic()
             self._ask_manifest()
@@ -500,12 +502,13 @@ class _Run:
         self._step()
 
 
-async def _open_window(connection: StreamConnection, padding_bytes: int, stall_s: float) -> None:
-    """Carry padding over a fresh connection until its congestion window has grown."""
+async def _open_window(connection: StreamConnection, padding_bytes: int, stall_s: float, start_s: float | None) -> None:
+    """Carry padding over a fresh connection until its congestion window has grown, but not into the session."""
     if not padding_bytes:
         return
     await connection.request(wire.GetPadding(0, padding_bytes))
     received = -1
+    is_cancelled = False
     while received < padding_bytes:
         try:
             async with asyncio.timeout(stall_s):
@@ -514,8 +517,13 @@ async def _open_window(connection: StreamConnection, padding_bytes: int, stall_s
             raise SessionFailed(f"no byte for {stall_s:g} s before the session") from None
         if message.type is WSMsgType.BINARY and received >= 0:
             received += len(message.data)
+            if not is_cancelled and start_s is not None and time.monotonic() > start_s - PADDING_REST_S:
+                is_cancelled = True
+                await connection.request(wire.CancelRequest(0))
         elif message.type is WSMsgType.TEXT and received < 0:
             received = 0
+        elif message.type is WSMsgType.TEXT and is_cancelled:
+            return
         else:
             raise SessionFailed(f"the sender does not send padding ({message.type.name})")
 
@@ -532,7 +540,6 @@ async def _sleep_until(start_s: float | None) -> None:
 def _no_pauses() -> Iterator[None]:
     """No garbage collection while a session is timed."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -55,6 +55,7 @@ IDLE_S = 600.0
 STALL_S = 60.0
 """A client that takes no byte for so long is let go."""
 CLOSE_S = 1.0
+_ZEROS = memoryview(bytes(wire.FRAME_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,25 +346,29 @@ class Stream:
             self._transport.abort()
 
     async def _answer(self, request: wire.Get) -> None:
-        offset = 0
-        if isinstance(request, wire.GetChunk):
+        if isinstance(request, wire.GetPadding):
+            await self._send_content(request.req, request.bytes, 0, "", None)
+            return
+        if isinstance(request, wire.GetManifest):
+            _, content = self._shelf.manifest(self._context)
+            offset = 0
+        else:
             content = self._shelf.chunk(self._context, f"{request.chunk}/{request.level}")
             offset = request.offset
-        elif isinstance(request, wire.GetManifest):
-            _, content = self._shelf.manifest(self._context)
-        else:
-            content = Content(bytes(request.bytes), "")
-        if request.req not in self._cancelled:
-            header = wire.Answer(request.req, len(content.data), offset, content.sha256)
-            await self._send(wire.pack_answer(header))
-        step = wire.frame_bytes(len(content.data))
+        await self._send_content(request.req, len(content.data), offset, content.sha256, memoryview(content.data))
+
+    async def _send_content(self, req: int, total: int, offset: int, sha256: str, data: memoryview | None) -> None:
+        """Header and frames; no data means zeros."""
+        if req not in self._cancelled:
+            await self._send(wire.pack_answer(wire.Answer(req, total, offset, sha256)))
+        step = wire.frame_bytes(total)
         _commit_little(self._socket, 2 * step)
-        view = memoryview(content.data)
-        while offset < len(view) and request.req not in self._cancelled:
-            await self._send(view[offset : offset + step])
-            offset += step
-        if offset < len(view):
-            await self._send(wire.pack_answer(wire.Cancelled(request.req)))
+        while offset < total and req not in self._cancelled:
+            stop = min(offset + step, total)
+            await self._send(_ZEROS[: stop - offset] if data is None else data[offset:stop])
+            offset = stop
+        if offset < total:
+            await self._send(wire.pack_answer(wire.Cancelled(req)))
 
     async def _send(self, message: str | memoryview) -> None:
         async with asyncio.timeout(STALL_S):

@@ -43,6 +43,7 @@ from policies.errors import PolicyError
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
 from testbed.errors import SpecError
+from testbed.guard import TimedAsk
 from testbed.llm import Model, mean_kl
 from testbed.plugs import make_policy
 from testbed.receiver import Fetched, Limits, fetch_session
@@ -121,6 +122,7 @@ class Worker:
                     prior_bps=command.get("prior_bps"),
                     concurrent=int(command.get("concurrent", 1)),
                     seed=int(command.get("seed", 0)),
+                    ask=TimedAsk(),
                     limits=Limits(**command.get("limits", {})),
                 )
         except SessionFailed as error:
@@ -176,6 +178,7 @@ async def obey_lines(worker: Worker, commands: IO[str], answers: IO[str]) -> Non
             answer = {"ok": False, "error": f"this command cannot be read: {error!r}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+        gc.collect()  # now, because sessions run without collection
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,9 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-torch = pytest.importorskip("torch", reason="needs torch, from the extra [run]")
-
+import torch
 from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,15 +29,13 @@ HOSTILE = ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "-rf", "a" * 129, "a
 def test_a_stored_context_decodes_to_the_exact_cache(stored: Stored) -> None:
     manifest = stored.store.manifest(stored.context)
     codec = registry.from_config(manifest.codec)
-    parts = [
-        codec.decode(stored.store.get_kv(f"{stored.context}/{i}", 0)) for i in range(-(-TOKENS // CHUNK_TOKENS))
-    ]
+    parts = [codec.decode(stored.store.get_kv(f"{stored.context}/{i}", 0)) for i in range(-(-TOKENS // CHUNK_TOKENS))]
     assert torch.equal(torch.cat(parts, dim=2), stored.exact)
     texts = [
         token_ids(stored.store.get_kv(f"{stored.context}/{i}", "text"), chunk.tokens)
         for i, chunk in enumerate(manifest.chunks)
     ]
-    assert sum(texts, []) == stored.tokens
+    assert [token for text in texts for token in text] == stored.tokens
 
 
 def test_the_manifest_says_what_the_files_are(stored_uniform: Stored) -> None:
@@ -151,19 +147,20 @@ def test_text_of_another_length_is_refused() -> None:
 
 
 def test_round_trip_over_http(stored_uniform: Stored, tmp_path: Path) -> None:
-    other = Store(tmp_path)
+    other, source = Store(tmp_path), stored_uniform.store
 
     async def scenario() -> dict[int, str]:
-        async with TestServer(Sender(other, writable=True).app()) as server, Client(str(server.make_url("/"))) as client:
+        app = Sender(other, writable=True).app()
+        async with TestServer(app) as server, Client(str(server.make_url("/"))) as client:
             assert await client.contexts() == []
-            ids = await client.store_kv(stored_uniform.store, stored_uniform.context)
+            ids = await client.store_kv(source, stored_uniform.context)
             assert await client.contexts() == [stored_uniform.context]
-            assert await client.manifest(stored_uniform.context) == stored_uniform.store.manifest(stored_uniform.context)
+            assert await client.manifest(stored_uniform.context) == source.manifest(stored_uniform.context)
             for identifier in ids.values():
                 for level in (0, 1, 2, "text"):
-                    assert await client.get_kv(identifier, level) == stored_uniform.store.get_kv(identifier, level)
+                    assert await client.get_kv(identifier, level) == source.get_kv(identifier, level)
             with pytest.raises(SpecError, match="is here already"):
-                await client.store_kv(stored_uniform.store, stored_uniform.context)
+                await client.store_kv(source, stored_uniform.context)
             return ids
 
     ids = asyncio.run(scenario())
