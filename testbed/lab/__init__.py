@@ -1,0 +1,1 @@
+"""The lab: students write one policy file and see at once how it does. No root, no GPU, no torch."""

@@ -1,0 +1,122 @@
+"""The situation that the lab puts every policy in: one context, one deadline, six links with a story.
+
+The context's sizes, distortions and compute times are those of a real encoded context (`manifest.json`, made by
+`scripts/make_lab_manifest.py`), so a policy meets here what it meets over the emulated link.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from policies.api import TEXT, LevelOrText, Observation, Policy
+from policies.optimum import Line, Plan
+from testbed.bounds import line_of, oracle_plan
+from testbed.manifest import Manifest
+from testbed.session import Ask, Costs, SessionFailed, SessionRecord, ask_directly
+from testbed.simulator import simulate
+from traces import library
+from traces.trace import Trace
+
+DEADLINE_S: Final = 1.0
+RTT_S: Final = 0.02
+DEPTH: Final = 2
+FILE: Final = Path(__file__).with_name("manifest.json")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A context, what computing costs, and how a session is driven."""
+
+    manifest: Manifest
+    costs: Costs
+    deadline_s: float = DEADLINE_S
+    rtt_s: float = RTT_S
+    depth: int = DEPTH
+
+    @cached_property
+    def manifest_bytes(self) -> int:
+        return len(json.dumps(self.manifest.to_json()))
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.manifest.levels)
+
+    def run(self, policy: Policy, capacity: Trace, seed: int = 0, ask: Ask = ask_directly) -> SessionRecord | None:
+        """One simulated session over a link of this capacity (layer 2); None if the transfer never ends."""
+        try:
+            return simulate(
+                self.manifest,
+                policy,
+                capacity.as_goodput(),
+                deadline_s=self.deadline_s,
+                costs=self.costs,
+                depth=self.depth,
+                rtt_s=self.rtt_s,
+                seed=seed,
+                manifest_bytes=self.manifest_bytes,
+                ask=ask,
+            )
+        except SessionFailed:
+            return None
+
+    def line(self, capacity: Trace) -> Line:
+        return line_of(
+            self.manifest,
+            capacity.as_goodput(),
+            costs=self.costs,
+            depth=self.depth,
+            rtt_s=self.rtt_s,
+            manifest_bytes=self.manifest_bytes,
+        )
+
+    def best(self, capacity: Trace) -> Plan | None:
+        """The oracle's plan: the least distortion that meets the deadline; None if nothing meets it."""
+        return oracle_plan(self.line(capacity), self.deadline_s)
+
+    def option(self, number: int) -> LevelOrText:
+        """A plan's option as a level; the one after the levels is text."""
+        return TEXT if number == self.n_levels else number
+
+    @property
+    def worst(self) -> float:
+        """Distortion with every chunk at the smallest level."""
+        return self.manifest.levels[0].distortion
+
+
+def load(file: Path = FILE) -> Situation:
+    """The lab's own situation. Raises SpecError for a damaged file."""
+    data: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    costs = data["costs"]
+    return Situation(
+        manifest=Manifest.from_json(data["manifest"]),
+        costs=Costs(
+            decode_s=tuple(tuple(row) for row in costs["decode_s"]),
+            recompute_s=tuple(costs["recompute_s"]),
+            prefill_s=costs["prefill_s"],
+        ),
+    )
+
+
+def teaching_traces() -> list[Trace]:
+    """The six links with a story, in the order of the exercises."""
+    return [library.load(name) for name in library.TEACHING]
+
+
+def short_name(trace: Trace) -> str:
+    """`cliff` for `lab-cliff`."""
+    return trace.name.removeprefix("lab-")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question to a policy and its answer."""
+
+    observation: Observation
+    level: LevelOrText
+    reason: Mapping[str, float]
+    seconds: float
