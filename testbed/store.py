@@ -250,6 +250,11 @@ def store_kv(
     return {index: chunk_id(context, index) for index in range(len(chunks))}
 
 
+def get_kv(store: Store, identifier: str, level: LevelOrText) -> bytes:
+    """One chunk's bytes at a level, or its token ids for 'text' (the paper's API). Over HTTP: `Client.get_kv`."""
+    return store.get_kv(identifier, level)
+
+
 def store_evaluation(
     store: Store,
     context: str,

@@ -1,0 +1,30 @@
+"""Compute times of this machine: what decoding, recomputing and prefilling take here, for the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from testbed import prepare
+from testbed.compute import set_threads
+from testbed.experiment import Experiment
+from testbed.llm import Model
+from testbed.manifest import Manifest
+from testbed.session import Costs
+from testbed.store import Store
+from testbed.worker import Worker
+
+
+def offers(
+    experiment: Experiment, say: Callable[[str], None]
+) -> dict[tuple[str, str], tuple[Manifest, Costs]]:
+    """Encode an experiment's contexts and measure, as the receiver of an emulated run does."""
+    prepared = prepare.prepare(
+        experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, say
+    )
+    set_threads(None)
+    worker = Worker(Model.load(prepared.model), Store(prepared.path, create=False))
+    try:
+        say("measuring what computing takes here")
+        return {pair: (prepared.manifests[pair], worker.prepare(key)) for pair, key in prepared.ids.items()}
+    finally:
+        worker.compute.close()

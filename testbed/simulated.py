@@ -1,0 +1,113 @@
+"""Runs an experiment in the simulator: the same sessions, units and files as over emulated links, in virtual time.
+
+Contexts and codecs that come with kvstream have their manifests and compute times shipped (`shipped/`), so nothing
+but numpy is needed. Others are encoded first, which takes the extra [run].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+
+from testbed import machine, outcome, plugs, shipped
+from testbed.experiment import Experiment, Scheme, Unit
+from testbed.manifest import Manifest
+from testbed.outcome import Outcome
+from testbed.progress import Progress
+from testbed.results import Json, Run
+from testbed.session import Costs, SessionFailed
+from testbed.simulator import simulate
+from testbed.specs import parse_settings
+from traces.framing import goodput_per_capacity
+from traces.resolve import open_trace
+from traces.trace import Trace
+from traces.units import parse_time
+
+Offers = Mapping[tuple[str, str], tuple[Manifest, Costs]]
+"""(context, codec) -> what a sender would offer, and what computing with it costs."""
+
+
+def run_simulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
+    """Run every session that has no cell yet, in virtual time."""
+    progress = Progress(quiet)
+    traces = {name: open_trace(name) for name in experiment.traces}
+    for scheme in experiment.schemes:
+        plugs.make_policy(scheme.policy)
+    offers, source = _offers(experiment, progress)
+    units = experiment.units()
+    run.create(_describe(experiment, offers, source))
+    todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
+    progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
+    progress.place(f"SIMULATOR: virtual links and clock, no model; {source}")
+
+    @cache
+    def bound(unit: Unit, codec: str, depth: int) -> outcome.Bound:
+        manifest, costs = offers[unit.context, codec]
+        goodput = _goodput(traces[unit.trace], unit)
+        return outcome.bound_of(manifest, goodput, unit, depth, costs, _rtt_s(unit.link))
+
+    for unit, scheme in todo:
+        manifest, costs = offers[unit.context, scheme.codec]
+        result = _session(unit, scheme, manifest, costs, _goodput(traces[unit.trace], unit))
+        row = outcome.row_of(unit, scheme, "none", "simulator", result, bound(unit, scheme.codec, scheme.depth))
+        chunks = [] if result.record is None else list(result.record["chunks"])
+        run.save(row, chunks, [])
+        progress.step(row)
+
+
+def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodput: Trace) -> Outcome:
+    try:
+        record = simulate(
+            manifest,
+            plugs.make_policy(scheme.policy),
+            goodput,
+            deadline_s=unit.deadline_s,
+            costs=costs,
+            depth=scheme.depth,
+            rtt_s=_rtt_s(unit.link),
+            overlap=scheme.overlap,
+            seed=unit.seed,
+        )
+    except SessionFailed as error:
+        return Outcome("failed", str(error))
+    return Outcome("ok", record=asdict(record))
+
+
+def _goodput(trace: Trace, unit: Unit) -> Trace:
+    """What a session of the unit gets, bit/s of application bytes, from its start."""
+    mtu = int(parse_settings(unit.link, "link").get("mtu", "1500"))
+    return (trace.shifted(unit.offset_s) if unit.offset_s else trace).scaled(goodput_per_capacity(mtu))
+
+
+def _rtt_s(link: str) -> float:
+    """Round trip of a link. Of the other settings the fluid link has no notion."""
+    return 2.0 * parse_time(parse_settings(link, "link").get("delay", "0s"))
+
+
+def _offers(experiment: Experiment, progress: Progress) -> tuple[Offers, str]:
+    """Manifests and costs of every (context, codec), and in words where they are from."""
+    pairs = [(context, codec) for context in experiment.contexts for codec in experiment.codecs]
+    if experiment.model == "bundled" and experiment.chunk_tokens == shipped.CHUNK_TOKENS:
+        found = {pair: shipped.load(*pair) for pair in pairs}
+        if all(found.values()):
+            offers = {pair: (offer.manifest, offer.costs) for pair, offer in found.items() if offer is not None}
+            return offers, "sizes, distortions and compute times as shipped"
+    from testbed import measuring
+
+    return measuring.offers(experiment, progress.say), "sizes, distortions and compute times measured here"
+
+
+def _describe(experiment: Experiment, offers: Offers, source: str) -> Json:
+    ladders: Json = {}
+    for (_, codec), (manifest, _) in offers.items():
+        ladders.setdefault(codec, [asdict(level) for level in manifest.levels])
+    return {
+        "experiment": experiment.to_json(),
+        "backend": "simulator",
+        "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
+        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
+        "levels": ladders,
+        "costs": source,
+        "traces": {name: open_trace(name).sha256 for name in experiment.traces},
+    } | machine.describe()
