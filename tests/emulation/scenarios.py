@@ -1,0 +1,311 @@
+"""What the tests do inside a sandbox: `python scenarios.py RESULT NAME SETTINGS`, the settings as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from testbed import specs
+from testbed.emulator import fidelity, traffic
+from testbed.emulator.link import LinkSettings
+from testbed.emulator.record import LinkRecord
+from testbed.emulator.shaper import Shaper
+from testbed.emulator.topology import Network
+from traces.trace import Trace
+
+
+def link_of(text: str) -> LinkSettings:
+    return specs.build(LinkSettings, specs.parse_settings(text), "link")
+
+
+def trace_of(rows: list[list[float]], end: str = "hold") -> Trace:
+    """A trace of [seconds, Mbit/s] rows."""
+    return Trace("test", [row[0] for row in rows], [row[1] * 1e6 for row in rows], end=end)  # type: ignore[arg-type]
+
+
+def backlogged(net: Network, shaper: Shaper, trace: Trace, length_s: float, meanwhile: Any = None) -> LinkRecord:
+    """A session with as much traffic as the link takes; `meanwhile()` is called in its middle."""
+    server = traffic.start_server(net, net.sender, net.sender_ip)
+    client = traffic.start_pull(net, net.receiver, net.sender_ip, seconds=length_s + 5.0)
+    time.sleep(0.3)
+    t0 = time.monotonic() + 0.05
+    shaper.arm(trace, t0, length_s)
+    if meanwhile is not None:
+        time.sleep(max(t0 + length_s / 2.0 - time.monotonic(), 0.0))
+        meanwhile()
+    record = shaper.finish(t0 + length_s)
+    for program in (client, server):
+        program.kill()
+        program.communicate()
+    return record
+
+
+def verdict_of(record: LinkRecord, trace: Trace) -> dict[str, Any]:
+    return {"verdict": fidelity.judge(record, trace).to_json(), "faults": list(record.faults)}
+
+
+# ---- topology ---------------------------------------------------------------------------------------------------
+
+
+def build(link: str = "", receivers: int = 1, senders: int = 1) -> dict[str, Any]:
+    """Who reaches whom, and what was pinned."""
+    reached = []
+    with Network(link_of(link), receivers=receivers, senders=senders) as net:
+        servers = [
+            traffic.start_server(net, host, ip) for host, ip in zip(net.sender_hosts, net.sender_ips, strict=True)
+        ]
+        for host in net.receiver_hosts:
+            for ip in net.sender_ips:
+                client = traffic.start_pull(net, host, ip, wanted_bytes=5000)
+                reached.append(traffic.result_of(client)["bytes"])
+        for server in servers:
+            server.kill()
+            server.communicate()
+        settings = net.settings
+    after = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {"reached": reached, "settings": settings, "interfaces_after": [line.split()[0] for line in after]}
+
+
+def congestion_control(cc: str) -> list[str]:
+    """What live connections use at either end."""
+    ask = "import socket,sys;print(s.getsockopt(6,socket.TCP_CONGESTION,16).rstrip(b'\\0').decode(),flush=True)"
+    serve = f"import socket,sys;l=socket.create_server(('',7));print('ready',flush=True);s,_=l.accept();{ask};s.recv(1)"
+    connect = f"import socket,sys;s=socket.create_connection((sys.argv[1],7));{ask};s.close()"
+    with Network(link_of(f"cc={cc}")) as net:
+        server = net.popen(net.sender, [sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        server.stdout.readline()
+        client = net.run(net.receiver, [sys.executable, "-c", connect, net.sender_ip])
+        return [client.strip(), server.communicate()[0].strip()]
+
+
+# ---- replay -----------------------------------------------------------------------------------------------------
+
+
+def transfer(rate_mbps: float, size_bytes: int) -> float:
+    """Seconds that a fixed transfer takes over a constant trace."""
+    trace = trace_of([[10.0, rate_mbps]])
+    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+        server = traffic.start_server(net, net.sender, net.sender_ip)
+        shaper.arm(trace, time.monotonic(), 10.0)
+        result = traffic.result_of(traffic.start_pull(net, net.receiver, net.sender_ip, wanted_bytes=size_bytes))
+        shaper.finish()
+        server.kill()
+        server.communicate()
+        assert result["bytes"] == size_bytes
+        return result["arrivals"][-1][0]
+
+
+def replay(rows: list[list[float]], length_s: float, link: str = "") -> dict[str, Any]:
+    """A backlogged session; its record beside its verdict."""
+    trace = trace_of(rows)
+    with Network(link_of(link), traces=[trace]) as net, Shaper(net) as shaper:
+        record = backlogged(net, shaper, trace, length_s)
+        return {
+            **verdict_of(record, trace),
+            "record": record.to_json(),
+            "rows": record.rows(),
+            "shaper": shaper.settings,
+        }
+
+
+def two_sessions() -> list[dict[str, Any]]:
+    """One network, one shaper, two sessions: the second starts from zero."""
+    trace = trace_of([[0.2, 20], [0.2, 40], [0.2, 10]])
+    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+        return [verdict_of(backlogged(net, shaper, trace, 0.6), trace) for _ in range(2)]
+
+
+def tampered(how: str) -> dict[str, Any]:
+    """A session in the middle of which someone else touches the link, through another program than the shaper."""
+    trace = trace_of([[5.0, 20]])
+    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+
+        def tamper() -> None:
+            if how == "delete":
+                net.run(net.router, ["tc", "qdisc", "del", "dev", net.bottleneck, "root"])
+            elif how == "rate":
+                words = "htb rate 40mbit ceil 40mbit burst 10k cburst 10k quantum 60000"
+                net.run(net.router, f"tc class change dev {net.bottleneck} parent 5: classid 5:1 {words}".split())
+            elif how == "kill":
+                subprocess.run(["kill", "-9", str(shaper.pid)], check=True)
+            else:
+                raise ValueError(how)
+
+        return verdict_of(backlogged(net, shaper, trace, 1.0, tamper), trace)
+
+
+def shaper_dies() -> str:
+    """What a controller hears whose shaper was killed."""
+    from testbed.errors import MachineError
+
+    try:
+        tampered("kill")
+    except MachineError as error:
+        return str(error)
+    return ""
+
+
+def per_chunk(rates_mbps: list[float]) -> dict[str, Any]:
+    """Steps made by the controller instead of a schedule."""
+    trace = Trace("chunks", [], [rate * 1e6 for rate in rates_mbps], per="chunk")
+    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+        server = traffic.start_server(net, net.sender, net.sender_ip)
+        client = traffic.start_pull(net, net.receiver, net.sender_ip, seconds=30.0)
+        time.sleep(0.3)
+        shaper.arm(trace, time.monotonic(), 10.0)
+        for chunk in range(len(rates_mbps)):
+            shaper.set_rate(trace.chunk_rate(chunk))
+            time.sleep(0.3)
+        record = shaper.finish()
+        for program in (client, server):
+            program.kill()
+            program.communicate()
+        return {**verdict_of(record, trace), "changes": [list(change) for change in record.changes]}
+
+
+def uplink() -> dict[str, Any]:
+    """Both directions shaped at once, with different rates; Mbit/s that arrived each way."""
+    down, up = trace_of([[5.0, 30]]), trace_of([[5.0, 10]])
+    got = {}
+    with Network(LinkSettings(), traces=[down, up]) as net, Shaper(net) as first, Shaper(net, "up") as second:
+        servers = [
+            traffic.start_server(net, net.sender, net.sender_ip),
+            traffic.start_server(net, net.receiver, net.receiver_ips[0]),
+        ]
+        clients = {
+            "down": traffic.start_pull(net, net.receiver, net.sender_ip, seconds=2.5),
+            "up": traffic.start_pull(net, net.sender, net.receiver_ips[0], seconds=2.5),
+        }
+        time.sleep(0.4)
+        t0 = time.monotonic()
+        first.arm(down, t0, 1.5)
+        second.arm(up, t0, 1.5)
+        for way, shaper, trace in (("down", first, down), ("up", second, up)):
+            record = shaper.finish(t0 + 1.5)
+            got[way] = verdict_of(record, trace) | {"mbps": record.delivered_bytes * 8e-6 / record.length_s}
+        for program in (*clients.values(), *servers):
+            program.kill()
+            program.communicate()
+    return got
+
+
+def contention(receivers: int) -> dict[str, Any]:
+    """Several receivers on one bottleneck: what each got, and the link in all, in Mbit/s of goodput."""
+    trace = trace_of([[10.0, 40]])
+    with Network(LinkSettings(), receivers=receivers, traces=[trace]) as net, Shaper(net) as shaper:
+        server = traffic.start_server(net, net.sender, net.sender_ip)
+        t0 = time.monotonic()
+        shaper.arm(trace, t0, 10.0)
+        clients = [traffic.start_pull(net, host, net.sender_ip, seconds=3.0) for host in net.receiver_hosts]
+        results = [traffic.result_of(client) for client in clients]
+        record = shaper.finish()
+        server.kill()
+        server.communicate()
+    shares = []
+    for result in results:
+        times, sums = (np.array(column) for column in zip(*result["arrivals"], strict=True))
+        begin, end = np.interp([t0 + 1.0 - result["start_s"], t0 + 2.5 - result["start_s"]], times, sums)
+        shares.append(float(end - begin) * 8e-6 / 1.5)
+    return {"shares_mbps": shares, **verdict_of(record, trace)}
+
+
+def starved(seconds: float) -> dict[str, Any]:
+    """A session beside which this run itself wants every core."""
+    trace = trace_of([[10.0, 20]])
+    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+        spinners = [net.popen(net.receiver, [sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        record = backlogged(net, shaper, trace, seconds)
+        for spinner in spinners:
+            spinner.kill()
+        return verdict_of(record, trace)
+
+
+# ---- impairments ------------------------------------------------------------------------------------------------
+
+ECHO = """
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("", 7))
+print("ready", flush=True)
+while True:
+    data, peer = s.recvfrom(2000)
+    s.sendto(data, peer)
+"""
+
+SINK = """
+import json, socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+s.bind(("", 9))
+s.settimeout(1.0)
+print("ready", flush=True)
+got = []
+s.settimeout(10.0)
+try:
+    while True:
+        got.append(int.from_bytes(s.recv(2000)[:4], "big"))
+        s.settimeout(1.0)
+except TimeoutError:
+    print(json.dumps(got))
+"""
+
+PING = """
+import json, socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(5.0)
+rtts = []
+for _ in range(int(sys.argv[2])):
+    start = time.perf_counter()
+    s.sendto(bytes(60), (sys.argv[1], 7))
+    s.recv(100)
+    rtts.append(time.perf_counter() - start)
+    time.sleep(0.002)
+print(json.dumps(rtts))
+"""
+
+SEND = """
+import socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for i in range(int(sys.argv[2])):
+    s.sendto(i.to_bytes(4, "big") + bytes(200), (sys.argv[1], 9))
+    if i % 4 == 3:
+        time.sleep(0.001)
+"""
+
+
+def round_trips(link: str, count: int = 100) -> dict[str, Any]:
+    """Round-trip times of small datagrams, in seconds."""
+    with Network(link_of(link)) as net:
+        echo = net.popen(net.receiver, [sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+        assert echo.stdout is not None
+        echo.stdout.readline()
+        rtts = json.loads(net.run(net.sender, [sys.executable, "-c", PING, net.receiver_ips[0], str(count)]))
+        echo.kill()
+        echo.communicate()
+        report = None if net.impairments is None else net.impairments.report()
+        return {"rtts_s": rtts, "report": report, "settings": net.settings}
+
+
+def datagrams(link: str, count: int) -> dict[str, Any]:
+    """Numbered datagrams toward the receiver: the numbers that arrived, in order of arrival."""
+    with Network(link_of(link)) as net:
+        sink = net.popen(net.receiver, [sys.executable, "-c", SINK], stdout=subprocess.PIPE, text=True)
+        assert sink.stdout is not None
+        sink.stdout.readline()
+        net.run(net.sender, [sys.executable, "-c", SEND, net.receiver_ips[0], str(count)])
+        arrived = json.loads(sink.communicate()[0])
+        report = None if net.impairments is None else net.impairments.report()
+        return {"arrived": arrived, "report": report}
+
+
+if __name__ == "__main__":
+    out, name, settings = sys.argv[1:]
+    result = globals()[name](**json.loads(settings))
+    Path(out).write_text(json.dumps(result))
