@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,13 +26,13 @@ from testbed.errors import SpecError
 from testbed.llm import Model, calculate_kv, mean_kl
 from testbed.machine import cache_dir
 from testbed.plugs import codec_spec
+from testbed.store import write_whole
 from testbed.workload import make_context
-
-if TYPE_CHECKING:
-    pass
 
 Say = Callable[[str], None]
 TEXTS = Path(__file__).parent / "calibration"
+SHIPPED = TEXTS / "shipped"
+"""Profiles and distortions of the bundled model, made by `scripts/ship.py`: the first run need not measure them."""
 FORMAT = 1
 """Counts changes of what is calibrated or measured here, so that old results are left alone."""
 FIT_SAMPLES, CHECK_SAMPLES = 24, 8
@@ -60,15 +59,12 @@ def make_codec(text: str, model: Model, say: Say = lambda line: None) -> Codec:
 
 def profile_of(codec_name: str, model: Model, say: Say = lambda line: None) -> Profile:
     """The model's profile for a codec: the one that was calibrated before, or a new one."""
-    path = cache_dir() / "profiles" / f"v{FORMAT}-{codec_name}-{model.fingerprint[:16]}.safetensors"
-    if path.is_file():
-        return Profile.load(path)
+    name = f"profiles/v{FORMAT}-{codec_name}-{model.fingerprint[:16]}.safetensors"
+    if (known := _known(name)) is not None:
+        return Profile.load(known)
     say(f"calibrating {codec_name} for {model.name}: {FIT_SAMPLES} contexts of {CONTEXT_TOKENS} tokens")
     profile = calibrate(codec_name, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{hashlib.sha256(profile.to_bytes()).hexdigest()[:8]}.new")
-    fresh.write_bytes(profile.to_bytes())
-    fresh.replace(path)
+    write_whole(cache_dir() / name, profile.to_bytes())
     return profile
 
 
@@ -89,9 +85,9 @@ def distortions(
     Contexts are coded in chunks of `chunk_tokens`, all at the same level, and the tokens after them are scored.
     """
     facts = json.dumps([FORMAT, codec.get_config(), model.fingerprint, chunk_tokens, CHECK_SAMPLES], sort_keys=True)
-    path = cache_dir() / "distortions" / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
-    if path.is_file():
-        return tuple(json.loads(path.read_text()))
+    name = f"distortions/{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
+    if (known := _known(name)) is not None:
+        return tuple(json.loads(known.read_text()))
     say(f"measuring the distortion of {codec.codec_id}: {len(codec.levels)} levels on {CHECK_SAMPLES} contexts")
     total = [0.0] * len(codec.levels)
     for sample in samples(model, "check", CHECK_SAMPLES):
@@ -100,9 +96,13 @@ def distortions(
         for level in range(len(codec.levels)):
             coded = round_trip(codec, exact, level, chunk_tokens)
             total[level] += max(0.0, mean_kl(wanted, log_probs(model, coded, sample.suffix_ids))) / CHECK_SAMPLES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(total))
+    write_whole(cache_dir() / name, json.dumps(total).encode())
     return tuple(total)
+
+
+def _known(name: str) -> Path | None:
+    """The file of an earlier calibration: one that comes with kvstream, or one made here."""
+    return next((folder / name for folder in (SHIPPED, cache_dir()) if (folder / name).is_file()), None)
 
 
 def round_trip(codec: Codec, kv: Tensor, level: int, chunk_tokens: int) -> Tensor:
