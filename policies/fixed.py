@@ -37,7 +37,10 @@ class Highest:
 
 @dataclass
 class Text:
-    """Every chunk as text, all of it recomputed: what a receiver does that has no cache to fetch."""
+    """Every chunk as text, all of it recomputed: what a receiver does that has no cache to fetch.
+
+    A receiver without a model to recompute with gets the smallest level instead.
+    """
 
     def choose(self, obs: Observation) -> Choice:
-        return Choice(TEXT)
+        return Choice(0 if obs.recompute_s is None else TEXT)
