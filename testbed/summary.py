@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from testbed import stats
 from testbed.errors import SpecError
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ def summarise(rows: Sequence[Row], schemes: Sequence[str] = (), baseline: str = 
 def _scheme(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Json:
     """Statistics over `rows`, the counted sessions; `every` holds the ones left out as well."""
     met = sum(bool(row["met"]) for row in rows)
-    low, high = wilson(met, len(rows))
-    ttft_s = [math.inf if row["ttft_s"] is None else row["ttft_s"] for row in rows]
+    low, high = stats.wilson(met, len(rows))
+    ttft = stats.ttft_quantiles([math.inf if row["ttft_s"] is None else row["ttft_s"] for row in rows])
     known = [row for row in rows if row["distortion"] is not None]
-    least, most = clustered_interval([row["distortion"] for row in known], [row["trace"] for row in known])
+    distortion = stats.clustered_mean([row["distortion"] for row in known], [row["trace"] for row in known])
     judged = [row["fidelity"]["ok"] for row in every if "ok" in row["fidelity"]]
     return {
         "scheme": name,
@@ -80,13 +81,13 @@ def _scheme(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Json:
         "met_rate": met / len(rows) if rows else None,
         "met_low": low,
         "met_high": high,
-        "ttft_p50_s": _quantile(ttft_s, 0.50),
-        "ttft_p90_s": _quantile(ttft_s, 0.90),
-        "ttft_p95_s": _quantile(ttft_s, 0.95),
-        "ttft_p99_s": _quantile(ttft_s, 0.99),
-        "distortion": _mean(_known(rows, "distortion")),
-        "distortion_low": least,
-        "distortion_high": most,
+        "ttft_p50_s": _finite(ttft["p50"]),
+        "ttft_p90_s": _finite(ttft["p90"]),
+        "ttft_p95_s": _finite(ttft["p95"]),
+        "ttft_p99_s": _finite(ttft["p99"]),
+        "distortion": distortion.value,
+        "distortion_low": distortion.low,
+        "distortion_high": distortion.high,
         "measured_kl": _mean(_known(rows, "measured_kl")),
         "answers_right": sum(_known(rows, "answers_right")),
         "answers": sum(_known(rows, "answers")),
@@ -103,67 +104,29 @@ def _scheme(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Json:
 
 def versus(counted: Sequence[Mapping[str, Row]], name: str, baseline: str) -> Json:
     """Paired differences `name` minus `baseline` over units; intervals by a bootstrap clustered by trace."""
-    traces = [cells[name]["trace"] for cells in counted]
-    met = [int(cells[name]["met"]) - int(cells[baseline]["met"]) for cells in counted]
     both = [cells for cells in counted if None not in (cells[name]["distortion"], cells[baseline]["distortion"])]
-    distortion = [cells[name]["distortion"] - cells[baseline]["distortion"] for cells in both]
-    met_low, met_high = clustered_interval(met, traces)
-    low, high = clustered_interval(distortion, [cells[name]["trace"] for cells in both])
+    met = _paired(counted, name, baseline, "met")
+    distortion = _paired(both, name, baseline, "distortion")
+    moves = [int(cells[name]["met"]) - int(cells[baseline]["met"]) for cells in counted]
     return {
         "baseline": baseline,
         "n": len(counted),
-        "met": _mean(met),
-        "met_low": met_low,
-        "met_high": met_high,
-        "met_p": mcnemar(gained=met.count(1), lost=met.count(-1)),
-        "distortion": _mean(distortion),
-        "distortion_low": low,
-        "distortion_high": high,
+        "met": met.value,
+        "met_low": met.low,
+        "met_high": met.high,
+        "met_p": stats.mcnemar(gained=moves.count(1), lost=moves.count(-1)),
+        "distortion": distortion.value,
+        "distortion_low": distortion.low,
+        "distortion_high": distortion.high,
     }
 
 
-def wilson(successes: int, n: int) -> tuple[float | None, float | None]:
-    """Wilson's 95 % interval of a rate; (None, None) without observations."""
-    if n == 0:
-        return None, None
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test: of the pairs that differ, are as many better as worse?"""
-    if gained + lost == 0:
-        return 1.0
-    from scipy.stats import binomtest
-
-    return float(binomtest(gained, gained + lost).pvalue)
-
-
-def clustered_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float | None, float | None]:
-    """95 % interval of a mean by resampling whole clusters: units on one trace are not independent.
-
-    (None, None) with fewer than two clusters, where nothing can be said.
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    names = sorted(set(clusters))
-    if len(names) < 2:
-        return None, None
-    sums = np.array([sum(v for v, c in zip(values, clusters, strict=True) if c == name) for name in names], float)
-    counts = np.array([sum(c == name for c in clusters) for name in names], float)
-    if np.ptp(sums / counts) == 0:
-        return float(sums[0] / counts[0]), float(sums[0] / counts[0])
-
-    def mean(sums: Any, counts: Any, axis: int) -> Any:
-        return sums.sum(axis=axis) / counts.sum(axis=axis)
-
-    interval = bootstrap(
-        (sums, counts), mean, paired=True, method="percentile", vectorized=True, rng=np.random.default_rng(1)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+def _paired(units: Sequence[Mapping[str, Row]], name: str, baseline: str, key: str) -> stats.Mean:
+    return stats.paired_difference(
+        [float(cells[name][key]) for cells in units],
+        [float(cells[baseline][key]) for cells in units],
+        [cells[name]["trace"] for cells in units],
+    )
 
 
 def headline(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
@@ -300,11 +263,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _quantile(values: Sequence[float], q: float) -> float | None:
-    """The value that a share `q` does not exceed; None where that is a failed session, or nothing is known."""
-    ordered = sorted(values)
-    value = ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.inf
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    """None for the quantile that is a failed session."""
+    return None if value is None or math.isinf(value) else value
 
 
 def _or_inf(value: float | None) -> float:

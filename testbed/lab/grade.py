@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from policies import registry
+from testbed import stats
 from testbed import summary as summaries
 from testbed.errors import SpecError
 from testbed.lab.check import PEER
@@ -72,14 +73,14 @@ def grade(spec: str, seed: str = PRACTICE, links_each: int = LINKS_EACH, situati
     worth = {scheme: [_worth(row, situation) for row in rows if row["scheme"] == scheme] for scheme in ("yours", PEER)}
     gain = [mine - theirs for mine, theirs in zip(worth["yours"], worth[PEER], strict=True)]
     links = [row["trace"] for row in rows if row["scheme"] == "yours"]
-    low, high = summaries.clustered_interval(gain, links)
+    paired = stats.clustered_mean(gain, links)
     score, reference = (100 * sum(worth[scheme]) / len(worth[scheme]) for scheme in ("yours", PEER))
     return {
         "score": round(score, 2),
         "buffer_based_score": round(reference, 2),
         "gain": round(score - reference, 2),
-        "gain_low": None if low is None else round(100 * low, 2),
-        "gain_high": None if high is None else round(100 * high, 2),
+        "gain_low": None if paired.low is None else round(100 * paired.low, 2),
+        "gain_high": None if paired.high is None else round(100 * paired.high, 2),
         "practice": seed == PRACTICE,
         "sessions": yours["n"],
         "out_of_reach": out_of_reach,

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from testbed.report.style import INK, TEXT_COLOUR, Style, level_colours, scheme_style
+from testbed.report.material import Material
+from testbed.report.style import INK, Style, scheme_style
+from testbed.report.timeline import timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Json: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Material:
-    """What the figures are drawn from: rows that count, by scheme, and the summary over them."""
-
-    summary: Json
-    rows: Mapping[str, Sequence[Json]]
-    levels: Mapping[str, Sequence[Json]]
-    session: Json | None
-    """The cell of the session to show as a timeline."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,7 @@ def _deadlines(material: Material) -> Figure | None:
     deadlines_s = sorted({row["deadline_s"] for rows in material.rows.values() for row in rows})
     if len(deadlines_s) < 2:
         return None
-    from testbed.summary import wilson
+    from testbed.stats import wilson
 
     figure, axes = _new()
     for rows in material.rows.values():
@@ -259,6 +250,8 @@ def _regret(material: Material) -> Figure | None:
 
 
 def _levels(material: Material) -> Figure | None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ladders = {codec: levels for codec, levels in material.levels.items() if levels}
     if not ladders:
         return None
@@ -278,10 +271,13 @@ def _levels(material: Material) -> Figure | None:
         for level in ordered:
             at = (level["bits_per_element"], level["distortion"])
             axes.annotate(level["name"], at, (5, 4), textcoords="offset points", fontsize="x-small")
+    lossless = any(level["distortion"] == 0 for levels in ladders.values() for level in levels)
     if positive and max(positive) / min(positive) > 20:
-        axes.set_yscale("symlog", linthresh=min(positive)) if len(positive) < sum(
-            map(len, ladders.values())
-        ) else axes.set_yscale("log")
+        axes.set_yscale("symlog", linthresh=min(positive)) if lossless else axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(min(positive) / 1.5 if not lossless else 0, max(positive) * 1.5)
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
@@ -290,91 +286,6 @@ def _levels(material: Material) -> Figure | None:
     axes.grid()
     axes.legend()
     return figure
-
-
-def _timeline(material: Material) -> Figure | None:
-    """Capacity and goodput over time, and under it what the link and the decoder were doing."""
-    if material.session is None:
-        return None
-    from matplotlib import pyplot
-    from matplotlib.patches import Patch
-
-    row, chunks, link = (material.session[key] for key in ("row", "chunks", "link"))
-    codec = row["codec"].partition(",")[0]
-    n_levels = len(material.levels.get(row["codec"], material.levels.get(codec, []))) or 1 + max(
-        (level for level in row["levels"] if isinstance(level, int)), default=0
-    )
-    colours: dict[int | str, str] = {**dict(enumerate(level_colours(n_levels))), "text": TEXT_COLOUR}
-    figure, (top, lanes) = pyplot.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(3, 1.5))
-    if link:
-        times_s = [sample["t_s"] for sample in link]
-        top.fill_between(
-            times_s, [sample["capacity_bps"] / 1e6 for sample in link], step="post", color="#8a96a3", alpha=0.35, lw=0
-        )
-        top.plot(*delivered_rate(link), color="#0b7abf", linewidth=1.4)
-        top.text(
-            0.995, 1.02, "grey: capacity, blue: delivered", transform=top.transAxes, ha="right", va="bottom", size=8
-        )
-    top.set_ylim(bottom=0)
-    top.set_ylabel("Mbit/s")
-    for chunk in chunks:
-        if chunk["last_byte_s"] is None:
-            continue
-        colour = colours[chunk["level"]]
-        start_s = max(
-            [
-                c["last_byte_s"]
-                for c in chunks
-                if c["last_byte_s"] is not None and c["last_byte_s"] < chunk["last_byte_s"]
-            ]
-            + [chunk["request_s"]]
-        )
-        lanes.barh(1, chunk["last_byte_s"] - start_s, left=start_s, color=colour, edgecolor="white", lw=0.5, height=0.8)
-        if chunk["decode_end_s"] is not None:
-            lanes.barh(
-                0,
-                chunk["decode_end_s"] - chunk["decode_start_s"],
-                left=chunk["decode_start_s"],
-                color=colour,
-                edgecolor="white",
-                lw=0.3,
-                height=0.8,
-                hatch="///" if chunk["level"] == "text" else None,
-            )
-    ends = [chunk["decode_end_s"] for chunk in chunks if chunk["decode_end_s"] is not None]
-    if ends and row["ttft_s"] is not None:
-        lanes.barh(0, row["ttft_s"] - max(ends), left=max(ends), color=INK, alpha=0.55, height=0.8)
-    lanes.set_yticks((0, 1), ("decode", "transfer"))
-    lanes.set_xlabel("seconds since the request")
-    for axes in (top, lanes):
-        axes.axvline(row["deadline_s"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_xlim(left=0)
-    top.set_title(
-        f"{row['scheme']} on {row['context']} over {row['trace'].partition(',')[0]}", fontsize="medium", loc="left"
-    )
-    used = [level for level in (*range(n_levels), "text") if level in row["levels"]]
-    figure.legend(
-        handles=[Patch(color=colours[level], label=f"level {level}" if level != "text" else "text") for level in used]
-        + ([Patch(color=INK, alpha=0.55, label="prefill")] if ends else []),
-        loc="outside lower center",
-        ncols=7,
-        fontsize="small",
-        handlelength=1,
-    )
-    return figure
-
-
-def delivered_rate(link: Sequence[Mapping[str, float]], window_s: float = 0.05) -> tuple[list[float], list[float]]:
-    """(middle of the window in seconds, delivered Mbit/s at layer 2) over windows of `window_s`."""
-    times_s, rates = [], []
-    before = link[0]
-    for sample in link[1:]:
-        if sample["t_s"] - before["t_s"] >= window_s - 1e-6:
-            elapsed_s = sample["t_s"] - before["t_s"]
-            times_s.append((sample["t_s"] + before["t_s"]) / 2)
-            rates.append((sample["delivered_bytes"] - before["delivered_bytes"]) * 8 / elapsed_s / 1e6)
-            before = sample
-    return times_s, rates
 
 
 def _point(style: Style, size: float) -> Json:
@@ -428,7 +339,7 @@ FIGURES: tuple[tuple[str, str, str, Painter], ...] = (
         "timeline",
         "One session",
         "What the link could carry, what arrived, and what was decoded when. The dashed line is the deadline.",
-        _timeline,
+        timeline,
     ),
 )
 

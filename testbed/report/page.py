@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from testbed import summary as summaries
-from testbed.report.figures import Drawn, Material, draw
+from testbed.report.figures import Drawn, draw
+from testbed.report.material import Material
 from testbed.report.sessions import embedded, n_levels
 from testbed.report.style import INK, TEXT_COLOUR, level_colours, scheme_style
 from testbed.results import Run
@@ -151,7 +152,7 @@ def _table(summary: Json, material: Material) -> str:
         name = escape(entry["scheme"])
         rows = material.rows.get(entry["scheme"])
         if not rows:
-            body.append(f"<tr><th scope=row>{name}<td colspan=10>no valid session yet")
+            body.append(f"<tr><th scope=row>{name}<td colspan=10 class=none>no valid session yet")
             continue
         cells = [
             str(entry["n"]),

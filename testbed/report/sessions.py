@@ -27,7 +27,7 @@ def session(cell: Mapping[str, Any], n_levels: int) -> Json:
         "oracle_levels": row.get("oracle_levels") or [],
         "oracle_distortion": row.get("oracle_distortion"),
         "chunks": [chunk(record) for record in cell["chunks"]],
-        "link": link(cell["link"]),
+        "link": link(within_view(cell["link"], row)),
     }
 
 
@@ -49,6 +49,12 @@ def link(samples: Sequence[Mapping[str, Any]]) -> Json:
         "capacity": [round(sample["capacity_bps"]) for sample in kept],
         "delivered": [round(sample["delivered_bytes"]) for sample in kept],
     }
+
+
+def within_view(samples: Sequence[Json], row: Mapping[str, Any]) -> list[Json]:
+    """Samples until the session is over and its deadline past; what the link did afterwards belongs to nobody."""
+    end_s = max(row["deadline_s"] * 1.08, (row["ttft_s"] or row["deadline_s"] * 2) * 1.03)
+    return [sample for sample in samples if sample["t_s"] <= end_s]
 
 
 def embedded(cells: Sequence[Mapping[str, Any]], levels: Mapping[str, Sequence[Any]], first: str) -> tuple[str, int]:

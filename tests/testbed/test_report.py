@@ -135,7 +135,7 @@ def test_the_viewer_gets_every_session_and_no_closing_tag_can_escape_it(page: st
 
 
 def test_a_large_run_leaves_units_out_of_the_viewer_but_never_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"scheme": "a", "codec": "c", "levels": [0], "oracle_levels": []}
+    row = {"scheme": "a", "codec": "c", "levels": [0], "oracle_levels": [], "deadline_s": 1.0, "ttft_s": 0.9}
     cells = [{"row": row | {"unit_id": f"{n:03d}"}, "chunks": [], "link": []} for n in range(50)]
     monkeypatch.setattr(report_sessions, "MOST_BYTES", 2_000)
     data, left_out = report_sessions.embedded(cells, {}, "049")

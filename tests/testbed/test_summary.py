@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from testbed.errors import SpecError
-from testbed.summary import clustered_interval, mcnemar, summarise, table, text, wilson
+from testbed.summary import summarise, table, text
 from tests.testbed.made_run import make_run
 
 
@@ -62,40 +59,6 @@ def test_a_failed_session_is_a_missed_deadline_that_never_arrives() -> None:
     assert entry["ttft_p50_s"] == 0.5
     assert entry["ttft_p99_s"] is None
     assert entry["distortion"] == pytest.approx(0.01)
-
-
-def test_wilson_agrees_with_its_formula() -> None:
-    n, k, z = 40, 31, 1.959963984540054
-    p = k / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert wilson(k, n) == pytest.approx((centre - half, centre + half))
-    assert wilson(0, 0) == (None, None)
-
-
-def test_mcnemar_is_the_exact_sign_test_of_discordant_pairs() -> None:
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(6, 0) == pytest.approx(2 * 0.5**6)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from("abcd")), min_size=2, max_size=40))
-def test_the_interval_holds_the_mean_of_equal_clusters(pairs: list[tuple[float, str]]) -> None:
-    values, clusters = [value for value, _ in pairs], [cluster for _, cluster in pairs]
-    low, high = clustered_interval(values, clusters)
-    if len(set(clusters)) < 2:
-        assert (low, high) == (None, None)
-    else:
-        assert low is not None
-        assert high is not None
-        assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
-
-
-def test_one_trace_gives_no_interval_and_more_units_on_it_do_not_help() -> None:
-    assert clustered_interval([0.0, 1.0] * 50, ["t"] * 100) == (None, None)
-    few = clustered_interval([0.0, 1.0, 0.2], ["a", "b", "c"])
-    many = clustered_interval([0.0, 1.0, 0.2] * 100, ["a", "b", "c"] * 100)
-    assert many == pytest.approx(few)
 
 
 def test_the_verdict_names_the_ratio_and_whether_chance_explains_it() -> None:

@@ -1,0 +1,96 @@
+"""The picture of one session: capacity and arrivals, transfers and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from testbed.report.material import Material
+from testbed.report.sessions import n_levels, within_view
+from testbed.report.style import INK, TEXT_COLOUR, level_colours
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def timeline(material: Material) -> Figure | None:
+    """Capacity and goodput over time, and under it what the link and the decoder were doing."""
+    if material.session is None:
+        return None
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    row, chunks = material.session["row"], material.session["chunks"]
+    link = within_view(material.session["link"], row)
+    count = n_levels(row, material.levels)
+    colours: dict[int | str, str] = {**dict(enumerate(level_colours(count))), "text": TEXT_COLOUR}
+    figure, (top, lanes) = pyplot.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(3, 1.5))
+    if link:
+        times_s = [sample["t_s"] for sample in link]
+        top.fill_between(
+            times_s, [sample["capacity_bps"] / 1e6 for sample in link], step="post", color="#8a96a3", alpha=0.35, lw=0
+        )
+        top.plot(*delivered_rate(link), color="#0b7abf", linewidth=1.4)
+        top.text(
+            0.995, 1.02, "grey: capacity, blue: delivered", transform=top.transAxes, ha="right", va="bottom", size=8
+        )
+    top.set_ylim(bottom=0)
+    top.set_ylabel("Mbit/s")
+    for chunk in chunks:
+        if chunk["last_byte_s"] is None:
+            continue
+        colour = colours[chunk["level"]]
+        start_s = max(
+            [
+                c["last_byte_s"]
+                for c in chunks
+                if c["last_byte_s"] is not None and c["last_byte_s"] < chunk["last_byte_s"]
+            ]
+            + [chunk["request_s"]]
+        )
+        lanes.barh(1, chunk["last_byte_s"] - start_s, left=start_s, color=colour, edgecolor="white", lw=0.5, height=0.8)
+        if chunk["decode_end_s"] is not None:
+            lanes.barh(
+                0,
+                chunk["decode_end_s"] - chunk["decode_start_s"],
+                left=chunk["decode_start_s"],
+                color=colour,
+                edgecolor="white",
+                lw=0.3,
+                height=0.8,
+                hatch="///" if chunk["level"] == "text" else None,
+            )
+    ends = [chunk["decode_end_s"] for chunk in chunks if chunk["decode_end_s"] is not None]
+    if ends and row["ttft_s"] is not None:
+        lanes.barh(0, row["ttft_s"] - max(ends), left=max(ends), color=INK, alpha=0.55, height=0.8)
+    lanes.set_yticks((0, 1), ("decode", "transfer"))
+    lanes.set_xlabel("seconds since the request")
+    for axes in (top, lanes):
+        axes.axvline(row["deadline_s"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(left=0)
+    top.set_title(
+        f"{row['scheme']} on {row['context']} over {row['trace'].partition(',')[0]}", fontsize="medium", loc="left"
+    )
+    used = [level for level in (*range(count), "text") if level in row["levels"]]
+    figure.legend(
+        handles=[Patch(color=colours[level], label=f"level {level}" if level != "text" else "text") for level in used]
+        + ([Patch(color=INK, alpha=0.55, label="prefill")] if ends else []),
+        loc="outside lower center",
+        ncols=7,
+        fontsize="small",
+        handlelength=1,
+    )
+    return figure
+
+
+def delivered_rate(link: Sequence[Mapping[str, float]], window_s: float = 0.05) -> tuple[list[float], list[float]]:
+    """(middle of the window in seconds, delivered Mbit/s at layer 2) over windows of `window_s`."""
+    times_s, rates = [], []
+    before = link[0]
+    for sample in link[1:]:
+        if sample["t_s"] - before["t_s"] >= window_s - 1e-6:
+            elapsed_s = sample["t_s"] - before["t_s"]
+            times_s.append((sample["t_s"] + before["t_s"]) / 2)
+            rates.append((sample["delivered_bytes"] - before["delivered_bytes"]) * 8 / elapsed_s / 1e6)
+            before = sample
+    return times_s, rates
