@@ -61,6 +61,8 @@ class Compute:
         self._codec: Codec | None = None
         self._arena = memoryview(b"")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        # begun now, so that it does not inherit what the network's thread is later granted by the scheduler
+        self._thread.submit(lambda: None).result()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -163,10 +165,15 @@ class Compute:
         return Step(start_s, time.monotonic(), token)
 
     def ask(self, questions: Sequence[Question]) -> Score:
-        """Answers under the cache that arrived; after a session, not part of TTFT."""
+        """Answers under the cache that arrived; after a session, not part of TTFT, so with every core."""
         manifest, _, cache = self._ready()
         cache.length = manifest.tokens
-        return score(self.model, cache, questions)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            return score(self.model, cache, questions)
+        finally:
+            torch.set_num_threads(threads)
 
     def _ready(self) -> tuple[Manifest, Codec, KVCache]:
         if self._manifest is None or self._codec is None or self._cache is None:

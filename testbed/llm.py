@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from testbed.manifest import KVShape
 MODELS = Path(__file__).parent / "models"
 SCORED_TOKENS = 8
 """An answer's KL is taken over at most its first so many tokens."""
+SIDE_BY_SIDE_TOKENS = 288
+"""Questions are asked together up to so many tokens: enough to share what a pass over the cache costs."""
 
 
 def bundled_model_path() -> Path:
@@ -156,6 +158,14 @@ class Model:
         """Longest sequence the model was made for."""
         return int(getattr(self.network.config, "max_position_embeddings", 1 << 31))
 
+    @property
+    def attends_to_all(self) -> bool:
+        """Whether no layer has a window, so that a boolean mask given from outside is the whole truth."""
+        config = self.network.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        has_window = getattr(config, "sliding_window", None) is not None or kinds != {"full_attention"}
+        return not has_window and config._attn_implementation == "sdpa"
+
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.kv, capacity, self.device)
 
@@ -166,22 +176,44 @@ class Model:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids)))
 
-    @torch.inference_mode()
     def forward(self, cache: KVCache, token_ids: Sequence[int], keep: int = 1) -> Tensor:
         """Append tokens to the cache; logits `[keep, vocabulary]` in float32 of the last `keep` positions."""
+        return self._run(cache, token_ids, cache.length + len(token_ids), logits_to_keep=keep)
+
+    def forward_side_by_side(self, cache: KVCache, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Several continuations of one cache in one pass, none of which sees another: logits of each, all positions.
+
+        Only for models whose layers all attend to everything; the cache is left as it was.
+        """
+        context, total = cache.length, sum(map(len, sequences))
+        lengths = torch.tensor([len(s) for s in sequences])
+        owner = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
+        positions = context + torch.cat([torch.arange(len(s)) for s in sequences])
+        sees = torch.ones((total, context + total), dtype=torch.bool)
+        sees[:, context:] = (owner[:, None] == owner) & (positions[:, None] >= positions)
+        logits = self._run(
+            cache,
+            [token for sequence in sequences for token in sequence],
+            context + int(lengths.max()),
+            position_ids=positions[None].to(self.device),
+            attention_mask=sees[None, None].to(self.device),
+        )
+        cache.length = context
+        return list(logits.split(lengths.tolist()))
+
+    @torch.inference_mode()
+    def _run(self, cache: KVCache, token_ids: Sequence[int], end: int, **arguments: Any) -> Tensor:
         if not token_ids:
             raise SpecError("no tokens were given to the model")
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self.vocabulary:
             bad = low if low < 0 else high
             raise SpecError(f"token id {bad} is outside the vocabulary of {self.vocabulary}; is it another model's?")
-        if cache.length + len(token_ids) > self.positions:
-            raise SpecError(
-                f"{cache.length + len(token_ids)} tokens are more than the {self.positions} positions of {self.name}"
-            )
+        if end > self.positions:
+            raise SpecError(f"{end} tokens are more than the {self.positions} positions of {self.name}")
         ids = torch.tensor([list(token_ids)], device=self.device)
-        output = self.network(input_ids=ids, past_key_values=cache.hugging_face, use_cache=True, logits_to_keep=keep)
-        return output.logits[0, -keep:].float()
+        output = self.network(input_ids=ids, past_key_values=cache.hugging_face, use_cache=True, **arguments)
+        return output.logits[0].float()
 
 
 def calculate_kv(model: Model, token_ids: Sequence[int]) -> Tensor:
@@ -235,17 +267,40 @@ class Score:
 
 
 def score(model: Model, cache: KVCache, questions: Sequence[Question]) -> Score:
-    """Ask every question over the cache, answers teacher-forced. The cache is left as it was."""
-    context = cache.length
+    """Ask every question over the cache, answers teacher-forced. The cache is left as it was.
+
+    Questions are asked side by side as far as the cache has room and the model allows it.
+    """
     right: list[bool] = []
     rows: list[Tensor] = []
-    for question in questions:
-        answer = question.answer_ids
-        logits = model.forward(cache, [*question.prompt_ids, *answer[:-1]], keep=len(answer))
-        cache.length = context
-        right.append(logits.argmax(dim=-1).tolist() == list(answer))
-        rows.append(logits[:SCORED_TOKENS].log_softmax(dim=-1))
+    for group in _groups(questions, cache.capacity - cache.length if model.attends_to_all else 0):
+        sequences = [[*q.prompt_ids, *q.answer_ids[:-1]] for q in group]
+        if len(group) > 1:
+            results = model.forward_side_by_side(cache, sequences)
+        else:
+            context = cache.length
+            results = [model.forward(cache, sequences[0], keep=len(group[0].answer_ids))]
+            cache.length = context
+        for question, logits in zip(group, results, strict=True):
+            logits = logits[-len(question.answer_ids) :]
+            right.append(logits.argmax(dim=-1).tolist() == list(question.answer_ids))
+            rows.append(logits[:SCORED_TOKENS].log_softmax(dim=-1))
     return Score(tuple(right), torch.cat(rows) if rows else torch.empty(0, model.vocabulary))
+
+
+def _groups(questions: Sequence[Question], room: int) -> Iterator[list[Question]]:
+    """Runs of questions of at most `room` and SIDE_BY_SIDE_TOKENS tokens; a run has at least one."""
+    group: list[Question] = []
+    taken = 0
+    for question in questions:
+        tokens = len(question.prompt_ids) + len(question.answer_ids)
+        if group and taken + tokens > min(room, SIDE_BY_SIDE_TOKENS):
+            yield group
+            group, taken = [], 0
+        group.append(question)
+        taken += tokens
+    if group:
+        yield group
 
 
 def mean_kl(exact: Tensor, other: Tensor) -> float:

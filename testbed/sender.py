@@ -41,6 +41,7 @@ from aiohttp import WSMsgType, web
 
 from codec.profile import MAX_PROFILE_BYTES
 from testbed import wire
+from testbed.emulator.clock import be_punctual
 from testbed.errors import SpecError
 from testbed.manifest import Manifest
 from testbed.store import Store, checked_sha256, encodings, level_of
@@ -481,6 +482,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise SpecError(f"{options.host} is beyond loopback: set KVSTREAM_TOKEN to a secret, or bind 127.0.0.1")
         sender = Sender(Store(options.store, create=options.writable), token=token, writable=options.writable)
         sender.shelf.preload()
+        if options.sandbox:
+            be_punctual()
         gc.collect()
         gc.freeze()
         asyncio.run(serve(sender, options.host, options.port))

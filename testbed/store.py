@@ -266,10 +266,10 @@ def store_evaluation(
 
     Returns which answers were right: what no level can be expected to beat.
     """
-    from testbed.llm import score
+    from testbed.llm import SIDE_BY_SIDE_TOKENS, score
 
     longest = max((len(q.prompt_ids) + len(q.answer_ids) for q in questions), default=0)
-    cache = model.new_cache(kv.shape[2] + longest)
+    cache = model.new_cache(kv.shape[2] + max(longest, SIDE_BY_SIDE_TOKENS))
     cache.length = kv.shape[2]
     cache.view().copy_(kv)
     result = score(model, cache, questions)

@@ -42,9 +42,10 @@ from policies.api import Forecast
 from policies.errors import PolicyError
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
+from testbed.emulator.clock import be_punctual
 from testbed.errors import SpecError
 from testbed.guard import TimedAsk
-from testbed.llm import Model, mean_kl
+from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, mean_kl
 from testbed.plugs import make_policy
 from testbed.receiver import Fetched, Limits, fetch_session
 from testbed.session import Costs, SessionFailed, SessionRecord
@@ -68,38 +69,41 @@ class Worker:
         match command.get("cmd"):
             case "prepare":
                 contexts = [str(context) for context in command["contexts"]]
-                return {"ok": True, "costs": {context: asdict(self.prepare(context)) for context in contexts}}
+                return {"ok": True, "costs": {context: asdict(await self.prepare(context)) for context in contexts}}
             case "session":
                 return await self.session(command)
         raise SpecError(f"command {command.get('cmd')!r} is unknown; there are prepare, session and quit")
 
-    def prepare(self, context: str) -> Costs:
+    async def prepare(self, context: str) -> Costs:
         """Build a context's codec, allocate for it, and measure what its steps take here."""
-        if context in self._costs:
-            return self._costs[context]
+        if context not in self._costs:
+            # on the thread that sessions compute on, whose scheduling and warm libraries count
+            self._costs[context] = await asyncio.wrap_future(self.compute.submit(self._measure, context))
+            gc.collect()
+            gc.freeze()
+        return self._costs[context]
+
+    def _measure(self, context: str) -> Costs:
         manifest = self.store.manifest(context)
         if self.compute.lacks_profile(manifest):
             assert manifest.profile is not None
             self.compute.add_profile(self.store.profile(manifest.profile))
         questions = self.store.questions(context)
         longest = max(questions, key=lambda q: len(q.prompt_ids) + len(q.answer_ids))
-        self.compute.reserve(manifest.tokens + len(longest.prompt_ids) + len(longest.answer_ids))
+        asked = len(longest.prompt_ids) + len(longest.answer_ids)
+        self.compute.reserve(manifest.tokens + max(asked, SIDE_BY_SIDE_TOKENS))
         self.compute.buffers(manifest)
-        costs = measure_costs(
+        return measure_costs(
             self.compute,
             manifest,
             lambda chunk, level: self.store.get_kv(chunk_id(context, chunk), level),
             longest.prompt_ids,
         )
-        self._costs[context] = costs
-        gc.collect()
-        gc.freeze()
-        return costs
 
     async def session(self, command: dict[str, Any]) -> dict[str, Any]:
         """One session, and afterwards what its cache was worth."""
         context = str(command["context"])
-        costs = self.prepare(context)
+        costs = await self.prepare(context)
         questions = self.store.questions(context)
         index = int(command.get("question", 0)) % len(questions)
         policy = make_policy(str(command["policy"]))
@@ -129,7 +133,7 @@ class Worker:
             return {"ok": True, "status": "failed", "error": str(error)}
         result = {"ok": True, "status": "ok", **session_json(fetched)}
         if command.get("evaluate", True):
-            result |= self._judge(context, index, fetched)
+            result |= await asyncio.wrap_future(self.compute.submit(self._judge, context, index, fetched))
         return result
 
     def _judge(self, context: str, index: int, fetched: Fetched) -> dict[str, Any]:
@@ -199,7 +203,14 @@ def main(arguments: list[str] | None = None) -> int:
     except REFUSALS as error:
         print(f"receiver: {error}", file=sys.stderr)
         return 2
-    ready = {"ready": True, "model": model.fingerprint, "name": model.name, "threads": threads, "pid": os.getpid()}
+    scheduling = be_punctual()  # this thread only: the network's
+    ready = {
+        "ready": True,
+        "model": model.fingerprint,
+        "name": model.name,
+        "threads": threads,
+        "scheduling": scheduling,
+    }
     answers.write(json.dumps(ready) + "\n")
     answers.flush()
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 PIECE_BYTES = 2048
+QUEUE_BYTES = 16 << 10
+"""What waits before the link: as little as a kernel allows, like the queue of a router."""
 
 
 class Link:
@@ -55,9 +58,14 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        far = socket.socket()
+        far.setblocking(False)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUE_BYTES)
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            await asyncio.get_running_loop().sock_connect(far, ("127.0.0.1", self.target))
+            far_reader, far_writer = await asyncio.open_connection(sock=far, limit=PIECE_BYTES)
         except OSError:
+            far.close()
             writer.transport.abort()
             return
         self._open |= {writer, far_writer}

@@ -111,6 +111,16 @@ def test_score_agrees_with_generating(tiny_model: Model, stored: Stored) -> None
     assert torch.equal(cache.view(), stored.exact)
 
 
+def test_questions_side_by_side_do_not_see_each_other(tiny_model: Model, stored: Stored) -> None:
+    questions = [Question(tuple(range(k, k + 5 + k)), (k, 9, 7)) for k in range(1, 12)]
+    apart = score(tiny_model, filled(tiny_model, stored.exact, room=20), questions)
+    cache = filled(tiny_model, stored.exact, room=90)
+    together = score(tiny_model, cache, questions)
+    assert together.right == apart.right
+    torch.testing.assert_close(together.log_probs, apart.log_probs, atol=1e-4, rtol=1e-4)
+    assert torch.equal(cache.view(), stored.exact)
+
+
 def test_kl_is_zero_for_the_exact_cache_and_grows_with_damage(tiny_model: Model, stored: Stored) -> None:
     exact = score(tiny_model, filled(tiny_model, stored.exact), stored.questions).log_probs
     assert mean_kl(exact, exact) == 0.0
@@ -147,6 +157,9 @@ def test_sliding_layers_are_kept_at_full_length(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model.network(input_ids=torch.tensor([tokens + PROMPT])).logits[0, -1]
     torch.testing.assert_close(model.forward(cache, PROMPT)[-1], expected, atol=1e-4, rtol=1e-4)
+    cache.length = 60
+    scored = score(model, cache, [Question(tuple(PROMPT), (1,))] * 2).log_probs
+    torch.testing.assert_close(scored, expected.log_softmax(0).expand(2, -1), atol=1e-4, rtol=1e-4)
 
 
 def test_mla_is_refused_clearly(tmp_path: Path) -> None:

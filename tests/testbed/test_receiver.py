@@ -648,22 +648,12 @@ def test_the_worker_ends_with_its_input(tiny_folder: Path, stored: Stored) -> No
     assert errors == ""
 
 
-@pytest.mark.parametrize(
-    ("model", "store", "message"),
-    [("/nonexistent", None, "does not exist"), (None, "/nonexistent", "is not a store")],
-)
-def test_the_worker_says_what_is_missing(
-    tiny_folder: Path, stored: Stored, model: str | None, store: str | None, message: str
-) -> None:
+def test_the_worker_says_what_is_missing(stored: Stored) -> None:
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "testbed.receiver", "--model", model or str(tiny_folder)),
-            *("--store", store or str(stored.store.path)),
-        ],
+        [sys.executable, "-m", "testbed.receiver", "--model", "/nonexistent", "--store", str(stored.store.path)],
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == "receiver: model folder /nonexistent does not exist\n"
