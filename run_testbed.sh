@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 VENV=${KVSTREAM_VENV:-.venv}
 
+absolute_venv() { case $VENV in /*) printf '%s' "$VENV" ;; *) printf '%s/%s' "$PWD" "$VENV" ;; esac }
 say() { printf 'kvstream: %s\n' "$*" >&2; }
 
 find_python() {
@@ -71,11 +72,14 @@ setup() {
             -c constraints.txt -e '.[run,torchac,dev]'
         printf '%s\n' "$want" >"$stamp"
     fi
-    # Compiled kernels are cached per user; this is instant when they are there.
-    PATH=$PWD/$VENV/bin:$PATH "$VENV/bin/python" -m testbed.warm
+    # Compiled kernels are cached per user.
+    local warm=${XDG_CACHE_HOME:-$HOME/.cache}/kvstream/warm-$want
+    if [ ! -e "$warm" ]; then
+        say "compiling kernels (once)"
+        PATH=$(absolute_venv)/bin:$PATH "$VENV/bin/python" -m testbed.warm
+        mkdir -p "$(dirname "$warm")" && touch "$warm"
+    fi
 }
-
-absolute_venv() { case $VENV in /*) printf '%s' "$VENV" ;; *) printf '%s/%s' "$PWD" "$VENV" ;; esac }
 
 setup
 BIN=$(absolute_venv)/bin

@@ -10,7 +10,7 @@ from testbed import specs
 from testbed.errors import SpecError
 
 if TYPE_CHECKING:
-    from testbed.emulator.topology import LinkSettings
+    from testbed.emulator.link import LinkSettings
 
 
 def make_policy(text: str) -> Policy:
@@ -40,6 +40,6 @@ def codec_spec(text: str) -> tuple[str, dict[str, Any]]:
 
 def make_link(text: str) -> LinkSettings:
     """Link settings from `delay=20ms,queue=50ms,cc=cubic`; an empty text gives the defaults."""
-    from testbed.emulator.topology import LinkSettings
+    from testbed.emulator.link import LinkSettings
 
     return specs.build(LinkSettings, specs.parse_settings(text, "link"), "link")

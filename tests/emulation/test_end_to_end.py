@@ -1,0 +1,193 @@
+"""The whole way of the data, over a real emulated link: model, sender, link, receiver, decoding, first token."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SPEC = """
+contexts = ["docs"]
+traces = ["constant,rate=30Mbps", "constant,rate=15Mbps"]
+deadlines_s = [3.0]
+links = ["delay=10ms,queue=50ms"]
+most_repeats = 6
+
+[[schemes]]
+policy = "fixed,level=lowest"
+codec = "uniform"
+label = "fixed"
+
+[[schemes]]
+policy = "fixed,level=lowest"
+codec = "uniform"
+overlap = false
+label = "no-overlap"
+
+[[schemes]]
+policy = "oracle"
+codec = "uniform"
+"""
+
+
+def kvstream(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "testbed.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, why_not: str | None) -> tuple[Path, dict[str, Any]]:
+    """One run of the experiment above: its folder and what --json printed."""
+    if why_not is not None:
+        pytest.skip(why_not)
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "e2e.toml").write_text(SPEC)
+    done = kvstream("run", "e2e.toml", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "e2e", json.loads(done.stdout)
+
+
+def cells(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    loaded = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
+    return {(cell["row"]["trace"], cell["row"]["scheme"]): cell for cell in loaded}
+
+
+def test_every_session_ran_over_the_emulated_link(run):
+    folder, summary = run
+    rows = [cell["row"] for cell in cells(folder).values()]
+    assert len(rows) == 6
+    assert {row["backend"] for row in rows} == {"mininet"}
+    assert {row["status"] for row in rows} == {"ok"}, [row["why"] for row in rows]
+    assert summary["backend"] == "mininet"
+    assert all(row["answers"] >= 8 for row in rows)
+
+
+def test_the_link_sets_the_pace(run):
+    folder, _ = run
+    found = cells(folder)
+    fast = found["constant,rate=30Mbps", "fixed"]["chunks"]
+    slow = found["constant,rate=15Mbps", "fixed"]["chunks"]
+    transfer_s = [chunks[-1]["last_byte_s"] - chunks[0]["first_byte_s"] for chunks in (fast, slow)]
+    assert transfer_s[1] / transfer_s[0] == pytest.approx(2.0, rel=0.05)
+    sizes = sum(chunk["bytes"] for chunk in fast)
+    goodput = sizes * 8 / (transfer_s[0])
+    assert goodput == pytest.approx(30e6 * 1448 / 1514, rel=0.05)
+
+
+def test_decoding_hides_behind_the_link(run):
+    folder, _ = run
+    found = cells(folder)
+    early = total = 0
+    for trace in ("constant,rate=30Mbps", "constant,rate=15Mbps"):
+        chunks = found[trace, "fixed"]["chunks"]
+        for this, following in zip(chunks, chunks[1:], strict=False):
+            early += this["decode_start_s"] < following["last_byte_s"]
+            total += 1
+    assert early >= 0.9 * total
+    with_overlap = [found[trace, "fixed"]["row"]["ttft_s"] for trace, _ in sorted(found) if _ == "fixed"]
+    without = [found[trace, "no-overlap"]["row"]["ttft_s"] for trace, _ in sorted(found) if _ == "no-overlap"]
+    assert all(a < b for a, b in zip(with_overlap, without, strict=True))
+
+
+def test_the_oracle_is_met_by_nobody_and_chooses_better(run):
+    folder, _ = run
+    found = cells(folder)
+    for trace in ("constant,rate=30Mbps", "constant,rate=15Mbps"):
+        fixed, oracle = found[trace, "fixed"]["row"], found[trace, "oracle"]["row"]
+        assert oracle["distortion"] <= fixed["distortion"]
+        assert oracle["measured_kl"] <= fixed["measured_kl"]
+        if oracle["met"] and oracle["oracle_distortion"] is not None:
+            assert oracle["regret"] >= -1e-9
+
+
+def test_the_files_of_a_run_are_there(run):
+    folder, _ = run
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["network"]
+    assert manifest["shaper"]
+    for name in ("sessions.jsonl", "chunks.jsonl", "link.jsonl", "summary.json", "report.html"):
+        assert (folder / name).stat().st_size > 0, name
+    assert len((folder / "sessions.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_finished_run_is_not_run_again(run):
+    folder, before = run
+    start = time.monotonic()
+    done = kvstream("run", "e2e.toml", "--json", cwd=folder.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schemes"] == before["schemes"]
+    assert time.monotonic() - start < 60, "a run that is complete only has to be summarised"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("run", "--policy", "cachegne"), 2, "cachegen"),
+        (("run", "--policy", "fixed,level=99"), 2, "level"),
+        (("run", "--trace", "missing.csv"), 2, "missing.csv"),
+        (("run", "--deadline", "0s"), 2, "deadline"),
+        (("run", "--model", "./nowhere"), 2, "nowhere"),
+        (("run", "--context", "nothing"), 2, "docs"),
+        (("run", "--link", "delay=never"), 2, "delay"),
+        (("run", "nothing.toml"), 2, "nothing.toml"),
+        (("run", "--fail-if", "x"), 2, "fail-if"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, status, says, tmp_path):
+    done = kvstream(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("victim", ["run", "sender", "receiver", "replay"])
+def test_a_killed_run_leaves_nothing(victim, tmp_path):
+    """SIGKILL of any process of a run: nothing of it is left a moment later."""
+    (tmp_path / "e2e.toml").write_text(SPEC)
+    mark = f"KVSTREAM_KILL_TEST={tmp_path.name}-{victim}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **dict([mark.split("=")])}
+    command = [sys.executable, "-m", "testbed.cli", "run", "e2e.toml"]
+    log = (tmp_path / "log").open("w")
+    with log, subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log) as process:
+        target = process.pid if victim == "run" else _wait_for(mark, f"testbed.{victim}", f"testbed.emulator.{victim}")
+        if victim == "run":
+            _wait_for(mark, "testbed.receiver")
+        os.kill(target, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while _marked(mark) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _marked(mark)
+
+
+def _marked(mark: str) -> dict[int, str]:
+    """Living processes with `mark` in their environment, and their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+    return found
+
+
+def _wait_for(mark: str, *names: str) -> int:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for pid, line in _marked(mark).items():
+            if any(name in line for name in names) and "mnexec" not in line:
+                return pid
+        time.sleep(0.05)
+    raise AssertionError(f"no process of {names} came up")
