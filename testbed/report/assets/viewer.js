@@ -2,8 +2,8 @@
 // that grows). No dependencies but uPlot; nothing is fetched.
 //
 //   const viewer = kvViewer(element, look);      look = {levels: [colour...], text: colour}
-//   viewer.show(session);                        again and again while a session grows
-//   viewer.now(t_s);                             a line at the present moment; null takes it away
+//   viewer.show(session);                        a finished session
+//   viewer.show(session, {now: t_s, follow: true});   a growing one, again and again; follow selects its newest chunk
 "use strict";
 
 function kvViewer(root, look) {
@@ -23,6 +23,9 @@ function kvViewer(root, look) {
     <p class="v-detail" data-part="detail" aria-live="polite"></p>
     <details class="v-table"><summary>All chunks</summary><div class="wide" data-part="table"></div></details>`;
   const part = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((e) => [e.dataset.part, e]));
+
+  const folded = root.querySelector("details");
+  folded.addEventListener("toggle", () => { if (folded.open) table(); });
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const colour = (level) => (level === "text" ? look.text : level === null ? css("--quiet") : look.levels[level] || css("--quiet"));
@@ -170,7 +173,7 @@ function kvViewer(root, look) {
       if (chunk.decode_start_s !== null) {
         const done = chunk.decode_end_s ?? end;
         nodes.push(rect(x(chunk.decode_start_s), LANE.compute[0], x(done) - x(chunk.decode_start_s) - 0.3, LANE.compute[1], { fill, class: on + (chunk.level === "text" ? " v-recompute" : ""), "data-chunk": chunk.chunk }));
-        if (chunk.level === "text" && x(done) - x(chunk.decode_start_s) > 60) nodes.push(label((x(chunk.decode_start_s) + x(done)) / 2, LANE.compute[0] + 19, "recompute", "middle", "v-digit"));
+        if (chunk.level === "text" && x(done) - x(chunk.decode_start_s) > 84) nodes.push(label((x(chunk.decode_start_s) + x(done)) / 2, LANE.compute[0] + 19, "recompute", "middle", "v-digit"));
         if (chunk.decode_end_s !== null) last = Math.max(last ?? 0, chunk.decode_end_s);
       }
     }
@@ -249,15 +252,15 @@ function kvViewer(root, look) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (plot) { makePlot(); strip(); } });
 
   return {
-    show(next, follow = false) {
+    show(next, { now = null, follow = false } = {}) {
       if (!session || session.unit_id !== next.unit_id || session.scheme !== next.scheme) { keep = null; selected = 0; }
       session = next;
-      const requested = session.chunks.reduce((last, c, i) => (c.request_s !== null ? i : last), 0);
-      if (follow) selected = requested;
+      nowS = now;
+      if (follow) selected = session.chunks.reduce((last, c, i) => (c.request_s !== null ? i : last), 0);
       if (plot) plot.setData(data()); else makePlot();
-      title(); key(); strip(); detail(); table();
+      title(); key(); strip(); detail();
+      if (folded.open) table();
     },
-    now(t) { nowS = t; if (plot) plot.setData(data()); },
     get selected() { return selected; },
   };
 }

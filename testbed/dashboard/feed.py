@@ -1,0 +1,104 @@
+"""What a browser is told: the state of a run when it connects, then every new event.
+
+The state is short whatever the run's length: one line a finished session and the news of the one that is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final, TypeAlias
+
+from testbed.dashboard import events
+from testbed.report.style import INK, scheme_style
+from testbed.results import Run
+
+Json: TypeAlias = dict[str, Any]
+
+POLL_S: Final = 0.1
+"""How often the file is looked at: a stat, unless it has grown."""
+
+_ROW = (
+    *("unit_id", "scheme", "policy", "codec", "clairvoyant", "depth", "overlap", "context", "trace", "deadline_s"),
+    *("status", "why", "ttft_s", "met", "distortion", "answers_right", "answers", "bytes", "regret"),
+)
+
+
+class Feed:
+    """The events of one run, from its `events.jsonl` or, for a run without one, from its cells."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._file = run.path / events.FILE_NAME
+
+    def state(self) -> tuple[Json, int]:
+        """(everything up to now, where the file goes on)."""
+        start: Json | None = None
+        current: Json | None = None
+        rows: dict[tuple[str, str], Json] = {}
+        offset, ended = 0, False
+        for line, end in events.read(self._file):
+            event, offset = json.loads(line), end
+            kind = event["event"]
+            if kind == "run_start":
+                start, ended = event, False
+            elif kind == "session_start":
+                current = {"start": event, "chunks": {}}
+            elif kind == "chunk" and current is not None:
+                if _key(event) == _key(current["start"]):
+                    current["chunks"][event["record"].get("chunk")] = event
+            elif kind == "session_end":
+                row = row_of(event["row"])
+                rows[row["unit_id"], row["scheme"]] = row
+                current = None
+            elif kind == "run_end":
+                ended, current = True, None
+        for cell in () if rows else self._run.load_cells():
+            row = row_of(cell["row"])
+            rows[row["unit_id"], row["scheme"]] = row
+        manifest = self._run.manifest
+        total = len(manifest.get("units", [])) * len(manifest.get("schemes", []))
+        state = {
+            "event": "state",
+            "name": manifest["experiment"]["name"],
+            "backend": manifest["backend"],
+            "sessions": start["sessions"] if start else total or len(rows),
+            "live": start is not None and not ended and len(rows) < start["sessions"],
+            "rows": list(rows.values()),
+            "current": None
+            if current is None
+            else {"start": current["start"], "chunks": list(current["chunks"].values())},
+        }
+        return state, offset
+
+    async def follow(self, offset: int) -> AsyncIterator[Json]:
+        """New events from `offset` on, for ever."""
+        while True:
+            if self._file.is_file() and self._file.stat().st_size > offset:
+                for line, end in events.read(self._file, offset):
+                    event, offset = json.loads(line), end
+                    if event["event"] == "session_end":
+                        event["row"] = row_of(event["row"])
+                    yield event
+            await asyncio.sleep(POLL_S)
+
+
+def row_of(row: Mapping[str, Any]) -> Json:
+    """What the running table needs of a session, and the scheme's colour."""
+    colour = scheme_style(row).colour
+    return {key: row.get(key) for key in _ROW} | {"colour": "currentColor" if colour == INK else colour}
+
+
+def cell_of(run: Run, unit_id: str, scheme: str) -> Json | None:
+    """A session by its names; None if there is none. Names are compared, never made into paths."""
+    wanted = {f"{unit_id}-{scheme}.json", f"{unit_id}-{scheme}.failure.json"}
+    for file in sorted(run.cells.glob("*.json")):
+        if file.name in wanted:
+            cell: Json = json.loads(file.read_text(encoding="utf-8"))
+            return cell
+    return None
+
+
+def _key(event: Mapping[str, Any]) -> tuple[str, str]:
+    return event["unit_id"], event["scheme"]
