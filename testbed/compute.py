@@ -36,6 +36,8 @@ SWITCH_INTERVAL_S = 0.0005
 """How long a thread in Python code may hold the interpreter lock while another waits: the default of 5 ms would delay
 the network's events by as much."""
 REPEATS = 5
+MAX_BYTES_PER_ELEMENT = 8
+MAX_OVERHEAD_BYTES = 1 << 20
 ALIGNMENT = 64
 """Chunks begin at such addresses, so that decoders read their words without copying."""
 
@@ -107,6 +109,11 @@ class Compute:
         self._codec = self.codec(manifest)
         if len(self._codec.levels) != len(manifest.levels):
             raise SpecError(f"context {manifest.context}: its codec has {len(self._codec.levels)} levels, not its own")
+        for index, chunk in enumerate(manifest.chunks):
+            # memory is set aside for what a manifest claims, so the claim must be in proportion
+            most = MAX_BYTES_PER_ELEMENT * chunk.tokens * manifest.kv.elements_per_token + MAX_OVERHEAD_BYTES
+            if max(*chunk.sizes_bytes, chunk.text_bytes) > most:
+                raise SpecError(f"context {manifest.context}: chunk {index} claims more than {most} bytes; store again")
         needed = manifest.tokens + extra_tokens
         if needed > self.model.positions:
             raise SpecError(f"{needed} tokens are more than the {self.model.positions} positions of {self.model.name}")
@@ -141,7 +148,7 @@ class Compute:
         start_s = time.monotonic()
         check_chunk(data, info.start, level)
         codec.decode(data, cache.view(info.start, info.stop), device=self.model.device)
-        return Step(start_s, time.monotonic())
+        return Step(start_s, self._end_s())
 
     def recompute(self, chunk: int, data: memoryview) -> Step:
         """Compute a chunk's KV from its token ids; everything before it is in the cache. Raises CodecError."""
@@ -154,7 +161,7 @@ class Compute:
             extend_kv(self.model, cache, ids)
         except SpecError as error:
             raise CodecError(f"text of chunk {chunk}: {error}") from error
-        return Step(start_s, time.monotonic())
+        return Step(start_s, self._end_s())
 
     def prefill(self, prompt_ids: Sequence[int]) -> Step:
         """Run the prompt over the whole context; the first output token."""
@@ -162,7 +169,7 @@ class Compute:
         start_s = time.monotonic()
         cache.length = manifest.tokens
         token = first_token(self.model, cache, prompt_ids)
-        return Step(start_s, time.monotonic(), token)
+        return Step(start_s, self._end_s(), token)
 
     def ask(self, questions: Sequence[Question]) -> Score:
         """Answers under the cache that arrived; after a session, not part of TTFT, so with every core."""
@@ -174,6 +181,11 @@ class Compute:
             return score(self.model, cache, questions)
         finally:
             torch.set_num_threads(threads)
+
+    def _end_s(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # a kernel that was only launched has not ended
+        return time.monotonic()
 
     def _ready(self) -> tuple[Manifest, Codec, KVCache]:
         if self._manifest is None or self._codec is None or self._cache is None:

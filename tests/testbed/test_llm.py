@@ -22,6 +22,7 @@ from testbed.llm import (
     score,
 )
 from testbed.manifest import KVShape
+from testbed.workload import make_context
 from tests.testbed.conftest import CHUNK_TOKENS, Stored, save_tiny_model
 
 PROMPT = [7, 200, 13, 99, 4]
@@ -177,11 +178,16 @@ def test_mla_is_refused_clearly(tmp_path: Path) -> None:
         Model.load(tmp_path)
 
 
-def test_bad_models_and_tokens_are_refused(tiny_model: Model, tiny_folder: Path, tmp_path: Path) -> None:
+def test_bad_models_and_tokens_are_refused(
+    tiny_model: Model, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SpecError, match="does not exist"):
         Model.load(tmp_path / "nowhere")
     with pytest.raises(SpecError, match=r"no config\.json"):
         Model.load(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SpecError, match="neither a folder nor a known name"):
+        Model.load("no-such-organisation/no-such-model")
     with pytest.raises(SpecError, match="dtype"):
         Model.load(tiny_folder, dtype="int4")
     cache = tiny_model.new_cache(4)
@@ -204,3 +210,24 @@ def test_fingerprint_depends_on_weights_and_configuration(tiny_model: Model, tin
     config = json.loads((same / "config.json").read_text())
     (same / "config.json").write_text(json.dumps(config | {"rope_theta": 123.0}))
     assert Model.load(same).fingerprint != tiny_model.fingerprint
+
+
+def test_the_bundled_model_answers_over_a_cache_from_chunks() -> None:
+    model = Model.load()
+    assert model.encode("line é\n") == list("line é\n".encode())
+    text = "A paragraph of plain text about nothing in particular, to fill the context a little. " * 4
+    context = make_context(3, 768, [text.encode() * 3], n_lines=4)
+    exact = calculate_kv(model, context.token_ids)
+    questions = [Question(tuple(q.prompt), tuple(q.answer)) for q in context.questions]
+    raw = registry.make("raw")
+    cache = model.new_cache(768 + 40)
+    cache.poison()
+    for start in range(0, 768, 256):
+        data = raw.encode(exact[:, :, start : start + 256], 0, positions=range(start, start + 256))
+        raw.decode(data, cache.view(start, start + 256))
+    cache.length = 768
+    assert score(model, cache, questions).right == (True,) * 4
+    answer = generate_with_kv(model, cache, questions[2].prompt_ids, 5)
+    assert bytes(answer) == context.questions[2].answer
+    cache.view()[:, 1] = exact[:, 1].flip(1)  # every key now has another token's value
+    assert not any(score(model, cache, questions).right)

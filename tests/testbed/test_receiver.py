@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -389,6 +389,20 @@ def test_another_models_context_is_refused(stored: Stored, tmp_path: Path) -> No
     try:
         with pytest.raises(SessionFailed, match="was computed with model"):
             run(stored, compute, Plan())
+    finally:
+        compute.close()
+
+
+def test_a_manifest_cannot_claim_all_memory(stored: Stored, tiny_model: Model) -> None:
+    manifest = stored.store.manifest("ctx")
+    compute = Compute(tiny_model)
+    try:
+        for claim in ({"sizes_bytes": (1 << 32,)}, {"text_bytes": 1 << 32}):
+            chunks = (replace(manifest.chunks[0], **claim), *manifest.chunks[1:])
+            with pytest.raises(SpecError, match="chunk 0 claims more than"):
+                compute.open(replace(manifest, chunks=chunks), 8)
+        with pytest.raises(SpecError, match="positions"):
+            compute.open(manifest, 1000)
     finally:
         compute.close()
 
