@@ -8,6 +8,7 @@ context the manifest and this machine's compute times (testbed/shipped), from wh
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
@@ -37,7 +38,7 @@ def main(codecs: list[str]) -> None:
     facts = {key: machine.describe()[key] for key in ("processor", "cores", "versions")}
     try:
         for (context, codec), key in prepared.ids.items():
-            body = {"manifest": prepared.manifests[context, codec].to_json(), "costs": asdict(worker.prepare(key))}
+            body = {"manifest": prepared.manifests[context, codec].to_json(), "costs": asdict(asyncio.run(worker.prepare(key)))}
             write_whole(shipped.path_of(context, codec), body | {"machine": facts})
             print(shipped.path_of(context, codec).name, json.dumps(body["costs"]["decode_s"][0]))
     finally:
