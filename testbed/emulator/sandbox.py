@@ -28,6 +28,13 @@ from typing import Final, NoReturn
 
 from testbed.errors import MachineError
 
+_LAUNCH: Final = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+from testbed.emulator.sandbox import _launch
+_launch()
+"""
+
 MARK: Final = "KVSTREAM_SANDBOX"
 """Environment variable that holds, inside a sandbox, the inode of its network namespace."""
 
@@ -64,13 +71,12 @@ def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
     if not argv:
         raise ValueError("nothing to run: argv is empty")
     read_end, write_end = os.pipe()
-    root = str(Path(__file__).resolve().parents[2])
-    launcher = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {root!r})\n"
-                "from testbed.emulator.sandbox import _launch; _launch()"]  # fmt: skip
     with os.fdopen(read_end, "rb") as report:
         try:
             process = subprocess.Popen(
-                [*launcher, str(os.getpid()), str(write_end), *argv], env=env, pass_fds=(write_end,)
+                [sys.executable, "-S", "-c", _LAUNCH, str(os.getpid()), str(write_end), *argv],
+                env=env,
+                pass_fds=(write_end,),
             )
         finally:
             os.close(write_end)

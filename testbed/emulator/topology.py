@@ -9,10 +9,12 @@ Must run inside a sandbox (`testbed.emulator.sandbox`); Mininet is imported when
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import platform
+import select
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -145,7 +147,9 @@ class Network:
         self._programs.clear()
         if self._net is not None:
             net, self._net = self._net, None
-            net.stop()
+            # The links go with their namespaces; deleting them one by one would need every shell alive.
+            for host in net.hosts:
+                host.terminate()
             self.hosts.clear()
 
     def popen(self, host: Host, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
@@ -176,7 +180,7 @@ class Network:
                 f"congestion control {self.link.cc!r} is not loaded; this kernel has {', '.join(available)}: "
                 f"choose one, or run `sudo modprobe tcp_{self.link.cc}`"
             )
-        self._net = _mininet()(controller=None, build=False)
+        self._net = _mininet()()
         left = [f"sender{i}" for i in range(self.senders)]
         right = [f"receiver{i}" for i in range(self.receivers)]
         middle = self._middle()
@@ -278,15 +282,24 @@ def _read(key: str) -> str:
 
 
 def _mininet() -> Any:
-    """Mininet's class for networks, without its habit of raising the whole machine's limits."""
+    """Mininet's class for networks, without two habits: raising the machine's limits, and waiting for dead shells."""
     try:
         from mininet.net import Mininet
+        from mininet.node import Host
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("distutils"):
             raise MachineError(
                 "Mininet needs distutils, which Python 3.12 lacks; run `pip install setuptools`"
             ) from None
         raise MachineError("the Python package mininet is missing; run `pip install 'kvstream[run]'`") from None
+
+    class LivingHost(Host):  # type: ignore[misc]
+        def read(self, size: int = 1024) -> str:
+            while not self.readbuf and not select.select([self.stdout], [], [], 0.1)[0]:
+                if self.shell.poll() is not None:
+                    raise MachineError(f"the shell of the emulated host {self.name} died")
+            return super().read(size)
+
     # Its init() writes fs.file-max, kernel.pty.max and the like, which no namespace keeps from the host.
     Mininet.inited = True
-    return Mininet
+    return functools.partial(Mininet, host=LivingHost, controller=None, build=False)

@@ -1,0 +1,101 @@
+"""Delay, loss and disorder have the size that was asked for."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from testbed.emulator.impairments import netem_words
+from testbed.emulator.link import LinkSettings
+from testbed.errors import SpecError
+from testbed.specs import build, parse_settings
+
+
+@pytest.mark.parametrize("delay_ms", [2, 20])
+def test_a_delay_adds_twice_itself_to_the_round_trip(scenario, delay_ms):
+    plain = scenario("round_trips", link="")["rtts_s"]
+    done = scenario("round_trips", link=f"delay={delay_ms}ms")
+    added = statistics.median(done["rtts_s"]) - statistics.median(plain)
+    assert added == pytest.approx(2 * delay_ms * 1e-3, abs=1e-3)
+    assert min(done["rtts_s"]) > 2 * delay_ms * 1e-3
+    assert done["settings"]["impairments"]["backend"] in ("netem", "nfqueue")
+
+
+def test_jitter_spreads_and_keeps_order(scenario):
+    done = scenario("round_trips", link="delay=10ms,jitter=5ms")["rtts_s"]
+    assert statistics.pstdev(done) > 1e-3
+    assert min(done) > 0.010
+    arrived = scenario("datagrams", link="delay=10ms,jitter=5ms", count=400)["arrived"]
+    assert arrived == list(range(400))
+
+
+def test_jitter_without_order_lets_packets_overtake(scenario):
+    arrived = scenario("datagrams", link="delay=10ms,jitter=5ms,jitter_order=off,impair=nfqueue", count=400)["arrived"]
+    assert sorted(arrived) == list(range(400))
+    assert arrived != sorted(arrived)
+
+
+def test_losses_come_at_the_rate_asked_for_and_again_with_the_seed(scenario):
+    count, loss = 4000, 0.05
+    link = f"loss={loss:.0%},impair=nfqueue,seed=3"
+    first, second = (scenario("datagrams", link=link, count=count) for _ in range(2))
+    lost = count - len(first["arrived"])
+    assert abs(lost - count * loss) < 4 * (count * loss * (1 - loss)) ** 0.5
+    assert first["arrived"] == second["arrived"]
+    assert first["report"]["lanes"][0]["dropped"] == lost
+
+
+def test_bursts_of_loss_have_the_length_asked_for(scenario):
+    count = 6000
+    arrived = set(scenario("datagrams", link="loss=5%,loss_burst=6,impair=nfqueue", count=count)["arrived"])
+    runs, run = [], 0
+    for number in range(count):
+        if number not in arrived:
+            run += 1
+        elif run:
+            runs.append(run)
+            run = 0
+    assert statistics.mean(runs) == pytest.approx(6, rel=0.4)
+    assert sum(runs) / count == pytest.approx(0.05, rel=0.5)
+
+
+def test_duplicates_and_overtaking(scenario):
+    count = 1000
+    twice = scenario("datagrams", link="duplicate=10%,impair=nfqueue", count=count)["arrived"]
+    assert len(twice) - len(set(twice)) == pytest.approx(0.1 * count, rel=0.4)
+    assert len(set(twice)) == count
+    early = scenario("datagrams", link="delay=20ms,reorder=10%,impair=nfqueue", count=count)["arrived"]
+    assert sorted(early) == list(range(count))
+    overtakers = sum(later > earlier for earlier, later in zip(sorted(early), early, strict=True))
+    assert overtakers > 0.05 * count
+
+
+def test_netem_is_asked_for_the_same():
+    link = build(LinkSettings, parse_settings("delay=20ms,loss=1%,loss_burst=4,duplicate=2%,reorder=3%"), "link")
+    assert netem_words(link, forward=False) == ["delay", "20000us"]
+    words = netem_words(link, forward=True)
+    assert words[:2] == ["delay", "20000us"]
+    assert words[2:4] == ["loss", "gemodel"]
+    enter, leave, bad, good = (float(word.rstrip("%")) / 100 for word in words[4:8])
+    assert enter / (enter + leave) * bad == pytest.approx(0.01, rel=1e-4)
+    assert (1 / leave, bad, good) == (4, 1.0, 0.0)
+    assert words[8:] == ["duplicate", "2.000000%", "reorder", "3.000000%"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "delay=11s",
+        "jitter=2ms",
+        "loss=100%",
+        "loss=5%,loss_bad=4%,loss_burst=3",
+        "reorder=1%",
+        "queue=0ms",
+        "mtu=100",
+        "cc=a b",
+    ],
+)
+def test_impossible_settings_are_refused(text):
+    with pytest.raises(SpecError):
+        build(LinkSettings, parse_settings(text), "link")
