@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from policies.api import Choice, Observation
 from policies.errors import PolicyError
-from policies.measures import bytes_in_flight, bytes_left, last_bps
+from policies.measures import Pace, bytes_in_flight, bytes_left, last_bps
 
 BUFFERS = ("pace", "slack", "backlog")
 
@@ -34,7 +34,7 @@ class BufferBased:
     """Fraction of the deadline over which the size rises from the smallest to the largest."""
     buffer: str = "pace"
     """pace, slack or backlog."""
-    _reference: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
+    _pace: Pace = field(default_factory=Pace, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.buffer not in BUFFERS:
@@ -43,8 +43,6 @@ class BufferBased:
             raise PolicyError(f"buffer-based: cushion={self.cushion}; give a fraction above 0")
 
     def choose(self, obs: Observation) -> Choice:
-        if not self._reference and len(obs.remaining) == obs.n_chunks:
-            self._reference = tuple(sizes[0] for sizes in obs.sizes_bytes)
         lead_s = self._lead_s(obs)
         fill = (lead_s / obs.deadline_s - self.reservoir) / self.cushion
         sizes = obs.sizes_bytes[0]
@@ -61,9 +59,4 @@ class BufferBased:
                 return 0.0
             rest_bytes = bytes_left(obs, 0) + bytes_in_flight(obs)
             return obs.left_s - obs.prefill_s - rest_bytes * 8.0 / max(rate_bps, 1e-9)
-        if not self._reference:  # first asked in mid-transfer: chunks count alike
-            self._reference = (1,) * obs.n_chunks
-        arrived = sum([self._reference[done.chunk] for done in obs.transfers])
-        partly = sum([self._reference[f.chunk] * f.received_bytes / f.bytes for f in obs.in_flight])
-        share = min((arrived + partly) / sum(self._reference), 1.0)
-        return share * (obs.deadline_s - obs.prefill_s) - obs.now_s
+        return self._pace.lead_s(obs)

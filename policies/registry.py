@@ -26,7 +26,14 @@ POLICIES: dict[str, str] = {
     "lowest": "policies.fixed:Lowest",
     "highest": "policies.fixed:Highest",
     "text": "policies.fixed:Text",
+    "random": "policies.random_level:Random",
     "throughput": "policies.throughput:Throughput",
+    "bola": "policies.bola:Bola",
+    "mpc": "policies.mpc:MPC",
+    "robust-mpc": "policies.mpc:RobustMPC",
+    "chance": "policies.chance:Chance",
+    "cake": "policies.cake:Cake",
+    "hicache": "policies.hicache:HiCache",
     "oracle": "policies.oracle:Oracle",
 }
 """Name to `module:class`; imported when first asked for."""
