@@ -33,6 +33,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -180,6 +181,9 @@ async def obey_lines(worker: Worker, commands: IO[str], answers: IO[str]) -> Non
             answer = {"ok": False, "error": str(error)}
         except (ValueError, KeyError, TypeError) as error:
             answer = {"ok": False, "error": f"this command cannot be read: {error!r}"}
+        except Exception as error:  # a fault of ours or of a plug-in: said, and the next command gets its chance
+            traceback.print_exc()
+            answer = {"ok": False, "error": f"internal error: {error!r}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
         gc.collect()  # now, because sessions run without collection

@@ -380,6 +380,31 @@ def test_parsers_refuse_or_understand_anything(text: str) -> None:
         raise AssertionError(f"{text!r} was taken for a message")
 
 
+reqs = st.integers(0, wire.MAX_REQ)
+sizes = st.integers(0, wire.MAX_CHUNK_BYTES)
+
+
+@given(
+    st.builds(wire.GetManifest, reqs)
+    | st.builds(wire.GetPadding, reqs, st.integers(0, wire.MAX_PADDING_BYTES))
+    | st.builds(wire.CancelRequest, reqs)
+    | st.builds(
+        wire.GetChunk, reqs, st.integers(0, wire.MAX_CHUNKS), st.just("text") | st.integers(0, wire.MAX_LEVELS), sizes
+    )
+)
+def test_requests_are_understood_as_meant(request: wire.Request) -> None:
+    packed = wire.pack_request(request)
+    assert wire.parse_request(packed) == request
+    assert len(packed) <= wire.MAX_REQUEST_BYTES
+
+
+@given(reqs, sizes, st.data())
+def test_answers_are_understood_as_meant(req: int, size: int, data: st.DataObject) -> None:
+    answer = wire.Answer(req, size, data.draw(st.integers(0, size)), "ab" * 32)
+    assert wire.parse_answer(wire.pack_answer(answer)) == answer
+    assert wire.parse_answer(wire.pack_answer(wire.Cancelled(req))) == wire.Cancelled(req)
+
+
 @given(st.integers(0, wire.MAX_CHUNK_BYTES))
 def test_frames_are_an_eighth_of_an_answer_within_bounds(total: int) -> None:
     step = wire.frame_bytes(total)
