@@ -33,6 +33,7 @@ GROUPS = (
     "testbed.commands.policies",
     "testbed.commands.serving",
     "testbed.commands.showing",
+    "testbed.commands.completion",
 )
 
 
