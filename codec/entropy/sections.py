@@ -62,6 +62,23 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """A section whose header fits its size; its lengths are still packed."""
+
+    data: NDArray[np.uint8]
+    """The whole section."""
+    streams: int
+    segment_tokens: int
+    units: int
+    shortest: NDArray[np.uint16]
+    widths: NDArray[np.uint8]
+    deltas_at: int
+    """Where the packed deltas begin in `data`, a multiple of 4."""
+    units_at: int
+    """Where the units begin in `data`, a multiple of 4."""
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """Symbol s of column c at token t becomes (values[k, s] * scale[c] + offset[c]) * token_scale[g, t], in float32."""
 
@@ -123,10 +140,7 @@ def encode(
         raise CodecError(f"symbols are uint8 [columns, tokens], not {symbols.dtype} of shape {symbols.shape}")
     columns, tokens = symbols.shape
     _check_size(columns, tokens)
-    if segment_tokens is None:
-        segment_tokens = min(tokens, MAX_SEGMENT_TOKENS)
-    if not 1 <= segment_tokens <= MAX_SEGMENT_TOKENS:
-        raise CodecError(f"segments of {segment_tokens} tokens are outside 1 to {MAX_SEGMENT_TOKENS}")
+    segment_tokens = segment_length(tokens, segment_tokens)
 
     def work(job: tuple[int, int, int]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         segment, low, high = job
@@ -134,12 +148,20 @@ def encode(
         return encode_columns(symbols[low:high, first : first + segment_tokens], low, high)
 
     parts = _spread(work, _jobs(columns, -(-tokens // segment_tokens)), columns * tokens, threads)
-    head = _pack_lengths(np.concatenate([lengths for _, lengths in parts]), segment_tokens)
-    return b"".join([head, *(units.tobytes() for units, _ in parts), b"\0\0"])
+    return assemble(np.concatenate([lengths for _, lengths in parts]), segment_tokens, [units for units, _ in parts])
 
 
-def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
-    """Check a section's header and lengths against its bytes. Raises CodecError."""
+def segment_length(tokens: int, segment_tokens: int | None) -> int:
+    """Tokens of a segment: what is asked for, checked, or as many as there may be."""
+    if segment_tokens is None:
+        return min(tokens, MAX_SEGMENT_TOKENS)
+    if not 1 <= segment_tokens <= MAX_SEGMENT_TOKENS:
+        raise CodecError(f"segments of {segment_tokens} tokens are outside 1 to {MAX_SEGMENT_TOKENS}")
+    return min(tokens, segment_tokens)
+
+
+def layout(data: Data, columns: int, tokens: int, unit_bytes: int) -> Layout:
+    """Check a section's header against its bytes. Raises CodecError."""
     _check_size(columns, tokens)
     view = _as_array(data)
     if len(view) < _HEADER.size + 2:
@@ -155,7 +177,7 @@ def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
     deltas_at = (widths_at + groups + 3) // 4 * 4
     if len(view) < deltas_at + 2:
         raise CodecError(f"coded section is truncated: {len(view)} bytes for {n} streams; fetch the chunk again")
-    shortest = view[_HEADER.size : widths_at].view("<u2")
+    shortest = view[_HEADER.size : widths_at].view("<u2").astype(np.uint16)
     widths = view[widths_at : widths_at + groups]
     units_at = deltas_at + 4 * int(widths.sum(dtype=np.int64))
     if (
@@ -164,12 +186,24 @@ def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
         or view[widths_at + groups : deltas_at].any()
     ):
         raise CodecError(f"coded section has {len(view)} bytes, its header says otherwise; fetch the chunk again")
-    offsets = np.empty(n + 1, np.int64)
-    if _kernels().unpack(shortest.astype(np.uint16), widths, view[deltas_at:units_at], offsets) != units:
+    return Layout(view, n, segment_tokens, units, shortest, widths, deltas_at, units_at)
+
+
+def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
+    """Check a section's header and lengths against its bytes. Raises CodecError."""
+    found = layout(data, columns, tokens, unit_bytes)
+    offsets = np.empty(found.streams + 1, np.int64)
+    deltas = found.data[found.deltas_at : found.units_at]
+    if _kernels().unpack(found.shortest, found.widths, deltas, offsets) != found.units:
         raise CodecError("coded section's stream lengths do not add up; fetch the chunk again")
     # Compiled code wants aligned units; the copy of a section that lies at an odd address is small beside decoding.
-    payload = np.require(view[units_at:].view(f"<u{unit_bytes}"), requirements=["A", "C"])
-    return Streams(payload, offsets, columns, tokens, segment_tokens)
+    payload = np.require(found.data[found.units_at :].view(f"<u{unit_bytes}"), requirements=["A", "C"])
+    return Streams(payload, offsets, columns, tokens, found.segment_tokens)
+
+
+def assemble(lengths: NDArray[np.int64], segment_tokens: int, units: list[NDArray[Any]]) -> bytes:
+    """A section of streams of these lengths (in units, in order), whose units lie one after another in `units`."""
+    return b"".join([_pack_lengths(lengths, segment_tokens), *(part.tobytes() for part in units), b"\0\0"])
 
 
 def symbol_target(out: NDArray[np.uint8] | None, columns: int, tokens: int) -> NDArray[np.uint8]:
