@@ -41,7 +41,7 @@ def names() -> dict[str, list[str]]:
 
 
 def parsers(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Every parser under `parser` with the words that lead to it: `("", top), ("/trace", ...), ("/trace/list", ...)`."""
+    """Every parser under `parser` with the words that lead to it: `("", top)`, `("/trace/list", ...)`."""
     yield path, parser
     for name, child in children(parser).items():
         yield from parsers(child, f"{path}/{name}")
