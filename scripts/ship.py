@@ -38,7 +38,8 @@ def main(codecs: list[str]) -> None:
     facts = {key: machine.describe()[key] for key in ("processor", "cores", "versions")}
     try:
         for (context, codec), key in prepared.ids.items():
-            body = {"manifest": prepared.manifests[context, codec].to_json(), "costs": asdict(asyncio.run(worker.prepare(key)))}
+            costs = asyncio.run(worker.prepare(key))
+            body = {"manifest": prepared.manifests[context, codec].to_json(), "costs": asdict(costs)}
             write_whole(shipped.path_of(context, codec), body | {"machine": facts})
             print(shipped.path_of(context, codec).name, json.dumps(body["costs"]["decode_s"][0]))
     finally:
