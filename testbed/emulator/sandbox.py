@@ -38,6 +38,7 @@ _launch()
 MARK: Final = "KVSTREAM_SANDBOX"
 """Environment variable that holds, inside a sandbox, the inode of its network namespace."""
 
+SYSTEM_FOLDERS: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 LAUNCH_FAILED: Final = 125
 FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -86,6 +87,12 @@ def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
     if trouble:
         raise MachineError(trouble)
     return 128 - status if status < 0 else status
+
+
+def search_path() -> str:
+    """PATH as sandboxed programs have it: with the system folders that an ordinary user's often lacks."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join([*folders, *(folder for folder in SYSTEM_FOLDERS if folder not in folders)])
 
 
 def available() -> str | None:
@@ -179,11 +186,11 @@ def _first_process(alive: int, report_fd: int, argv: list[str]) -> NoReturn:
     except OSError as error:
         os.write(report_fd, _explain(error).encode())
         os._exit(LAUNCH_FAILED)
-    environment = {**os.environ, MARK: _network_namespace()}
+    os.environ.update({MARK: _network_namespace(), "PATH": search_path()})
     command = os.fork()
     if command == 0:
         try:
-            os.execvpe(argv[0], argv, environment)
+            os.execvp(argv[0], argv)
         except OSError as error:
             os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
             os._exit(127 if isinstance(error, FileNotFoundError) else 126)

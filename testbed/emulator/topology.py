@@ -273,7 +273,7 @@ class Network:
 def require_programs(programs: Mapping[str, str]) -> None:
     """MachineError naming the first missing program and the package that has it."""
     for program, package in programs.items():
-        if shutil.which(program) is None:
+        if shutil.which(program, path=sandbox.search_path()) is None:
             raise MachineError(f"`{program}` is missing; run `sudo apt-get install --no-install-recommends {package}`")
 
 
@@ -293,7 +293,7 @@ def _mininet() -> Any:
             ) from None
         raise MachineError("the Python package mininet is missing; run `pip install 'kvstream[run]'`") from None
 
-    class LivingHost(Host):  # type: ignore[misc]
+    class LivingHost(Host):
         def read(self, size: int = 1024) -> str:
             while not self.readbuf and not select.select([self.stdout], [], [], 0.1)[0]:
                 if self.shell.poll() is not None:

@@ -1,0 +1,51 @@
+"""The doctor tries everything out, and names a fix for what fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from testbed import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_the_doctor_finds_is_what_links_need():
+    checks = {check.name: check for check in doctor.probe()}
+    for name in ("namespaces", "veth", "htb, tbf, bfifo", "Mininet", "congestion controls"):
+        assert checks[name].ok, checks[name].detail
+    assert checks["netem"].ok or checks["NFQUEUE"].ok
+    assert all(check.fix for check in checks.values() if not check.ok)
+    assert doctor.status(list(checks.values())) == 0
+    json.dumps([dataclasses.asdict(check) for check in checks.values()])
+
+
+def test_a_missing_program_is_named_with_its_package(tmp_path, monkeypatch, capsys):
+    for program in ("python3", "true", "timeout", "env", "bash", "which"):
+        (tmp_path / program).symlink_to(f"/usr/bin/{program}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sandbox, "SYSTEM_FOLDERS", ())
+    checks = doctor._programs()
+    missing = {check.name: check for check in checks if not check.ok}
+    assert missing["tc"].fix == "sudo apt-get install --no-install-recommends iproute2"
+    assert doctor.status(list(missing.values())) == 4
+    doctor.show(list(missing.values()))
+    assert "Emulated runs do not work here yet" in capsys.readouterr().out
+
+
+def test_without_namespaces_the_doctor_says_why(monkeypatch):
+    monkeypatch.setattr(doctor.sandbox, "available", lambda: "AppArmor forbids it; run this")
+    found = doctor.probe()[-1]
+    assert (found.name, found.ok) == ("namespaces", False)
+    assert "AppArmor forbids it" in found.detail
+    assert doctor.status([found]) == 4
+
+
+def test_the_command_prints_json():
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed.cli", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert {"name", "ok", "detail", "fix", "needed"} == set(json.loads(done.stdout)[0])
