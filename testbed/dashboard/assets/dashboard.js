@@ -144,7 +144,7 @@
 
   function play() {
     if (!shown) return;
-    const end = length(shown), from = +$("time").value >= end - 1e-6 ? 0 : +$("time").value;
+    const end = length(shown), from = +$("time").value >= end - 0.01 ? 0 : +$("time").value;
     playing = { session: shown, from, at: performance.now() / 1000 };
     $("play").textContent = "Pause";
     $("play").setAttribute("aria-pressed", "true");
