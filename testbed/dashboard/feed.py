@@ -85,9 +85,10 @@ class Feed:
 
 
 def row_of(row: Mapping[str, Any]) -> Json:
-    """What the running table needs of a session, and the scheme's colour."""
-    colour = scheme_style(row).colour
-    return {key: row.get(key) for key in _ROW} | {"colour": "currentColor" if colour == INK else colour}
+    """What the running table needs of a session, and how the scheme is drawn."""
+    style = scheme_style(row)
+    colour = "currentColor" if style.colour == INK else style.colour
+    return {key: row.get(key) for key in _ROW} | {"colour": colour, "hollow": style.hollow}
 
 
 def cell_of(run: Run, unit_id: str, scheme: str) -> Json | None:

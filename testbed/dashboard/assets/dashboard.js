@@ -73,7 +73,7 @@
     });
     const delivered = session.link.delivered.map((x, i) => (session.link.t[i] <= now ? x : null));
     const over = session.ttft_s !== null && session.ttft_s <= now;
-    return { ...session, chunks, link: { ...session.link, delivered }, ttft_s: over ? session.ttft_s : null, distortion: over ? session.distortion : null, oracle_distortion: over ? session.oracle_distortion : null, status: over ? session.status : "", oracle_levels: over ? session.oracle_levels : [] };
+    return { ...session, total_bytes: session.link.delivered[session.link.delivered.length - 1] || 0, chunks, link: { ...session.link, delivered }, ttft_s: over ? session.ttft_s : null, distortion: over ? session.distortion : null, oracle_distortion: over ? session.oracle_distortion : null, status: over ? session.status : "", oracle_levels: over ? session.oracle_levels : [] };
   }
 
   function length(session) {
@@ -187,7 +187,7 @@
       const ttft = list.map((r) => (r.ttft_s === null ? Infinity : r.ttft_s)).sort((a, b) => a - b);
       const median = ttft.length ? ttft[Math.floor((ttft.length - 1) / 2)] : null;
       const met = list.filter((r) => r.met).length, regret = known(list, "regret"), answers = known(list, "answers");
-      return `<tr><th scope="row"><svg class="swatch" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="5" fill="${last.colour}"/></svg> ${escape(name)}${last.clairvoyant ? ' <abbr title="told the future of the link">*</abbr>' : ""}` +
+      return `<tr><th scope="row"><svg class="swatch" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" fill="${last.hollow ? "none" : last.colour}" stroke="${last.colour}" stroke-width="2"/></svg> ${escape(name)}${last.clairvoyant ? ' <abbr title="told the future of the link">*</abbr>' : ""}` +
         `<td>${list.length}<td>${met}/${list.length}<td>${median === null || median === Infinity ? "–" : median.toFixed(3) + " s"}<td>${number(mean(known(list, "distortion")))}` +
         `<td>${answers.length ? known(list, "answers_right").reduce((a, b) => a + b, 0) + "/" + answers.reduce((a, b) => a + b, 0) : "–"}<td>${size(mean(known(list, "bytes")))}` +
         `<td>${regret.length ? number(mean(regret)) + " (" + regret.length + ")" : "–"}<td>${all.length - list.length || "–"}<td>${last.status !== "ok" ? escape(last.status) : last.met ? "met" : "missed"}</tr>`;

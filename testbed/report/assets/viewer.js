@@ -59,6 +59,7 @@ function kvViewer(root, look) {
     const out = [];
     let from = 0;
     for (let i = 0; i < link.t.length; i++) {
+      if (link.delivered[i] === null) { out.push(null); continue; }
       while (link.t[i] - link.t[from] > 0.0505) from++;
       const span = link.t[i] - link.t[from];
       out.push(span > 0 ? ((link.delivered[i] - link.delivered[from]) * 8) / span / 1e6 : null);
@@ -84,7 +85,7 @@ function kvViewer(root, look) {
       height: 220,
       legend: { live: true, mount: (u, legend) => part.legend.replaceChildren(legend) },
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
-      scales: { x: { time: false, range: (u, low, high) => keep || [0, endS()] }, mbit: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] }, mb: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] } },
+      scales: { x: { time: false, range: (u, low, high) => keep || [0, endS()] }, mbit: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] }, mb: { range: (u, low, high) => [0, Math.max(high || 0, (session.total_bytes || 0) / 1e6, 0.001) * 1.08] } },
       series: [
         { label: "time", value: (u, v) => (v === null ? "–" : v.toFixed(2) + " s") },
         { label: "capacity", scale: "mbit", stroke: () => css("--quiet"), width: 1, fill: () => css("--capacity"), paths: uPlot.paths.stepped({ align: 1 }), value: (u, v) => number(v) + " Mbit/s", points: { show: false } },
@@ -94,7 +95,7 @@ function kvViewer(root, look) {
       axes: [
         axis({ values: (u, splits) => splits.map((v) => +v.toFixed(3) + " s") }),
         axis({ scale: "mbit", size: narrow ? 44 : 62, label: narrow ? undefined : "Mbit/s", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
-        axis({ scale: "mb", side: 1, size: narrow ? 36 : 56, grid: { show: false }, label: narrow ? undefined : "MB", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
+        axis({ scale: "mb", side: 1, size: narrow ? 44 : 56, values: (u, splits) => splits.map((v) => String(+v.toPrecision(2))), grid: { show: false }, label: narrow ? undefined : "MB", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
       ],
       hooks: {
         draw: [(u) => { drawLines(u); drawLanes(u); }],
@@ -212,7 +213,7 @@ function kvViewer(root, look) {
   function strip() {
     const row = (head, levels) => `<tr><th scope="row">${head}</th>` + session.chunks.map((c, i) => {
       const level = levels[i] ?? null;
-      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${colour(level)}">${level === null ? "" : level === "text" ? "T" : level}</td>`;
+      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${level === null ? "var(--panel)" : colour(level)}">${level === null ? "" : level === "text" ? "T" : level}</td>`;
     }).join("") + "</tr>";
     const oracle = session.oracle_levels && session.oracle_levels.length ? row("oracle", session.oracle_levels) : "";
     part.strip.innerHTML = `<table aria-label="Level of every chunk"><tbody>${row(escape(session.scheme), session.chunks.map((c) => c.level))}${oracle}</tbody></table>`;
