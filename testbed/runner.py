@@ -33,7 +33,9 @@ from traces.trace import Trace
 
 PORT: Final = 8700
 LEAD_S: Final = 0.15
-"""From the command to a session's time zero: the connection is made and opened in it."""
+LEAD_ROUND_TRIPS: Final = 10
+"""From the command to a session's time zero: the connection is made and its window opened in it, which takes two round
+trips and then one for each doubling."""
 PADDING_BYTES: Final = 1 << 20
 """Sent before a session over its connection, so that it is as warm as one that has been in use."""
 COVERED_S: Final = 600.0
@@ -69,7 +71,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
             for unit, scheme in sessions:
                 trace = traces[unit.trace]
                 trace = trace.shifted(unit.offset_s) if unit.offset_s else trace
-                result, chunks, link = stage.settled(experiment, unit, scheme, trace, limits, log)
+                result, chunks, link = stage.settled(unit, scheme, trace, limits, log, experiment.most_repeats)
                 bound = stage.bound(unit, scheme, trace)
                 row = outcome.row_of(unit, scheme, prepared.model_name, "mininet", result, bound)
                 run.save(row, chunks, link)
@@ -126,7 +128,9 @@ class Stage:
             stack.callback(self.receiver.close)
             ids = list(dict.fromkeys(self._prepared.ids.values()))
             self.costs_json = self.receiver.ask({"cmd": "prepare", "contexts": ids}, SESSION_LIMIT_S)["costs"]
-            self._costs = {key: _costs(value) for key, value in self.costs_json.items()}
+            costs = {key: _costs(value) for key, value in self.costs_json.items()}
+            self.costs = {pair: costs[key] for pair, key in self._prepared.ids.items()}
+            """[context, codec]: what computing takes here."""
             self._stack = stack.pop_all()
         return self
 
@@ -148,20 +152,19 @@ class Stage:
         """The oracle's plan for a unit, computed once a codec and depth."""
         key = (unit.unit_id, scheme.codec, scheme.depth)
         if key not in self._bounds:
-            context = self._prepared.ids[unit.context, scheme.codec]
-            manifest = self._prepared.manifests[unit.context, scheme.codec]
+            pair = unit.context, scheme.codec
             self._bounds[key] = outcome.bound_of(
-                manifest, self._goodput(trace), unit, scheme.depth, self._costs[context], self.rtt_s
+                self._prepared.manifests[pair], self._goodput(trace), unit, scheme.depth, self.costs[pair], self.rtt_s
             )
         return self._bounds[key]
 
     def settled(
-        self, experiment: Experiment, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
+        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path, most_repeats: int
     ) -> tuple[Outcome, list[Json], list[Json]]:
-        """One session, again while the link was not what the trace says, up to the experiment's limit."""
+        """One session, again while the link was not what the trace says, at most `most_repeats` times more."""
         repeats = 0
         result, chunks, link = self.session(unit, scheme, trace, limits, log)
-        while result.status == "invalid" and repeats < experiment.most_repeats:
+        while result.status == "invalid" and repeats < most_repeats:
             repeats += 1
             result, chunks, link = self.session(unit, scheme, trace, limits, log)
         return replace(result, repeats=repeats), chunks, link
@@ -170,7 +173,7 @@ class Stage:
         self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session on the link, with what the link did."""
-        zero_s = time.monotonic() + LEAD_S
+        zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
         self.shaper.arm(trace, zero_s, COVERED_S)
         self._announce(unit, scheme, trace, log)
         answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s), SESSION_LIMIT_S + 30.0)
