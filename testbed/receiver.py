@@ -4,9 +4,8 @@
 stands before, unless the session is cold. `python -m testbed.receiver` is a warm process that carries out sessions on
 command: see `testbed.worker`.
 
-A sender that dies, a link at zero and a damaged chunk have bounds: after `Limits.stall_s` without a byte the connection
-is made anew and everything outstanding is resumed by offset, `Limits.reconnects` times; a session has at most
-`Limits.session_s`. Then it is a `SessionFailed`.
+A sender that dies, a link at zero and a damaged chunk have bounds (`Limits`, `testbed.session.MAX_ATTEMPTS`); beyond
+them the session is a `SessionFailed`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import asyncio
 import gc
 import hashlib
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -23,14 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from aiohttp import WSMsgType
 
 from codec.errors import CodecError
 from policies.api import TEXT, Forecast, Policy
 from testbed import wire
-from testbed.client import Client, StreamConnection, parse_manifest
+from testbed.client import Client, parse_manifest
 from testbed.compute import Compute, Step
 from testbed.errors import SpecError
+from testbed.inbound import Arrival, Inbound, Limits
 from testbed.manifest import Manifest
 from testbed.session import (
     PREFILL,
@@ -47,21 +45,8 @@ from testbed.session import (
     ask_directly,
 )
 
-RETRY_S = 0.1
-PADDING_REST_S = 0.1
-"""Padding is cut short so long before the start: what is queued on the way must have drained by then."""
 SPIN_S = 0.002
 """The event loop's timers are good to a millisecond; the rest to the start is spun away."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a session may wait for."""
-
-    stall_s: float = 5.0
-    """Without a byte for so long, with something outstanding, the connection is given up."""
-    reconnects: int = 3
-    session_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -80,21 +65,6 @@ class Fetched:
     """Payload that arrived in all: manifest, chunks, what was cancelled."""
     reconnects: int
     prefill_start_s: float
-
-
-@dataclass(slots=True)
-class _Outstanding:
-    """A request whose answer is not complete."""
-
-    get: wire.Get
-    chunk: int
-    """-1 for the manifest."""
-    size: int
-    target: memoryview
-    received: int = 0
-    is_open: bool = False
-    is_cancelled: bool = False
-    sha256: str = ""
 
 
 async def fetch_session(
@@ -164,33 +134,27 @@ class _Run:
         self.settings: dict[str, Any] = {}
 
         self._loop = asyncio.get_running_loop()
+        self._inbound = Inbound(client, context, self, limits)
         self._finished: asyncio.Future[Step] = self._loop.create_future()
         self._zero_s = 0.0
         self._rtt_s = 0.0
-        self._connection: StreamConnection | None = None
-        self._outstanding: deque[_Outstanding] = deque()
-        self._next_req = 1
-        """Request 0 is the padding before the session."""
-        self._stream_bytes = 0
-        self._reconnects = 0
-        self._stall: asyncio.Timeout | None = None
         self._session: Session | None = None
         self._buffers: list[memoryview] = []
         self._texts: dict[int, str] = {}
+        """[chunk]: SHA-256 of its text as the sender says."""
         self._wake: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._profile: asyncio.Task[None] | None = None
 
     async def run(self, start_s: float | None, cold: bool, padding_bytes: int) -> Fetched:
-        connection: StreamConnection | None = None
         await asyncio.wrap_future(self._compute.submit(self._compute.forget))
+        tasks: list[asyncio.Task[None]] = []
         try:
             if not cold:
-                connection = await self._connect()
-                await _open_window(connection, padding_bytes, self._limits.stall_s, start_s)
+                await self._inbound.warm_up(padding_bytes, start_s)
             await _sleep_until(start_s)
             self._zero_s = time.monotonic()
-            self._ask_manifest()
-            self._spawn(self._transfer(connection))
+            self._inbound.get_manifest()
+            tasks.append(asyncio.create_task(self._receive()))
             async with asyncio.timeout(self._limits.session_s):
                 step = await self._finished
         except TimeoutError:
@@ -200,11 +164,12 @@ class _Run:
         finally:
             if self._wake is not None:
                 self._wake.cancel()
-            for task in self._tasks:
+            if self._profile is not None:
+                tasks.append(self._profile)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            if connection is not None:
-                await connection.drop()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._inbound.close()
             # the next session must not find a step of this one in its cache
             await asyncio.wrap_future(self._compute.submit(lambda: None))
         assert self._session is not None
@@ -215,10 +180,16 @@ class _Run:
             zero_s=self._zero_s,
             late_s=0.0 if start_s is None else self._zero_s - start_s,
             rtt_s=self._rtt_s,
-            stream_bytes=self._stream_bytes,
-            reconnects=self._reconnects,
+            stream_bytes=self._inbound.bytes,
+            reconnects=self._inbound.reconnects,
             prefill_start_s=step.start_s - self._zero_s,
         )
+
+    async def _receive(self) -> None:
+        try:
+            await self._inbound.run()
+        except Exception as error:
+            self._fail(error)
 
     def _now_s(self) -> float:
         return time.monotonic() - self._zero_s
@@ -227,177 +198,34 @@ class _Run:
         if not self._finished.done():
             self._finished.set_exception(error)
 
-    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    # --- what arrives
 
-    # --- the connection
-
-    async def _connect(self) -> StreamConnection:
-        """Connect, trying again while the sender is not there, for at most `stall_s`."""
-        last: Exception | None = None
-        try:
-            async with asyncio.timeout(self._limits.stall_s):
-                while True:
-                    try:
-                        return await self._client.open_stream(self._context)
-                    except SpecError as error:
-                        raise SessionFailed(str(error)) from error
-                    except (OSError, aiohttp.ClientError) as error:
-                        last = error
-                        await asyncio.sleep(RETRY_S)
-        except TimeoutError:
-            raise ConnectionError(str(last) if last else f"no connection within {self._limits.stall_s:g} s") from last
-
-    async def _transfer(self, connection: StreamConnection | None) -> None:
-        """Receive until the session is over, over as many connections as the limits allow."""
-        why = ""
-        try:
-            while True:
-                try:
-                    if connection is None:
-                        connection = await self._connect()
-                    self._connection = connection
-                    self._resume()
-                    await self._receive(connection)
-                except TimeoutError:
-                    why = f"no byte for {self._limits.stall_s:g} s"
-                except (OSError, aiohttp.ClientError) as error:
-                    why = str(error) or type(error).__name__
-                finally:
-                    self._connection = None
-                    if connection is not None:
-                        await connection.drop()
-                connection = None
-                if self._reconnects >= self._limits.reconnects:
-                    raise SessionFailed(f"the sender is lost after {self._reconnects} reconnections: {why}")
-                self._reconnects += 1
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            self._fail(error)
-
-    async def _receive(self, connection: StreamConnection) -> None:
-        """Handle messages until the connection ends; raises when it does."""
-        async with asyncio.timeout(None) as stall:
-            self._stall = stall
-            self._touch()
-            try:
-                while True:
-                    message = await connection.socket.receive()
-                    if message.type is WSMsgType.BINARY:
-                        self._on_frame(message.data)
-                    elif message.type is WSMsgType.TEXT:
-                        self._on_answer(wire.parse_answer(message.data))
-                    elif message.type is WSMsgType.CLOSE and message.data == 1008:
-                        raise SessionFailed(f"the sender refuses: {message.extra}")
-                    else:
-                        raise ConnectionError(f"the sender closed the stream ({message.type.name})")
-                    self._touch()
-            except SpecError as error:
-                raise SessionFailed(f"the sender answers wrongly: {error}") from error
-            finally:
-                self._stall = None
-
-    def _touch(self) -> None:
-        """Something arrived, or something new is awaited: the stall clock starts again."""
-        if self._stall is not None and not self._stall.expired():
-            awaited = bool(self._outstanding)
-            self._stall.reschedule(self._loop.time() + self._limits.stall_s if awaited else None)
-
-    def _resume(self) -> None:
-        """Ask for what is outstanding, from where it stopped."""
-        waiting = [request for request in self._outstanding if not request.is_cancelled]
-        self._outstanding.clear()
-        for request in waiting:
-            request.is_open = False
-            if isinstance(request.get, wire.GetChunk):
-                request.get = wire.GetChunk(request.get.req, request.chunk, request.get.level, request.received)
-            else:
-                request.received = 0
-            self._outstanding.append(request)
-            self._send(request.get)
-
-    def _send(self, request: wire.Request) -> None:
-        if self._connection is not None:
-            self._spawn(self._send_quietly(self._connection, request))
-
-    async def _send_quietly(self, connection: StreamConnection, request: wire.Request) -> None:
-        # the reading side sees a lost connection, and resumes
-        with suppress(OSError, aiohttp.ClientError):
-            await connection.request(request)
-
-    # --- answers
-
-    def _ask_manifest(self) -> None:
-        self._outstanding.append(_Outstanding(wire.GetManifest(self._take_req()), -1, 0, memoryview(b"")))
-
-    def _take_req(self) -> int:
-        self._next_req += 1
-        return self._next_req - 1
-
-    def _on_answer(self, answer: wire.Answer | wire.Cancelled) -> None:
-        request = self._outstanding[0] if self._outstanding else None
-        if request is None or answer.req != request.get.req:
-            raise SpecError(f"an answer to request {answer.req} came out of turn")
-        if isinstance(answer, wire.Cancelled):
-            if not request.is_cancelled:
-                raise SpecError(f"request {answer.req} was ended without being cancelled")
-            self._outstanding.popleft()
-            return
-        if request.is_open:
-            raise SpecError(f"request {answer.req} was answered twice")
-        if isinstance(request.get, wire.GetManifest):
-            if not 0 < answer.bytes <= wire.MAX_MANIFEST_BYTES:
-                raise SpecError(f"a manifest of {answer.bytes} bytes")
+    def on_answer(self, arrival: Arrival) -> None:
+        """A header: the manifest's tells the round trip, a chunk's is its first byte."""
+        if isinstance(arrival.get, wire.GetManifest):
             self._rtt_s = self._now_s()
-            request.size = answer.bytes
-            request.target = memoryview(bytearray(answer.bytes))
-        elif answer.bytes != request.size or answer.offset != request.received:
-            raise SpecError(
-                f"chunk {request.chunk}: bytes {answer.offset} to {answer.bytes} came, "
-                f"{request.received} to {request.size} were asked for"
-            )
-        elif request.received and request.sha256 != answer.sha256:
-            raise SpecError(f"chunk {request.chunk} changed while it was fetched")
-        request.is_open = True
-        request.sha256 = answer.sha256
-        if self._session is not None and not request.is_cancelled:
-            self._session.on_first_byte(request.chunk, self._now_s())
+        elif self._session is not None:
+            self._session.on_first_byte(arrival.get.chunk, self._now_s())
 
-    def _on_frame(self, data: bytes) -> None:
-        request = self._outstanding[0] if self._outstanding else None
-        if request is None or not request.is_open or len(data) > request.size - request.received:
-            raise SpecError("bytes came that nobody asked for")
-        stop = request.received + len(data)
-        if not request.is_cancelled:
-            # a cancelled chunk's buffer may already belong to its successor
-            request.target[request.received : stop] = data
-        request.received = stop
-        self._stream_bytes += len(data)
-        is_complete = stop == request.size
-        if is_complete:
-            self._outstanding.popleft()
-        if self._session is None:
-            if is_complete:
-                self._on_manifest(request.target)
-        elif not request.is_cancelled:
-            now_s = self._now_s()
-            self._session.on_bytes(request.chunk, stop, now_s)
-            if is_complete:
-                if isinstance(request.get, wire.GetChunk) and request.get.level == TEXT:
-                    self._texts[request.chunk] = request.sha256
-                self._session.on_last_byte(request.chunk, now_s)
-            self._step()
+    def on_bytes(self, arrival: Arrival) -> None:
+        if isinstance(arrival.get, wire.GetManifest):
+            if arrival.is_complete:
+                self._on_manifest(parse_manifest(arrival.target))
+            return
+        assert self._session is not None
+        chunk, now_s = arrival.get.chunk, self._now_s()
+        self._session.on_bytes(chunk, arrival.received, now_s)
+        if arrival.is_complete:
+            if arrival.get.level == TEXT:
+                self._texts[chunk] = arrival.sha256
+            self._session.on_last_byte(chunk, now_s)
+        self._step()
 
-    def _on_manifest(self, data: memoryview) -> None:
-        manifest = parse_manifest(data)
+    def _on_manifest(self, manifest: Manifest) -> None:
         if manifest.context != self._context:
             raise SpecError(f"asked for context {self._context!r}, got {manifest.context!r}")
         if self._compute.lacks_profile(manifest):
-            self._spawn(self._begin_with_profile(manifest))
+            self._profile = asyncio.create_task(self._begin_with_profile(manifest))
         else:
             self._begin(manifest)
 
@@ -410,6 +238,8 @@ class _Run:
             self._begin(manifest)
         except (SpecError, CodecError, OSError, aiohttp.ClientError) as error:
             self._fail(SessionFailed(str(error)))
+        except Exception as error:
+            self._fail(error)
 
     def _begin(self, manifest: Manifest) -> None:
         try:
@@ -449,15 +279,9 @@ class _Run:
     def _begin_work(self, work: Work) -> None:
         match work:
             case Fetch(chunk, level, size):
-                get = wire.GetChunk(self._take_req(), chunk, level, 0)
-                self._outstanding.append(_Outstanding(get, chunk, size, self._buffers[chunk][:size]))
-                self._touch()
-                self._send(get)
+                self._inbound.get_chunk(chunk, level, self._buffers[chunk][:size])
             case Cancel(chunk):
-                for request in self._outstanding:
-                    if request.chunk == chunk and not request.is_cancelled:
-                        request.is_cancelled = True
-                        self._send(wire.CancelRequest(request.get.req))
+                self._inbound.cancel(chunk)
             case Decode(chunk, level):
                 self._compute_step(work, self._compute.decode, chunk, level, self._data(chunk, level))
             case Recompute(chunk):
@@ -500,32 +324,6 @@ class _Run:
                 self._finished.set_result(step)
                 return
         self._step()
-
-
-async def _open_window(connection: StreamConnection, padding_bytes: int, stall_s: float, start_s: float | None) -> None:
-    """Carry padding over a fresh connection until its congestion window has grown, but not into the session."""
-    if not padding_bytes:
-        return
-    await connection.request(wire.GetPadding(0, padding_bytes))
-    received = -1
-    is_cancelled = False
-    while received < padding_bytes:
-        try:
-            async with asyncio.timeout(stall_s):
-                message = await connection.socket.receive()
-        except TimeoutError:
-            raise SessionFailed(f"no byte for {stall_s:g} s before the session") from None
-        if message.type is WSMsgType.BINARY and received >= 0:
-            received += len(message.data)
-            if not is_cancelled and start_s is not None and time.monotonic() > start_s - PADDING_REST_S:
-                is_cancelled = True
-                await connection.request(wire.CancelRequest(0))
-        elif message.type is WSMsgType.TEXT and received < 0:
-            received = 0
-        elif message.type is WSMsgType.TEXT and is_cancelled:
-            return
-        else:
-            raise SessionFailed(f"the sender does not send padding ({message.type.name})")
 
 
 async def _sleep_until(start_s: float | None) -> None:
