@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# What is wrong with a change that needs no test run: style, format, types, generated files. Changes nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ ! -d .venv/bin ] || export PATH=$PWD/.venv/bin:$PATH
+status=0
+ruff check . || status=1
+ruff format --check . || status=1
+mypy || status=1
+python scripts/make_reference.py --check || status=1
+python scripts/draw_architecture.py --check || status=1
+exit $status
