@@ -17,6 +17,8 @@ import threading
 import time
 from typing import Any, Final
 
+import numpy as np
+
 from testbed.emulator.topology import Network
 
 BLOCK: Final = bytes(1 << 18)
@@ -105,6 +107,22 @@ def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     if process.returncode != 0:
         raise OSError(f"a traffic client ended with status {process.returncode}")
     return json.loads(output)
+
+
+def rate_between(result: dict[str, Any], begin_s: float, end_s: float) -> float:
+    """Goodput in bit/s between two moments of CLOCK_MONOTONIC, from what a `pull` printed."""
+    times = [result["start_s"], *(result["start_s"] + at_s for at_s, _ in result["arrivals"])]
+    sums = [0, *(received for _, received in result["arrivals"])]
+    received = np.interp([begin_s, end_s], times, sums)
+    return float(received[1] - received[0]) * 8.0 / (end_s - begin_s)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Stop a server or a client and free its pipes."""
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Replays a trace and measures how well: what `kvstream trace replay --measure` and the benchmark run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from testbed.emulator import fidelity, traffic
+from testbed.emulator.link import LinkSettings
+from testbed.emulator.record import LinkRecord
+from testbed.emulator.shaper import Shaper
+from testbed.emulator.topology import Network
+from testbed.errors import SpecError
+from traces.framing import goodput_per_capacity
+from traces.trace import Trace
+
+LEAD_S: Final = 0.05
+FILL_S: Final = 0.5
+"""Traffic runs this long before the session, so that the queue is full at its start."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A replay: what the link did, the verdict on it, and what one backlogged TCP flow got out of it, if one ran."""
+
+    trace: str
+    link: LinkSettings
+    record: LinkRecord
+    verdict: fidelity.Fidelity
+    goodput_bps: float | None
+    """At the receiver, over the session."""
+    goodput_per_trace: float | None
+    """The same as a fraction of what the trace and the framing allow."""
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"trace": self.trace, "length_s": self.record.length_s, "goodput_bps": self.goodput_bps}
+        return facts | {
+            "goodput_per_trace": self.goodput_per_trace,
+            "verdict": self.verdict.to_json(),
+            "settings": dict(self.record.settings),
+            "lateness_s": self.record.lateness_s,
+            "rows": self.record.rows(),
+        }
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        verdict, late = self.verdict, sorted(self.record.lateness_s) or [0.0]
+        lines = [
+            f"{self.trace}: {self.record.length_s:g} s, {len(self.record.changes)} changes of rate, half of them "
+            f"late by up to {late[len(late) // 2] * 1e3:.2f} ms, 99 % by up to {verdict.lateness_p99_s * 1e3:.2f} ms"
+        ]
+        if verdict.median_error is not None and verdict.p95_error is not None and verdict.total_error is not None:
+            lines.append(
+                f"bytes against the trace: median error {verdict.median_error:.2%}, 95 % below "
+                f"{verdict.p95_error:.2%}, in all {verdict.total_error:.2%} "
+                f"({verdict.windows} windows, {verdict.backlogged_s:.1f} s backlogged)"
+            )
+        if self.goodput_bps is not None and self.goodput_per_trace is not None:
+            lines.append(
+                f"one TCP flow got {self.goodput_bps / 1e6:.2f} Mbit/s of goodput, {self.goodput_per_trace:.1%} of "
+                f"what the trace allows; {verdict.drops} packets dropped at the queue"
+            )
+        lines.append("valid" if verdict.ok else "invalid: " + "; ".join(verdict.reasons))
+        return "\n".join(lines)
+
+
+def replay(
+    trace: Trace,
+    link: LinkSettings,
+    length_s: float,
+    *,
+    fill: bool = True,
+    limits: fidelity.Limits | None = None,
+    meanwhile: Callable[[Network], None] | None = None,
+) -> Measurement:
+    """Replay `length_s` seconds of a trace, with a TCP flow that takes all it can get (`fill`) or without traffic.
+
+    Inside a sandbox only. `meanwhile` is called with the network once the session has begun.
+    """
+    if trace.per == "chunk":
+        raise SpecError(f"trace {trace.name!r} has one rate a chunk and no time line: replay one with per=time")
+    goodput = None
+    with contextlib.ExitStack() as stack:
+        network = stack.enter_context(Network(link, traces=[trace]))
+        shaper = stack.enter_context(Shaper(network))
+        client = None
+        if fill:
+            server = traffic.start_server(network, network.sender, network.sender_ip)
+            stack.callback(traffic.end, server)
+            client = traffic.start_pull(
+                network, network.receiver, network.sender_ip, seconds=FILL_S + LEAD_S + length_s + 0.5
+            )
+            stack.callback(traffic.end, client)
+            time.sleep(FILL_S)
+        t0_s = time.monotonic() + LEAD_S
+        shaper.arm(trace, t0_s, length_s)
+        if meanwhile is not None:
+            time.sleep(max(t0_s - time.monotonic(), 0.0))
+            meanwhile(network)
+        record = shaper.finish(t0_s + length_s)
+        if client is not None:
+            goodput = traffic.rate_between(traffic.result_of(client), t0_s, t0_s + length_s)
+    verdict = fidelity.judge(record, trace, limits)
+    allowed = trace.bits_by(length_s) / length_s * goodput_per_capacity(link.mtu)
+    share = None if goodput is None or allowed == 0.0 else goodput / allowed
+    return Measurement(trace.name, link, record, verdict, goodput, share)
