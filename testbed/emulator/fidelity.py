@@ -138,7 +138,7 @@ def expected_bytes(record: LinkRecord, trace: Trace | None) -> Callable[[float],
 
 
 def windows(record: LinkRecord, expected: Callable[[float], float], window_s: float) -> list[Window]:
-    """The windows of a record: runs of backlogged intervals, cut as soon as they are `window_s` long.
+    """The windows of a record: runs of backlogged intervals, cut as soon as they are (within 5 %) `window_s` long.
 
     A rest shorter than half a window is left out. So is one that should carry less than ten packets: there the grain
     of a packet, not the link, decides (an outage, for instance; what leaks through one still counts in `delivered`).
@@ -163,7 +163,7 @@ def windows(record: LinkRecord, expected: Callable[[float], float], window_s: fl
             continue
         if start is None:
             start = i
-        if there.t_s - record.samples[start].t_s >= window_s:
+        if there.t_s - record.samples[start].t_s >= 0.95 * window_s:
             close(i + 1)
     if record.samples:
         close(len(record.samples) - 1)
