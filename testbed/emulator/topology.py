@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from testbed.emulator import sandbox
 from testbed.emulator.impairments import Impairments
 from testbed.emulator.link import MAX_GSO_BYTES, LinkSettings
+from testbed.emulator.turn import alone
 from testbed.errors import MachineError, SpecError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Network:
     """What was pinned, as read back: for a run's manifest."""
     impairments: Impairments | None = field(default=None, init=False, repr=False)
     """What delays and loses packets on the way, if anything does."""
+    _turn: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _net: Any = field(default=None, init=False, repr=False)
     _programs: list[subprocess.Popen[Any]] = field(default_factory=list, init=False, repr=False)
 
@@ -128,6 +130,7 @@ class Network:
         for what in ("senders", "receivers"):
             if not 1 <= getattr(self, what) <= 100:
                 raise SpecError(f"{what}={getattr(self, what)}: use 1 to 100")
+        self._turn.enter_context(alone())
         try:
             self._build()
             if self.link.impaired:
@@ -151,6 +154,7 @@ class Network:
             for host in net.hosts:
                 host.terminate()
             self.hosts.clear()
+        self._turn.close()
 
     def popen(self, host: Host, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a program on a host; options as for subprocess.Popen (streams are inherited unless given).
