@@ -1,4 +1,4 @@
-"""One emulated network at a time on a machine: two at once would take each other's processors and spoil both results."""
+"""One emulated network at a time on a machine: two would take each other's processors and spoil both results."""
 
 from __future__ import annotations
 
