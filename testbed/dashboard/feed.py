@@ -33,7 +33,7 @@ class Feed:
         self._file = run.path / events.FILE_NAME
 
     def state(self) -> tuple[Json, int]:
-        """(everything up to now, where the file goes on)."""
+        """(everything up to now, where the file goes on). A run that has not begun is live and empty."""
         start: Json | None = None
         current: Json | None = None
         rows: dict[tuple[str, str], Json] = {}
@@ -57,14 +57,11 @@ class Feed:
         for cell in () if rows else self._run.load_cells():
             row = row_of(cell["row"])
             rows[row["unit_id"], row["scheme"]] = row
-        manifest = self._run.manifest
-        total = len(manifest.get("units", [])) * len(manifest.get("schemes", []))
         state = {
             "event": "state",
-            "name": manifest["experiment"]["name"],
-            "backend": manifest["backend"],
-            "sessions": start["sessions"] if start else total or len(rows),
-            "live": start is not None and not ended and len(rows) < start["sessions"],
+            "name": start["name"] if start else self._run.path.name,
+            "sessions": start["sessions"] if start else len(rows),
+            "live": len(rows) < start["sessions"] and not ended if start else not rows,
             "rows": list(rows.values()),
             "current": None
             if current is None
@@ -73,9 +70,13 @@ class Feed:
         return state, offset
 
     async def follow(self, offset: int) -> AsyncIterator[Json]:
-        """New events from `offset` on, for ever."""
+        """New events from `offset` on, for ever; the state again when the run was started over."""
         while True:
-            if self._file.is_file() and self._file.stat().st_size > offset:
+            size = self._file.stat().st_size if self._file.is_file() else 0
+            if size < offset:
+                state, offset = self.state()
+                yield state
+            elif size > offset:
                 for line, end in events.read(self._file, offset):
                     event, offset = json.loads(line), end
                     if event["event"] == "session_end":

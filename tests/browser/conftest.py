@@ -28,12 +28,12 @@ SHOTS = os.environ.get("KVSTREAM_SCREENSHOTS")
 """A folder for pictures of what the tests see."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """One browser a module: while it is there, Playwright's event loop stands in the way of `asyncio.run`."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here; install it with: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    # Playwright's sync API leaves an event loop behind in its thread; asyncio.run of other tests must not meet it
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=list(FLAGS))
         yield browser

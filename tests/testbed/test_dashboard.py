@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -161,6 +164,27 @@ def test_a_run_that_went_on_after_a_break_counts_each_session_once(empty: Run, f
     assert state["live"]
 
 
+def test_a_run_that_has_not_begun_is_waited_for_and_one_started_over_shown_afresh(tmp_path: Path) -> None:
+    run = Run(tmp_path / "later")
+
+    async def scenario() -> list[dict[str, Any]]:
+        async with browser(run) as (client, url):
+            listening = asyncio.create_task(heard(client, url, 4))
+            await asyncio.sleep(0.3)
+            run.path.mkdir()
+            append(run.path / FILE_NAME, RunStart("later", "mininet", ["cachegen", "text"], 2))
+            append(run.path / FILE_NAME, start())
+            await asyncio.sleep(0.5)
+            (run.path / FILE_NAME).unlink()
+            append(run.path / FILE_NAME, RunStart("again", "mininet", ["text"], 1))
+            return await asyncio.wait_for(listening, 10)
+
+    state, begun, _, again = asyncio.run(scenario())
+    assert (state["live"], state["rows"]) == (True, [])
+    assert (begun["event"], begun["name"]) == ("run_start", "later")
+    assert (again["event"], again["name"], again["sessions"]) == ("state", "again", 1)
+
+
 def test_beside_a_run_it_is_a_process_that_ends_with_the_block(finished: Run) -> None:
     with beside(finished.path) as url:
         assert url.startswith("http://127.0.0.1:")
@@ -168,3 +192,27 @@ def test_beside_a_run_it_is_a_process_that_ends_with_the_block(finished: Run) ->
             assert b"kvstream dashboard" in response.read()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=2)
+
+
+def test_it_does_not_outlive_a_run_that_is_killed(finished: Run) -> None:
+    code = f"""
+import pathlib, time
+from testbed.dashboard.cli import beside
+with beside(pathlib.Path({str(finished.path)!r})) as url:
+    print(url, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        url = run.stdout.readline().strip()
+        with urllib.request.urlopen(url, timeout=10) as response:
+            assert response.status == 200
+        run.kill()
+        run.wait()
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+        except urllib.error.URLError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the dashboard is still there 10 s after its run was killed")

@@ -234,7 +234,7 @@
       const last = [...rows.keys()].pop();
       if (last && !live) choose(last);
     },
-    run_start(event) { total = event.sessions; began = performance.now(); doneAtStart = rows.size; mode("live"); follow(true); table(); },
+    run_start(event) { $("name").textContent = event.name; total = event.sessions; began = performance.now(); doneAtStart = rows.size; mode("live"); follow(true); table(); },
     session_start(event) { startLive(event); frame.last = 0; mode("live"); },
     chunk: news,
     session_end(event) { end(event.row); },
