@@ -212,6 +212,8 @@ with beside(pathlib.Path({str(finished.path)!r})) as url:
     for _ in range(100):
         try:
             urllib.request.urlopen(url, timeout=2).close()
+        except ConnectionResetError:
+            continue
         except urllib.error.URLError:
             return
         time.sleep(0.1)
