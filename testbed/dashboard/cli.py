@@ -1,16 +1,8 @@
-"""`kvstream dashboard RUN`, and the same beside a run that is going on."""
+"""`kvstream dashboard RUN`."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-
-from testbed.errors import MachineError
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,6 +13,10 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def dashboard_command(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C; the first line printed is the URL."""
+    import asyncio
+    from contextlib import suppress
+
     from testbed.dashboard.server import serve
     from testbed.results import Run
 
@@ -28,42 +24,3 @@ def dashboard_command(args: argparse.Namespace) -> int:
     with suppress(KeyboardInterrupt):
         asyncio.run(serve(run, args.port, lambda url: print(f"{url}  (Ctrl-C ends)", flush=True)))
     return 0
-
-
-@contextmanager
-def beside(run_folder: Path) -> Iterator[str]:
-    """The dashboard of a run in a process of its own, so that a run can be watched while it goes on; gives the URL.
-
-    The run need not have begun. Start it outside the run's namespaces: a browser cannot look into them. The process
-    ends with the block, and with this process, however that ends: its input is then closed.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "testbed.dashboard.cli", str(run_folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        if not url:
-            raise MachineError("the dashboard did not start; kvstream dashboard RUN says why")
-        yield url
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-async def _until_orphaned(run_folder: Path) -> None:
-    from testbed.dashboard.server import serve
-    from testbed.results import Run
-
-    serving = asyncio.create_task(serve(Run(run_folder), say=lambda url: print(url, flush=True)))
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), serving.cancel)
-    with suppress(asyncio.CancelledError):
-        await serving
-
-
-if __name__ == "__main__":
-    asyncio.run(_until_orphaned(Path(sys.argv[1])))

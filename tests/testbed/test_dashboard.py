@@ -16,7 +16,7 @@ import pytest
 from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestServer
 
-from testbed.dashboard.cli import beside
+from testbed.dashboard.beside import beside
 from testbed.dashboard.events import FILE_NAME, ChunkNews, RunEnd, RunStart, SessionEnd, SessionStart, append
 from testbed.dashboard.feed import Feed
 from testbed.dashboard.server import make_app
@@ -197,7 +197,7 @@ def test_beside_a_run_it_is_a_process_that_ends_with_the_block(finished: Run) ->
 def test_it_does_not_outlive_a_run_that_is_killed(finished: Run) -> None:
     code = f"""
 import pathlib, time
-from testbed.dashboard.cli import beside
+from testbed.dashboard.beside import beside
 with beside(pathlib.Path({str(finished.path)!r})) as url:
     print(url, flush=True)
     time.sleep(60)
