@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from testbed.dashboard.server import serve
 from testbed.errors import MachineError
-from testbed.results import Run
 
 
 @contextmanager
@@ -40,6 +38,9 @@ def beside(run_folder: Path) -> Iterator[str]:
 
 
 async def _until_orphaned(run_folder: Path) -> None:
+    from testbed.dashboard.server import serve
+    from testbed.results import Run
+
     serving = asyncio.create_task(serve(Run(run_folder), say=lambda url: print(url, flush=True)))
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), serving.cancel)
     with suppress(asyncio.CancelledError):
