@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from policies.api import Observation, Transfer
 from policies.errors import PolicyError
-from traces.fluid import FRAME_BYTES
+
+SAMPLE_BYTES = 16_384
+"""A chunk of fewer bytes shows no rate: most of it arrives with its first packets."""
 
 
 def last(rates: Sequence[float]) -> float:
@@ -120,17 +122,17 @@ def goodputs(obs: Observation) -> list[float]:
 def link_samples(obs: Observation) -> list[tuple[float, float]]:
     """(bits, seconds) that the link spent on each chunk, without the wait for its first byte, oldest first.
 
-    The chunk in flight counts with what has come of it: that is the newest there is to know. Chunks of less than two
-    frames, text above all, say nothing. The prior is left to the caller.
+    The chunk in flight counts with what has come of it: that is the newest there is to know. Small chunks, text above
+    all, say nothing. The prior is left to the caller.
     """
     samples: list[tuple[float, float]] = []
     free_s = 0.0
     for done in obs.transfers:
         seconds = done.end_s - max(done.first_byte_s, free_s)
         free_s = done.end_s
-        if done.bytes >= 2 * FRAME_BYTES and seconds > 0.0:
+        if done.bytes >= SAMPLE_BYTES and seconds > 0.0:
             samples.append((done.bytes * 8.0, seconds))
-    if obs.in_flight and obs.in_flight[0].received_bytes >= FRAME_BYTES:
+    if obs.in_flight and obs.in_flight[0].received_bytes >= SAMPLE_BYTES:
         flight = obs.in_flight[0]
         seconds = obs.now_s - max(flight.since_s + (obs.rtt_s or 0.0), free_s)
         if seconds > 0.0:

@@ -36,6 +36,9 @@ BEAM = 48
 ASCENT_STEPS = 150
 """Steps spent on the bound before the search."""
 
+TOLERANCE_S = 1e-9
+"""A plan may be later than the deadline by this: sums in another order differ by rounding."""
+
 NEWS_BITS = 8.0 * FRAME_BYTES
 """With depth 2 the next chunk is requested when the first frame of this one is here, at the earliest."""
 
@@ -115,7 +118,7 @@ def least_distortion(line: Line, deadline_s: float, *, widest: int | None = None
     earlier: the plan is then feasible whenever any is, and usually the best.
     """
     known = least_ttft(line)
-    if not known.ttft_s <= deadline_s:
+    if not known.ttft_s <= deadline_s + TOLERANCE_S:
         return None
     search = _Search(line, deadline_s)
     search.price(known)
@@ -265,7 +268,7 @@ class _Search:
 
     def __init__(self, line: Line, deadline_s: float) -> None:
         self.line, self.link = line, _Link(line, deadline_s)
-        self.end_s = deadline_s - line.prefill_s
+        self.end_s = deadline_s - line.prefill_s + TOLERANCE_S
         self.compute_after = _suffix(line.compute.min(1))
         """[k]: least compute of chunks k and later."""
         self.first_pos = float(self.link.at(np.array([line.start_s]))[0])
