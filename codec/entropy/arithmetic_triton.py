@@ -64,11 +64,11 @@ def to_device(cdfs: Cdfs, table_of_column: NDArray[Any], device: torch.device | 
 
 def decode(data: Data, cdfs: DeviceCdfs, tokens: int, out: Tensor | None = None) -> Tensor:
     """Symbols uint8 `[C, T]` of a section, on the CDFs' device; `out` may have any strides."""
+    streams = upload(data, cdfs, tokens)
     if out is None:
         out = torch.empty((tokens, cdfs.columns), dtype=torch.uint8, device=cdfs.rows.device).T
     if out.dtype != torch.uint8 or tuple(out.shape) != (cdfs.columns, tokens):
         raise CodecError(f"out must be uint8 {(cdfs.columns, tokens)}, not {out.dtype} {tuple(out.shape)}")
-    streams = upload(data, cdfs, tokens)
     shared.raise_if_damaged(launch_decode(streams, cdfs, reconstruction(cdfs, tokens), out.T), streams)
     return out
 
@@ -78,10 +78,10 @@ def decode_dequantised(
     scale: NDArray[Any] | None = None, offset: NDArray[Any] | None = None, token_scale: NDArray[Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """Decode and reconstruct in one pass; arguments and results as in `rans_triton.decode_dequantised`."""
-    how = reconstruction(cdfs, tokens, values, scale, offset, token_scale)
     if out.dtype == torch.uint8:
         raise CodecError("cannot reconstruct into a tensor of torch.uint8")
     streams = upload(data, cdfs, tokens)
+    how = reconstruction(cdfs, tokens, values, scale, offset, token_scale)
     shared.raise_if_damaged(launch_decode(streams, cdfs, how, out), streams)
     return out
 
@@ -175,12 +175,13 @@ def _decode(
 
     # A reservoir of bits, filled by aligned words, each read one word ahead.
     word = start >> 2
-    bits = _aligned_word(payload, word, end).to(tl.uint64)
+    some = start < end
+    bits = _aligned_word(payload, word, end, some).to(tl.uint64)
     held = 32 - 8 * (start & 3)
-    bits = (bits << 32) | _aligned_word(payload, word + 1, end).to(tl.uint64)
+    bits = (bits << 32) | _aligned_word(payload, word + 1, end, some).to(tl.uint64)
     value = ((bits << (32 - held).to(tl.uint64)) >> 32).to(tl.uint32)
     word += 2
-    ahead = _aligned_word(payload, word, end)
+    ahead = _aligned_word(payload, word, end, some)
     low = tl.zeros([BLOCK], tl.uint32)
     high = low + 0xFFFFFFFF
     taken = tl.zeros([BLOCK], tl.int32)
@@ -192,14 +193,12 @@ def _decode(
         reached = value - low
         symbol = tl.zeros([BLOCK], tl.int32)
         below = tl.zeros([BLOCK], tl.uint32)
-        # The span is extent + 1; its product with 65,536 counts, the whole span, wraps to 0 only when nothing is known.
+        # The whole span, extent + 1, is 2^32 at first: as 0 it gives the right `high` all the same.
         above = extent + 1
         for i in tl.static_range(STEPS):
-            half: tl.constexpr = 1 << (STEPS - 1 - i)
-            candidate = symbol + half
+            candidate = symbol + (1 << (STEPS - 1 - i))
             inside = candidate < N_SYMBOLS
-            count = tl.load(cdf + tl.minimum(candidate, N_SYMBOLS) * symbol_stride).to(tl.uint64)
-            bound = ((extent.to(tl.uint64) * count + count) >> 16).to(tl.uint32)
+            bound = _scaled(extent, cdf + tl.minimum(candidate, N_SYMBOLS) * symbol_stride)
             higher = inside & (reached >= bound)
             symbol = tl.where(higher, candidate, symbol)
             below = tl.where(higher, bound, below)
@@ -213,7 +212,7 @@ def _decode(
         bits = tl.where(empty, (bits << 32) | ahead.to(tl.uint64), bits)
         held = tl.where(empty, held + 32, held)
         word += empty.to(tl.int32)
-        ahead = tl.where(empty, _aligned_word(payload, word, end), ahead)
+        ahead = tl.where(empty, _aligned_word(payload, word, end, empty), ahead)
         held -= drop
         incoming = (bits >> held.to(tl.uint64)).to(tl.uint32) & ((1 << drop.to(tl.uint32)) - 1)
         value = (value << drop.to(tl.uint32)) | incoming
@@ -257,11 +256,8 @@ def _encode(
         symbol = tl.load(source + tl.minimum(t, n - 1) * token_stride).to(tl.int32)
         wrong |= symbol >= N_SYMBOLS
         symbol = tl.minimum(symbol, N_SYMBOLS - 1)
-        extent = (high - low).to(tl.uint64)
-        count = tl.load(cdf + symbol * symbol_stride).to(tl.uint64)
-        below = ((extent * count + count) >> 16).to(tl.uint32)
-        count = tl.load(cdf + (symbol + 1) * symbol_stride).to(tl.uint64)
-        above = ((extent * count + count) >> 16).to(tl.uint32)
+        below = _scaled(high - low, cdf + symbol * symbol_stride)
+        above = _scaled(high - low, cdf + (symbol + 1) * symbol_stride)
         high = tl.where(coding, low + above - 1, high)
         low = tl.where(coding, low + below, low)
         # In the end one more bit, and behind it one more undecided one, tell the last interval's middle half apart.
@@ -297,6 +293,13 @@ def _encode(
 
 
 @triton.jit
+def _scaled(extent, cumulative):
+    """The cumulative count at a place, out of 65,536, as a part of the span extent + 1."""
+    count = tl.load(cumulative).to(tl.uint32, bitcast=True).to(tl.uint64)
+    return ((extent.to(tl.uint64) * count + count) >> 16).to(tl.uint32)
+
+
+@triton.jit
 def _flush(bits, held, to):
     """Store the oldest 32 of more than 31 bits."""
     full = held >= 32
@@ -307,10 +310,10 @@ def _flush(bits, held, to):
 
 
 @triton.jit
-def _aligned_word(payload, word, end):
-    """32 bits of a stream, first bit highest, from byte 4 * word on; zeros beyond the byte `end`."""
+def _aligned_word(payload, word, end, wanted):
+    """32 bits of a stream, first bit highest, from byte 4 * word on, if `wanted`; zeros beyond the byte `end`."""
     left = tl.minimum(tl.maximum(end - 4 * word, 0), 4)
-    loaded = tl.load(payload + word, mask=left > 0, other=0).to(tl.uint32, bitcast=True)
+    loaded = tl.load(payload + word, mask=wanted & (left > 0), other=0).to(tl.uint32, bitcast=True)
     missing = (8 * (4 - left)).to(tl.uint64)
     return ((_swap_bytes(loaded).to(tl.uint64) >> missing) << missing).to(tl.uint32)
 
@@ -323,16 +326,16 @@ def _swap_bytes(x):
 @triton.jit
 def _renormalise(low, high, same):
     """Drop `same` leading bits, then every second bit that straddles the middle; returns how many of the latter."""
-    n = same.to(tl.uint32)
-    low = low << n
-    high = ~(~high << n)
-    undecided = _leading_zeros(~((low & ~high) << 1))
+    room = high ^ 0xFFFFFFFF
+    low = low << same.to(tl.uint32)
+    room = room << same.to(tl.uint32)
+    undecided = _leading_zeros(((low & room) << 1) ^ 0xFFFFFFFF)
     n = undecided.to(tl.uint32)
-    return (low << n) & 0x7FFFFFFF, ~(~high << n) | 0x80000000, undecided
+    return (low << n) & 0x7FFFFFFF, ((room << n) ^ 0xFFFFFFFF) | 0x80000000, undecided
 
 
 @triton.jit
 def _leading_zeros(x):
     """Of a uint32 other than 0. With the bit below the highest cleared, rounding to float32 keeps the exponent."""
-    exponent = (x & ~(x >> 1)).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+    exponent = (x ^ (x & (x >> 1))).to(tl.float32).to(tl.int32, bitcast=True) >> 23
     return 158 - exponent

@@ -62,11 +62,11 @@ def to_device(tables: Tables, table_of_column: NDArray[Any], device: torch.devic
 
 def decode(data: Data, tables: DeviceTables, tokens: int, out: Tensor | None = None) -> Tensor:
     """Symbols uint8 `[C, T]` of a section, on the tables' device; `out` may have any strides. As `rans.decode`."""
+    streams = upload(data, tables, tokens)
     if out is None:
         out = torch.empty((tokens, tables.columns), dtype=torch.uint8, device=tables.rows.device).T
     if out.dtype != torch.uint8 or tuple(out.shape) != (tables.columns, tokens):
         raise CodecError(f"out must be uint8 {(tables.columns, tokens)}, not {out.dtype} {tuple(out.shape)}")
-    streams = upload(data, tables, tokens)
     shared.raise_if_damaged(launch_decode(streams, tables, reconstruction(tables, tokens), out.T), streams)
     return out
 
@@ -79,10 +79,10 @@ def decode_dequantised(
 
     Arguments and results as `rans.decode_dequantised`, to the bit. Waits for the device to see whether all is well.
     """
-    how = reconstruction(tables, tokens, values, scale, offset, token_scale)
     if out.dtype == torch.uint8:
         raise CodecError("cannot reconstruct into a tensor of torch.uint8")
     streams = upload(data, tables, tokens)
+    how = reconstruction(tables, tokens, values, scale, offset, token_scale)
     shared.raise_if_damaged(launch_decode(streams, tables, how, out), streams)
     return out
 
