@@ -76,7 +76,7 @@ setup() {
     local warm=${XDG_CACHE_HOME:-$HOME/.cache}/kvstream/warm-$want
     if [ ! -e "$warm" ]; then
         say "compiling kernels (once)"
-        PATH=$(absolute_venv)/bin:$PATH "$VENV/bin/python" -m testbed.warm
+        PATH=$(absolute_venv)/bin:$PATH "$VENV/bin/python" -m testbed.warm >/dev/null
         mkdir -p "$(dirname "$warm")" && touch "$warm"
     fi
 }
