@@ -33,6 +33,8 @@ GROUPS = (
     "testbed.commands.policies",
     "testbed.commands.serving",
     "testbed.commands.showing",
+    "testbed.dashboard.cli",
+    "testbed.lab.cli",
     "testbed.commands.completion",
 )
 
