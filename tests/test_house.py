@@ -37,7 +37,14 @@ def test_a_room_imports_only_what_it_may(room):
         assert not foreign, f"{file.relative_to(ROOT)} imports {', '.join(foreign)}"
 
 
-LIGHT = ("traces.resolve", "policies.registry", "policies.oracle", "testbed.simulator", "testbed.simulated", "testbed.cli")
+LIGHT = (
+    "traces.resolve",
+    "policies.registry",
+    "policies.oracle",
+    "testbed.simulator",
+    "testbed.simulated",
+    "testbed.cli",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)
