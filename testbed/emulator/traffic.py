@@ -4,7 +4,7 @@
     python -m testbed.emulator.traffic pull ADDRESS PORT BYTES SECONDS
 
 `pull` asks for BYTES (0: as many as come), stops after SECONDS and prints one JSON line: `start_s` (CLOCK_MONOTONIC, of
-the request), `bytes`, and `arrivals`, a list of [seconds since start_s, bytes so far] at least 5 ms apart.
+the request), `bytes`, and `arrivals`, a list of [seconds since start_s, bytes so far] at least 1 ms apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from testbed.emulator.topology import Network
 BLOCK: Final = bytes(1 << 18)
 NOTSENT_BYTES: Final = 1 << 18
 """Little more than this waits in the sender's kernel, so that an ended transfer ends soon."""
-ARRIVAL_S: Final = 0.005
+ARRIVAL_S: Final = 0.001
 
 
 def serve(address: str, port: int) -> None:
