@@ -42,7 +42,7 @@ _NAMES = {
     "load_results": "testbed.results:load",
 }
 
-__all__ = sorted(_NAMES)  # noqa: PLE0605  # mypy and ruff cannot see through the table; `__getattr__` serves it
+__all__ = sorted(_NAMES)  # mypy and ruff cannot see through the table; `__getattr__` serves it
 
 if TYPE_CHECKING:
     from codec.api import Codec as Codec
