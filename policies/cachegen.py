@@ -5,8 +5,9 @@ all remaining chunks fit at the throughput of the previous chunk. The deadline i
 prefill and round trips are not in the rule, as published.
 
 What the paper leaves open is filled so: before the first chunk the prior throughput counts as measured; without one the
-first chunk takes `first`. When no level fits, the smallest level or text, whichever is expected to end sooner. With
-N_c concurrent requests (section 5.3) every expected delay is multiplied by N_c.
+first chunk takes `first`. Text is too small to measure a link with, so the last encoded chunk counts. When no level
+fits, the smallest level or text, whichever is expected to end sooner. With N_c concurrent requests (section 5.3) every
+expected delay is multiplied by N_c.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ class Cake:
         if obs.recompute_s is None:
             return Choice(level)
         rate_bps = last_bps(obs)
-        if rate_bps is None:  # nothing is known of the link, but the receiver is idle
-            return Choice(TEXT, chunk=front)
+        if rate_bps is None:  # nothing is known of the link: the receiver gets work, then the link is tried
+            idle = obs.compute_backlog_s <= (obs.rtt_s or 0.0)
+            return Choice(TEXT, chunk=front) if idle else Choice(level, chunk=back)
         size = obs.sizes_bytes[-1][level] + bytes_in_flight(obs)
         load_s = (obs.rtt_s or 0.0) + size * 8.0 / max(rate_bps, 1e-9)
         reason = {"load_s": load_s, "backlog_s": obs.compute_backlog_s}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from policies.api import Observation, Transfer
+from policies.api import TEXT, Observation, Transfer
 from policies.errors import PolicyError
 
 SAMPLE_BYTES = 16_384
@@ -114,8 +114,8 @@ def by_name(name: str) -> Callable[[Sequence[float]], float]:
 
 
 def goodputs(obs: Observation) -> list[float]:
-    """Goodput of every chunk that arrived; else the prior, if any; else nothing."""
-    rates = [done.goodput_bps for done in obs.transfers]
+    """Goodput of every encoded chunk that arrived; else the prior, if any; else nothing."""
+    rates = [done.goodput_bps for done in obs.transfers if done.level != TEXT]
     return rates or ([] if obs.prior_bps is None else [obs.prior_bps])
 
 

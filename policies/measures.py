@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policies.api import Observation
+from policies.api import TEXT, Observation
 from policies.errors import PolicyError
 
 
@@ -41,8 +41,11 @@ def recompute_left_s(obs: Observation) -> float | None:
 
 
 def last_bps(obs: Observation) -> float | None:
-    """Goodput of the newest chunk, else the prior, else None."""
-    return obs.transfers[-1].goodput_bps if obs.transfers else obs.prior_bps
+    """Goodput of the newest encoded chunk, else the prior, else None; a text is too small to measure a link with."""
+    for done in reversed(obs.transfers):
+        if done.level != TEXT:
+            return done.goodput_bps
+    return obs.prior_bps
 
 
 def tail_s(obs: Observation, level: int) -> float:

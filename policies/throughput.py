@@ -12,27 +12,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from policies.api import TEXT, Choice, Observation
+from policies.estimators import by_name, goodputs
 from policies.measures import bytes_in_flight, bytes_left, named_level, recompute_left_s, tail_s
 
 
 @dataclass
 class Throughput:
-    """Largest level that fits at a discounted harmonic mean."""
+    """Largest level that fits at a discounted estimate."""
 
+    estimator: str = "harmonic"
+    """last, arithmetic, harmonic, ewma, dual-ewma, sliding-min, robust or quantile."""
     window: int = 3
-    """Chunks in the harmonic mean."""
+    """Chunks that the estimate is made from."""
     safety: float = 0.9
     """Fraction of the estimate that is counted on."""
     first: int | str = "medium"
     """Level of the first chunk when no throughput is known: lowest, medium, highest or a number."""
 
+    def __post_init__(self) -> None:
+        by_name(self.estimator)
+
     def choose(self, obs: Observation) -> Choice:
-        rates = [done.goodput_bps for done in obs.transfers[-self.window :]] or (
-            [obs.prior_bps] if obs.prior_bps is not None else []
-        )
+        rates = goodputs(obs)
         if not rates:
             return Choice(named_level(self.first, obs.n_levels))
-        estimate_bps = len(rates) / sum(1.0 / max(rate, 1e-9) for rate in rates)
+        estimate_bps = by_name(self.estimator)(rates[-self.window :])
         seconds_a_byte = 8.0 / max(self.safety * estimate_bps, 1e-9)
         reason = {"estimate_bps": estimate_bps}
         waiting_bytes = bytes_in_flight(obs)
