@@ -6,15 +6,16 @@ and 1.5 for the first, middle and last third of the layers at scale 1, and a lev
 with one distribution per (layer, K or V, channel), profiled offline, anchors and differences apart.
 
 What the paper leaves open is settled here. Vectors are a token's H * D channels of one layer, keys or values. An
-anchor's step is its vector's largest magnitude / 127. A difference's step is `bin * m / 16`, where m is the largest magnitude of
-the token's difference vector: bins are in sixteenths of it, so bin 1 gives 33 symbols, about the 32 of the public code.
-Scales are kept in the dtype of the cache. Because every step follows its vector, no symbol can leave the profiled
-alphabet and none needs an escape.
+anchor's step is its vector's largest magnitude / 127. A difference's step is `bin * m / 16`, where m is the largest
+magnitude of the token's difference vector: bins are in sixteenths of it, so bin 1 gives 33 symbols, about the 32 of
+the public code. Scales are kept in the dtype of the cache. Because every step follows its vector, no symbol can leave
+the profiled alphabet and none needs an escape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,7 +169,7 @@ def columns_first(symbols: Tensor) -> NDArray[np.uint8]:
     return symbols.transpose(2, 3).flatten(0, 2).contiguous().numpy()
 
 
-def fit(kv_samples: Iterable[Tensor]) -> Profile:
+def fit(kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any] | None = None) -> Profile:
     """Profile the symbol distributions of a model from KV caches `[L, 2, T, H, D]` of its contexts.
 
     A few tens of thousands of tokens suffice. Every column's histogram is smoothed with that of its layer, so that a
@@ -199,14 +200,15 @@ def fit(kv_samples: Iterable[Tensor]) -> Profile:
     for level, counts in enumerate(delta_counts):
         tensors[f"delta{level}"] = smooth_tables(counts, 2 * shape[0])
     layers, heads, head_dim = shape
-    metadata = {
+    facts = {
+        **(metadata or {}),
         "codec": CacheGen.codec_id,
         "layers": layers,
         "heads": heads,
         "head_dim": head_dim,
         "calibration_tokens": tokens,
     }
-    return Profile(tensors, metadata)
+    return Profile(tensors, facts)
 
 
 def smooth_tables(counts: NDArray[np.int64], blocks: int) -> NDArray[np.uint16]:

@@ -5,6 +5,7 @@ Both take the same tables (frequencies of 1,024), one a column.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +44,30 @@ class RansCoder:
         return rans.decode(data, self._rows, self._tables, columns, tokens)
 
 
-CODERS = {"rans": RansCoder}
+class ArithmeticCoder:
+    """Arithmetic coding as torchac does it, bit for bit."""
+
+    def __init__(self, frequencies: NDArray[Any]) -> None:
+        from codec.entropy import arithmetic
+
+        self._cdfs = arithmetic.from_tables(Tables(frequencies))
+        self._rows = np.arange(len(frequencies), dtype=np.uint16)
+
+    def encode(self, symbols: NDArray[np.uint8]) -> bytes:
+        from codec.entropy import arithmetic
+
+        return arithmetic.encode(symbols, self._rows, self._cdfs) if symbols.size else b""
+
+    def decode(self, data: memoryview, tokens: int) -> NDArray[np.uint8]:
+        from codec.entropy import arithmetic
+
+        columns = len(self._rows)
+        if tokens == 0:
+            return np.empty((columns, 0), np.uint8)
+        return arithmetic.decode(data, self._rows, self._cdfs, columns, tokens)
+
+
+CODERS: dict[str, Callable[[NDArray[Any]], Coder]] = {"rans": RansCoder, "ac": ArithmeticCoder}
 
 
 def make_coder(name: str, frequencies: NDArray[Any]) -> Coder:

@@ -3,8 +3,9 @@
 Keys are turned back to position 0 (RoPE undone), the mean of every channel is removed, and each head's vector is
 expressed in a basis in which its coefficients are uncorrelated and an error of one step costs the same whatever
 coefficient of whatever head it hits: the eigenvectors of the covariance measured in the metric of the model's own
-sensitivity. So one step a level serves all of them, and how many bits a coefficient gets follows from its variance. Coefficients
-are quantised with a dead zone and centroids (`quantize`) and rANS coded with one of a few shared tables each.
+sensitivity. So one step a level serves all of them, and how many bits a coefficient gets follows from its variance.
+Coefficients are quantised with a dead zone and centroids (`quantize`) and rANS coded with one of a few shared tables
+each.
 
 All that depends on the model is in the profile; a chunk holds the coded coefficients and the few exceptions.
 """
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from codec.api import Codec, Level
 from codec.container import Chunk, Header
-from codec.entropy import rans
-from codec.entropy.tables import Tables, column_counts
+from codec.entropy import escapes, rans
+from codec.entropy.tables import PROB_SCALE, Tables
 from codec.errors import CodecError
 from codec.profile import Profile
-from codec.quantize import ALPHABET, HALF, Classes, design, entropy_bits
+from codec.quantize import ALPHABET, MAX_SHIFT, Classes, design
 from codec.targets import CacheTarget
 from codec.transform import Rope, analyse, synthesise
 
@@ -33,15 +34,21 @@ TARGET_BITS = (0.7, 1.0, 1.4, 1.9, 2.6, 3.6)
 """Default ladder: bits per element that the levels' steps are chosen for, smallest first."""
 RIDGE = 1e-3
 """Part of a head's mean sensitivity that every direction has at least: bounds the noise that unused ones get."""
-_SAMPLE_TOKENS = 6_000
+TEMPER = 0.75
+"""Power to which the sensitivity is taken. Mean outer products of gradients are dominated by the rare tokens whose
+prediction hangs on one direction; there the KL divergence of a real error stays far below the second-order one."""
+UNIFORM = Tables(
+    np.stack([
+        np.where(np.arange(1 << MAX_SHIFT) < 1 << bits, PROB_SCALE >> bits, 0) for bits in range(1, MAX_SHIFT + 1)
+    ]).astype(np.uint16)
+)  # fmt: skip
+"""Tables of the further bits of wide columns: table k - 1 has 2^k symbols."""
+_SAMPLE_TOKENS = 3_000
 
 
 class KVStream(Codec):
-    """Sections `coef` (rANS, columns in order (layer, K or V, head, coefficient)) and `exce`.
-
-    `exce` lists the coefficients that their class cannot code: uint32 flat indices (column * T + token), ascending,
-    then int32 whole steps; both empty as a rule.
-    """
+    """Sections `coef` (rANS, columns in order (layer, K or V, head, coefficient)), `fine` (rANS, the further bits of
+    wide columns; empty where there are none) and `escs` (coefficients that no table can code, in whole steps)."""
 
     codec_id = "kvstream"
     needs_profile = True
@@ -63,11 +70,18 @@ class KVStream(Codec):
         self._classes = Classes(Tables(frequencies), found.tensor("values", np.float32, frequencies.shape))
         self._steps = found.tensor("steps", np.float32, (None,))
         self._class_of_column = found.tensor("classes", np.uint8, (len(self._steps), columns))
-        if len(self._steps) == 0 or not (self._steps > 0).all() or int(self._class_of_column.max()) >= len(frequencies):
-            raise CodecError(f"profile {found.sha256[:12]} has impossible steps or classes; calibrate again")
+        self._shift_of_column = found.tensor("shifts", np.uint8, self._class_of_column.shape)
+        if (
+            len(self._steps) == 0
+            or not (self._steps > 0).all()
+            or int(self._class_of_column.max()) >= len(frequencies)
+            or int(self._shift_of_column.max()) > MAX_SHIFT
+            or not self._classes.whole[self._class_of_column[self._shift_of_column > 0]].all()
+        ):
+            raise CodecError(f"profile {found.sha256[:12]} has impossible steps, classes or shifts; calibrate again")
         names = found.metadata.get("levels")
         if not isinstance(names, list) or len(names) != len(self._steps):
-            raise CodecError(f"profile {found.sha256[:12]} does not name its {len(self._steps)} levels; calibrate again")
+            raise CodecError(f"profile {found.sha256[:12]} does not name {len(self._steps)} levels; calibrate again")
         self.levels = tuple(
             Level(str(name), {"step": float(step)}) for name, step in zip(names, self._steps, strict=True)
         )
@@ -85,30 +99,40 @@ class KVStream(Codec):
                 )
         values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
         own = self._class_of_column[level]
-        symbols, where, steps = self._classes.quantise(values, own)
+        shift = self._shift_of_column[level]
+        symbols, fine, escaped = self._classes.quantise(values, own, shift)
         return {
             "coef": rans.encode(symbols, own, self._classes.tables),
-            "exce": where.astype("<u4").tobytes() + steps.astype("<i4").tobytes(),
+            "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM) if len(fine) else b"",
+            "escs": escaped.tobytes(),
         }
 
     def _check_chunk(self, chunk: Chunk) -> None:
         self._check_shape(chunk.header)
         chunk.section("coef")
-        if len(chunk.section("exce")) % 8:
-            raise CodecError("section 'exce' is not a list of exceptions; encode again")
+        chunk.section("escs")
+        chunk.section("fine", None if self._shift_of_column[chunk.header.level].any() else 0)
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
         header = chunk.header
         layers, heads, dim = self._shape
-        where, steps = self._exceptions(chunk)
         own = self._class_of_column[header.level]
+        escaped = escapes.parse(chunk.section("escs"), len(own), header.tokens)
         coefficients = np.empty((layers * 2 * heads, header.tokens, dim), np.float32)
         rans.decode_dequantised(
             chunk.section("coef"), own, self._classes.tables, len(own), header.tokens, coefficients,
             values=self._classes.values,
         )  # fmt: skip
-        column, token = np.divmod(where, header.tokens)
-        coefficients[column // dim, token, column % dim] = steps
+        shift = self._shift_of_column[header.level]
+        if shift.any():
+            wide = np.flatnonzero(shift)
+            bits = shift[wide]
+            fine = rans.decode(chunk.section("fine"), bits - 1, UNIFORM, len(wide), header.tokens)
+            unit = (1 << bits.astype(np.int64)).astype(np.float32)[:, None]
+            coarse = coefficients[wide // dim, :, wide % dim]
+            coefficients[wide // dim, :, wide % dim] = coarse * unit + (fine - unit / 2)
+        column = escaped["column"].astype(np.int64)
+        coefficients[column // dim, escaped["token"], column % dim] = escaped["value"]
         blocks = torch.from_numpy(coefficients).view(layers, 2, heads, header.tokens, dim)
         step = float(self._steps[header.level])
         for layer in range(layers):
@@ -118,15 +142,6 @@ class KVStream(Codec):
                     self._rope, header.positions,
                 )  # fmt: skip
                 target.write(layer, side, values.to(target.device))
-
-    def _exceptions(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        content = np.frombuffer(chunk.section("exce"), np.uint8)
-        half = len(content) // 2
-        where = content[:half].view("<u4").astype(np.int64)
-        if len(where) and (int(where[-1]) >= chunk.header.elements or (np.diff(where) <= 0).any()):
-            raise CodecError("section 'exce' names coefficients that the chunk does not have; encode again")
-        steps = content[half:].view("<i4").astype(np.float32)
-        return where, steps
 
     def _check_shape(self, header: Header) -> None:
         shape = (header.layers, header.heads, header.head_dim)
@@ -152,11 +167,11 @@ def fit(
 ) -> Profile:  # fmt: skip
     """Calibrate for one model.
 
-    `kv_samples` are caches `[L, 2, T, H, D]` of contexts that begin at position 0. `rope` is the model's rotary embedding,
-    None to leave keys as they are. `sensitivity` says what an error costs: `[L, 2, H]`, a weight of each head, or
-    `[L, 2, H, D, D]`, a metric in the space of keys turned back to position 0 and values (for instance the mean outer
-    product of gradients of log p, whose half is the second-order KL divergence); None weighs all alike. `klt=False` keeps
-    the channels and `centre=False` their means, to measure what each of these stages brings.
+    `kv_samples` are caches `[L, 2, T, H, D]` of contexts that begin at position 0. `rope` is the model's rotary
+    embedding, None to leave keys as they are. `sensitivity` says what an error costs: `[L, 2, H]`, a weight of each
+    head, or `[L, 2, H, D, D]`, a metric in the space of keys turned back to position 0 and values (for instance the
+    mean outer product of gradients of log p, whose half is the second-order KL divergence); None weighs all alike.
+    `klt=False` keeps the channels and `centre=False` their means, to measure what each of these stages brings.
     """
     if not kv_samples:
         raise CodecError("a profile needs at least one KV sample")
@@ -173,15 +188,16 @@ def fit(
     inverse = torch.linalg.inv(stored.double() * scale[..., None, None].double()).float()
     sample = _coefficients(kv_samples, rope, mean, inverse)
     steps = [_step_for(sample, bits) for bits in target_bits]
-    classes, own = design([sample / step for step in steps])
+    found = design(sample, steps)
     tensors: dict[str, NDArray[Any]] = {
         "mean": mean.numpy(),
         "basis": stored.numpy(),
         "scale": scale.numpy(),
-        "tables": classes.tables.frequencies,
-        "values": classes.values,
+        "tables": found.classes.tables.frequencies,
+        "values": found.classes.values,
         "steps": np.array(steps, np.float32),
-        "classes": np.stack(own),
+        "classes": found.class_of_column,
+        "shifts": found.shift_of_column,
     }
     if rope is not None:
         tensors["inv_freq"] = rope.inv_freq.numpy()
@@ -227,12 +243,12 @@ def _metric(sensitivity: Tensor | None, index: tuple[int, ...], dim: int) -> Ten
         return eye
     if sensitivity.dim() == 3:
         floor = RIDGE * float(sensitivity.mean())
-        return eye * max(float(sensitivity[index]), floor)
+        return eye * max(float(sensitivity[index]), floor) ** TEMPER
     whole = float(sensitivity.diagonal(dim1=3, dim2=4).mean())
     own = sensitivity[index].double()
-    own = (own + own.T) / 2
     ridge = RIDGE * max(float(own.diagonal().mean()), RIDGE * whole)
-    return own + max(ridge, 1e-30) * eye
+    weight, axes = torch.linalg.eigh((own + own.T) / 2 + max(ridge, 1e-30) * eye)
+    return axes @ torch.diag(weight.clamp(min=1e-30) ** TEMPER) @ axes.T
 
 
 def _basis(covariance: Tensor, metric: Tensor, klt: bool) -> Tensor:
@@ -246,43 +262,42 @@ def _basis(covariance: Tensor, metric: Tensor, klt: bool) -> Tensor:
     return (back @ vectors.flip(1)).float()
 
 
-def _coefficients(kv_samples: Sequence[Tensor], rope: Rope | None, mean: Tensor, inverse: Tensor) -> NDArray[np.float32]:
+def _coefficients(
+    kv_samples: Sequence[Tensor], rope: Rope | None, mean: Tensor, inverse: Tensor
+) -> NDArray[np.float32]:
     """Coefficients `[columns, N]` of N tokens spread evenly over the samples."""
     stride = max(1, sum(kv.shape[2] for kv in kv_samples) // _SAMPLE_TOKENS)
     parts = []
     for kv in kv_samples:
-        layers = [
-            torch.stack([
-                analyse(kv, layer, side, mean[layer, side], inverse[layer, side], rope, range(kv.shape[2]))[..., ::stride]
-                for side in (0, 1)
-            ])
-            for layer in range(len(kv))
-        ]  # fmt: skip
-        parts.append(torch.stack(layers).flatten(0, 3))
+        positions = range(kv.shape[2])
+        blocks = [
+            analyse(kv, layer, side, mean[layer, side], inverse[layer, side], rope, positions)[..., ::stride]
+            for layer, side in np.ndindex(len(kv), 2)
+        ]
+        parts.append(torch.stack(blocks).flatten(0, 2))
     return torch.cat(parts, dim=1).contiguous().numpy()
 
 
 def _step_for(sample: NDArray[np.float32], bits: float) -> float:
-    """The step at which coding each column with a Laplace-like table takes `bits` per element, by bisection."""
-    thinned = np.ascontiguousarray(sample[:, :: max(1, sample.shape[1] // 500)])
+    """The step at which the columns' symbols have an entropy of `bits` on average, by bisection."""
+    thinned = np.ascontiguousarray(sample[:, :: max(1, sample.shape[1] // 1_000)])
     low, high = 1e-6, 2 * float(np.abs(thinned).max()) + 1e-6
     for _ in range(24):
         step = (low * high) ** 0.5
-        if _histogram_bits(thinned / step) > bits:
+        if _entropy(thinned / np.float32(step)) > bits:
             low = step
         else:
             high = step
     return (low * high) ** 0.5
 
 
-def _histogram_bits(values: NDArray[np.float32]) -> float:
+def _entropy(values: NDArray[np.float32]) -> float:
     """Mean entropy (bits) of the columns' symbols after rounding with the dead zone typical at low rates."""
-    symbols = np.sign(values) * np.floor(np.abs(values) + 0.4)
-    symbols = (np.clip(symbols, -HALF, HALF) + HALF).astype(np.uint8)
+    symbols = np.sort(np.sign(values) * np.floor(np.abs(values) + np.float32(0.4)), axis=1)
+    fresh = np.ones(symbols.shape, bool)
+    fresh[:, 1:] = symbols[:, 1:] != symbols[:, :-1]
+    runs = np.diff(np.flatnonzero(fresh.ravel()), append=symbols.size)
+    # Miller and Madow's correction: as many tokens show fewer symbols than there are.
     columns, tokens = symbols.shape
-    p = column_counts(symbols, ALPHABET) / tokens
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(-np.where(p > 0, p * np.log2(p), 0).sum() / columns)
-
-
-__all__ = ["KVStream", "entropy_bits", "fit", "rope_of_profile"]
+    correction = (len(runs) - columns) / (2 * np.log(2) * tokens * columns)
+    return float(-(runs / tokens * np.log2(runs / tokens)).sum() / columns + correction)

@@ -4,13 +4,17 @@ Every column of coefficients, in units of the level's step, belongs to one of K 
 probabilities, a reconstruction value for each symbol, and thresholds: a magnitude is rounded up to k only where that
 lowers squared error plus `RATE_WEIGHT` times the bits of the symbol (Sullivan, "Efficient scalar quantization of
 exponential and Laplacian random variables", 1996). That makes a dead zone around zero as wide as each class's table
-asks for. Symbols count from the middle of the alphabet; classes are symmetric. What a class's table cannot code is an
-exception, sent apart.
+asks for. Symbols count from the middle of the alphabet; classes are symmetric.
+
+A column whose values spread over more steps than the alphabet has is *wide*: rounded to whole steps q, its class
+codes `h = floor(q / 2^k + 1/2)` and k further bits `q - 2^k h + 2^(k-1)` follow, which are as good as equally likely.
+What even that cannot hold is an escape, sent apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codec.entropy.escapes import RECORD
 from codec.entropy.tables import Tables, assign, from_counts
 from codec.errors import CodecError
 
@@ -25,8 +30,16 @@ RATE_WEIGHT = 0.10
 """Squared steps that a bit is worth. At high rate a bit more of rate takes 0.1155 squared steps of error away."""
 HALF = 127
 """Largest magnitude of a symbol."""
+MAX_SHIFT = 7
+"""Most further bits of a wide column; their tables are the uniform ones of 2 to 128 symbols."""
+_WIDE = 16.0
+"""Mean magnitude, in steps, above which a column is wide."""
+_ROUNDED = 4.0
+"""Mean magnitude from which on a class's reconstruction values are its symbols."""
 ALPHABET = 2 * HALF + 1
-_ROUNDS = 6
+ESCAPED = 255
+LARGEST_ESCAPE = 32_767
+_ROUNDS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,74 +63,92 @@ class Classes:
         return (np.cumprod(both, axis=1).sum(axis=1) - 1).astype(np.int32)
 
     @cached_property
+    def whole(self) -> NDArray[np.bool_]:
+        """bool `[K]`: whether a class reconstructs whole steps, as the further bits of wide columns need."""
+        return (self.values == np.arange(-HALF, HALF + 1)).all(axis=1)
+
+    @cached_property
     def thresholds(self) -> NDArray[np.float32]:
         """float32 `[K, HALF + 2]`: from which magnitude on symbol k is chosen over k - 1."""
         return _thresholds(self.tables, self.values)
 
     def quantise(
-        self, values: NDArray[np.float32], class_of_column: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32]]:
-        """Symbols uint8 `[C, T]` of values float32 `[C, T]` in steps, and the exceptions.
+        self, values: NDArray[np.float32], class_of_column: NDArray[np.uint8], shift_of_column: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
+        """Values float32 `[C, T]`, in steps, as symbols uint8 `[C, T]`, further bits uint8 `[W, T]` of the W columns
+        with a shift, and escapes (`escapes.RECORD`).
 
-        Exceptions are flat indices int64 `[E]`, ascending, and whole numbers of steps int32 `[E]`; their symbol is the
-        middle one.
+        The symbol in an escape's place is the middle one, which is the shortest. Raises CodecError for values that an
+        escape cannot hold.
         """
-        columns, tokens = values.shape
-        symbols = np.empty((columns, tokens), np.uint8)
-        n = _kernel()(values, class_of_column, self.thresholds, self.support, symbols)
-        if n == 0:
-            return symbols, np.empty(0, np.int64), np.empty(0, np.int32)
-        where = np.flatnonzero(symbols == 255)
-        steps = np.rint(values.ravel()[where])
-        if np.abs(steps).max() > 2**30:
-            raise CodecError("the cache holds values a billion steps from the calibrated mean; use codec raw")
-        symbols.ravel()[where] = HALF
-        return symbols, where, steps.astype(np.int32)
+        symbols = np.empty(values.shape, np.uint8)
+        fine = np.empty((np.count_nonzero(shift_of_column), values.shape[1]), np.uint8)
+        if not _kernel()(values, class_of_column, shift_of_column, self.thresholds, self.support, symbols, fine):
+            return symbols, fine, np.empty(0, RECORD)
+        column, token = np.nonzero(symbols == ESCAPED)
+        steps = np.rint(values[column, token])
+        if np.abs(steps).max() > LARGEST_ESCAPE:
+            raise CodecError(
+                f"the cache holds a value {np.abs(steps).max():g} steps from what the profile was calibrated on, more "
+                f"than the {LARGEST_ESCAPE} that can be coded; take a lower level, or codec raw"
+            )
+        symbols[column, token] = HALF
+        escapes = np.empty(len(steps), RECORD)
+        escapes["column"], escapes["token"], escapes["value"] = column, token, steps
+        return symbols, fine, escapes
 
 
-def design(samples: list[NDArray[np.float32]], n_classes: int = 32) -> tuple[Classes, list[NDArray[np.uint8]]]:
-    """Fit classes to values float32 `[C, N]` in steps, one array a level; returns them and the levels' column classes.
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Classes, and for each level the class and the shift of each column, uint8 `[levels, C]`."""
+
+    classes: Classes
+    class_of_column: NDArray[np.uint8]
+    shift_of_column: NDArray[np.uint8]
+
+
+def design(values: NDArray[np.float32], steps: Sequence[float], n_classes: int = 32) -> Design:
+    """Fit classes to values float32 `[C, N]` quantised in each of `steps`.
 
     Alternates between quantising with the present classes, giving each column the class that codes it shortest, and
     refitting tables and reconstruction values to their columns.
     """
-    units = [np.ascontiguousarray(level) for level in samples]
-    spread = np.concatenate([np.abs(level).mean(axis=1) for level in units])
-    live = spread[spread > 0.02]
-    if len(live) == 0:
-        live = np.array([0.05, 0.1])
-    scales = np.geomspace(max(float(np.quantile(live, 0.01)), 0.03), float(np.quantile(live, 0.999)) + 0.1, n_classes)
+    spread = np.abs(values).mean(axis=1)[None] / np.array(steps)[:, None]
+    shift = np.clip(np.ceil(np.log2(np.maximum(spread, 1e-9) / _WIDE)), 0, MAX_SHIFT).astype(np.uint8)
+    spread = spread / (1 << shift.astype(np.int64))
+    scales = np.geomspace(0.03, 1.1 * max(float(spread.max()), 0.1), n_classes)
     classes = Classes(_laplace(scales), np.tile(np.arange(-HALF, HALF + 1, dtype=np.float32), (n_classes, 1)))
-    owner = [np.argmin(np.abs(np.log(scales)[None] - np.log(np.maximum(np.abs(u).mean(axis=1), 1e-9))[:, None]), axis=1)
-             for u in units]  # fmt: skip
+    nearest = np.abs(np.log(scales) - np.log(np.maximum(spread, 1e-9))[..., None]).argmin(axis=2)
+    owner = nearest.astype(np.uint8)
     for _ in range(_ROUNDS):
-        counts, sums = [], []
-        for level, own in zip(units, owner, strict=True):
-            count, total = _histograms(level, own.astype(np.uint8), classes)
-            counts.append(count)
-            sums.append(total)
-        pooled, pooled_sums = np.concatenate(counts), np.concatenate(sums)
-        chosen = assign(pooled, classes.tables)
-        classes = _refit(pooled, pooled_sums, chosen, classes)
-        chosen = assign(pooled, classes.tables)
-        owner = np.split(chosen, np.cumsum([len(u) for u in units])[:-1])
-    return classes, [own.astype(np.uint8) for own in owner]
+        histograms = [
+            _histograms(values / np.float32(step), own, wide, classes)
+            for step, own, wide in zip(steps, owner, shift, strict=True)
+        ]
+        counts = np.concatenate([count for count, _ in histograms])
+        sums = np.concatenate([total for _, total in histograms])
+        classes = _refit(counts, sums, _assign(counts, shift.ravel(), classes), classes)
+        owner = _assign(counts, shift.ravel(), classes).astype(np.uint8).reshape(owner.shape)
+    return Design(classes, owner, shift)
 
 
-def entropy_bits(values: NDArray[np.float32], own: NDArray[np.uint8], classes: Classes) -> float:
-    """Bits per value that ideal coding of `values` `[C, N]` takes, exceptions (64 bits each) included."""
-    symbols, where, _ = classes.quantise(values, own)
-    cost = classes.tables.cost_bits[own[:, None], symbols]
-    return float((cost.sum() + 64 * len(where)) / values.size)
+def _assign(counts: NDArray[np.float64], shift: NDArray[np.uint8], classes: Classes) -> NDArray[np.uint16]:
+    """The class that codes each column shortest; for wide columns, of those that reconstruct whole steps."""
+    chosen = assign(counts, classes.tables)
+    whole = np.flatnonzero(classes.whole)
+    if len(whole) and shift.any():
+        chosen[shift > 0] = whole[assign(counts[shift > 0], Tables(classes.tables.frequencies[whole]))]
+    return chosen
 
 
 def _histograms(
-    values: NDArray[np.float32], own: NDArray[np.uint8], classes: Classes
+    values: NDArray[np.float32], own: NDArray[np.uint8], shift: NDArray[np.uint8], classes: Classes
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Symmetric histogram `[C, S]` of each column's symbols and the sums of the magnitudes that got each of them."""
     symbols = np.empty(values.shape, np.uint8)
+    fine = np.empty((np.count_nonzero(shift), values.shape[1]), np.uint8)
     everything = np.full(classes.tables.count, HALF, np.int32)
-    _kernel()(values, own, classes.thresholds, everything, symbols)
+    _kernel()(values, own, shift, classes.thresholds, everything, symbols, fine)
     magnitude = np.minimum(np.abs(symbols.astype(np.int64) - HALF), HALF)
     cell = (magnitude + np.arange(len(values))[:, None] * (HALF + 1)).ravel()
     size = len(values) * (HALF + 1)
@@ -149,6 +180,8 @@ def _refit(
         trusted = n >= 50
         centre = np.where(trusted, np.clip(centre, magnitudes - 0.5, magnitudes + 0.5), magnitudes)
         centre[0] = 0.0
+        if (n * magnitudes).sum() / n.sum() > _ROUNDED:
+            centre = magnitudes
         values[k, HALF:], values[k, HALF::-1] = centre, -centre
     return Classes(Tables(frequencies), values)
 
@@ -178,16 +211,16 @@ def _laplace(scales: NDArray[np.float64]) -> Tables:
 
 @cache
 def _kernel() -> Callable[..., int]:
-    """The compiled loop over columns; 255 marks an exception. Returns how many there are."""
+    """The compiled loop over columns; ESCAPED marks what has no symbol. Returns how many there are."""
     import numba
     from numba import types
 
-    def array(dtype: Any, ndim: int, layout: str = "C", readonly: bool = True) -> Any:
-        return types.Array(dtype, ndim, layout, readonly=readonly)
+    def array(dtype: Any, ndim: int, readonly: bool = True) -> Any:
+        return types.Array(dtype, ndim, "C", readonly=readonly)
 
     signature = types.int64(
-        array(types.float32, 2, "A"), array(types.uint8, 1), array(types.float32, 2), array(types.int32, 1),
-        array(types.uint8, 2, readonly=False),
+        array(types.float32, 2), array(types.uint8, 1), array(types.uint8, 1), array(types.float32, 2),
+        array(types.int32, 1), array(types.uint8, 2, readonly=False), array(types.uint8, 2, readonly=False),
     )  # fmt: skip
     try:
         return numba.njit(signature, nogil=True, cache=True)(_quantise)
@@ -195,12 +228,28 @@ def _kernel() -> Callable[..., int]:
         return numba.njit(signature, nogil=True)(_quantise)
 
 
-def _quantise(values, class_of_column, thresholds, support, symbols):  # type: ignore[no-untyped-def]
+def _quantise(values, class_of_column, shift_of_column, thresholds, support, symbols, fine):
     columns, tokens = values.shape
-    exceptions = 0
+    escaped = 0
+    wide = 0
     for c in range(columns):
         k = class_of_column[c]
         largest = support[k]
+        shift = shift_of_column[c]
+        if shift > 0:
+            for t in range(tokens):
+                v = values[c, t]
+                q = math.floor(v + 0.5) if abs(v) < 1e6 else 1 << 30
+                high = (q + (1 << (shift - 1))) >> shift
+                if high > largest or high < -largest:
+                    escaped += 1
+                    symbols[c, t] = 255
+                    fine[wide, t] = 0
+                else:
+                    symbols[c, t] = 127 + high
+                    fine[wide, t] = q - (high << shift) + (1 << (shift - 1))
+            wide += 1
+            continue
         for t in range(tokens):
             v = values[c, t]
             a = abs(v)
@@ -211,10 +260,10 @@ def _quantise(values, class_of_column, thresholds, support, symbols):  # type: i
                 while magnitude > 0 and a < thresholds[k, magnitude]:
                     magnitude -= 1
             if magnitude > largest:
-                exceptions += 1
+                escaped += 1
                 symbols[c, t] = 255
             elif v < 0:
                 symbols[c, t] = 127 - magnitude
             else:
                 symbols[c, t] = 127 + magnitude
-    return exceptions
+    return escaped

@@ -20,6 +20,7 @@ CODECS: dict[str, str] = {
     "raw": "codec.raw:Raw",
     "uniform": "codec.uniform:Uniform",
     "fp8": "codec.uniform:FP8",
+    "artifact": "codec.artifact:Artifact",
     "cachegen": "codec.cachegen:CacheGen",
     "kvstream": "codec.kvstream:KVStream",
 }

@@ -20,8 +20,8 @@ class Rope:
 
     `inv_freq` is float32 `[L, R / 2]`: the angle (radians) by which each position turns each pair of layer l; R <= D is
     the number of rotary dimensions, the first of a head (partial rotary embedding). Pair i is dimensions (i, i + R/2),
-    or (2i, 2i + 1) where `interleaved`. Scaled variants (linear, Llama 3, YaRN) are frequencies like any others; a factor
-    on the rotated keys, as YaRN has, needs no undoing.
+    or (2i, 2i + 1) where `interleaved`. Scaled variants (linear, Llama 3, YaRN) are frequencies like any others; a
+    factor on the rotated keys, as YaRN has, needs no undoing.
     """
 
     inv_freq: Tensor

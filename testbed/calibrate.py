@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from codec import registry
 from codec.api import Codec
@@ -29,13 +31,16 @@ from testbed.plugs import codec_spec
 from testbed.store import write_whole
 from testbed.workload import make_context
 
+if TYPE_CHECKING:
+    from codec.transform import Rope
+
 Say = Callable[[str], None]
 TEXTS = Path(__file__).parent / "calibration"
 SHIPPED = TEXTS / "shipped"
 """Profiles and distortions of the bundled model, made by `scripts/ship.py`: the first run need not measure them."""
 FORMAT = 1
 """Counts changes of what is calibrated or measured here, so that old results are left alone."""
-FIT_SAMPLES, CHECK_SAMPLES = 24, 8
+FIT_SAMPLES, CHECK_SAMPLES = 16, 8
 CONTEXT_TOKENS, SUFFIX_TOKENS = 1_536, 256
 TOKENS_A_LINE = 112
 """One key-value line for so many tokens of context."""
@@ -70,16 +75,106 @@ def profile_of(codec_name: str, model: Model, say: Say = lambda line: None) -> P
 
 def calibrate(codec_name: str, model: Model) -> Profile:
     """Fit a codec's profile to a model. Raises SpecError for a codec that has none."""
+    facts = {"model": model.fingerprint, "model_name": model.name}
+    fitted = list(samples(model, "fit", FIT_SAMPLES))
     if codec_name == "cachegen":
         from codec import cachegen
 
-        return cachegen.fit(calculate_kv(model, sample.context_ids) for sample in samples(model, "fit", FIT_SAMPLES))
+        return cachegen.fit((calculate_kv(model, sample.context_ids) for sample in fitted), metadata=facts)
+    if codec_name == "kvstream":
+        from codec import kvstream
+
+        rope = rope_of(model)
+        kv = [calculate_kv(model, sample.context_ids).to("cpu", torch.bfloat16) for sample in fitted]
+        return kvstream.fit(kv, rope=rope, sensitivity=sensitivity(model, fitted, rope), metadata=facts)
     raise SpecError(f"codec {codec_name} needs no calibration")
 
 
-def distortions(
-    model: Model, codec: Codec, chunk_tokens: int, say: Say = lambda line: None
-) -> tuple[float, ...]:
+def sensitivity(model: Model, fitted: Sequence[Sample], rope: Rope | None) -> Tensor:
+    """What an error in the cache costs: `[L, 2, H, D, D]`, in the space of keys turned back to position 0 and values.
+
+    For each sample, labels are drawn from the model's own predictions over the suffix; the mean outer product of the
+    gradient of their log-probability with respect to each cached vector is the Fisher information, half of which is
+    the KL divergence that a small error causes (per cached token, summed over the suffix).
+    """
+    total: Tensor | None = None
+    tokens = 0
+    for seed, sample in enumerate(fitted):
+        gradient = _gradient(model, calculate_kv(model, sample.context_ids), sample.suffix_ids, seed).float().cpu()
+        for layer in range(len(gradient)):
+            if rope is not None:
+                rope.rotate(gradient[layer, 0].permute(1, 0, 2), layer, range(gradient.shape[2]), undo=True)
+        outer = torch.einsum("lsthd,lsthe->lshde", gradient, gradient).double()
+        total = outer if total is None else total + outer
+        tokens += gradient.shape[2]
+    if total is None:
+        raise SpecError("the sensitivity needs at least one sample")
+    return (total / tokens).float()
+
+
+def _gradient(model: Model, kv: Tensor, suffix_ids: Sequence[int], seed: int) -> Tensor:
+    """Gradient `[L, 2, T, H, D]` of the log-probability of labels drawn from the predictions over the suffix."""
+    leaf = kv.detach().clone().requires_grad_(True)
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(leaf):
+        cache.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], index)
+    ids = torch.tensor([list(suffix_ids)], device=leaf.device)
+    logits = model.network(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
+    log_p = logits.log_softmax(dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(leaf.device)
+    (gradient,) = torch.autograd.grad(log_p.gather(1, labels).sum(), leaf)
+    return gradient
+
+
+def rope_of(model: Model) -> Rope | None:
+    """The rotary embedding of a model's keys, found by experiment: None if it has none that we can undo.
+
+    A single token attends only to itself, so its key at position p is its key at position 0 turned by p, in every
+    layer. Each frequency table that the network holds is tried, with either pairing of dimensions.
+    """
+    from codec.transform import Rope
+
+    tables = [
+        buffer.detach().float().cpu()
+        for name, buffer in model.network.named_buffers()
+        if name.endswith("inv_freq") and buffer.dim() == 1 and 2 * len(buffer) <= model.kv.head_dim
+    ]
+    probes = (1, 37, 601)
+    try:
+        still, *moved = (_keys_at(model, position) for position in (0, *probes))
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return None
+    for interleaved in (False, True):
+        chosen: list[Tensor] = []
+        for layer in range(model.kv.layers):
+            for table in tables:
+                rope = Rope(table[None], interleaved)
+                if all(
+                    _close(rope.rotate(still[layer].clone(), 0, range(p, p + 1)), there[layer])
+                    for p, there in zip(probes, moved, strict=True)
+                ):
+                    chosen.append(table)
+                    break
+        if len(chosen) == model.kv.layers and len({len(table) for table in chosen}) == 1:
+            return Rope(torch.stack(chosen), interleaved)
+    return None
+
+
+@torch.inference_mode()
+def _keys_at(model: Model, position: int) -> Tensor:
+    """Keys `[L, H, 1, D]` of one token alone at a position."""
+    cache: Any = DynamicCache()
+    ids = torch.full((1, 1), model.vocabulary // 2, device=model.device)
+    model.network(input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache, use_cache=True)
+    return torch.stack([layer.keys[0].float().cpu() for layer in cache.layers])
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm()) <= 0.02 * float(expected.norm())
+
+
+def distortions(model: Model, codec: Codec, chunk_tokens: int, say: Say = lambda line: None) -> tuple[float, ...]:
     """Each level's mean KL divergence (nats) of the next-token distribution from that of the exact cache.
 
     Contexts are coded in chunks of `chunk_tokens`, all at the same level, and the tokens after them are scored.

@@ -115,8 +115,16 @@ def decode(
     out: NDArray[np.uint8] | None = None, *, threads: int | None = None,
 ) -> NDArray[np.uint8]:  # fmt: skip
     """Symbols uint8 `[C, T]` of a section that `encode` wrote; as `rans.decode`."""
+    return decode_streams(parse(data, columns, tokens), table_of_column, cdfs, out, threads=threads)
+
+
+def decode_streams(
+    streams: Streams, table_of_column: NDArray[Any], cdfs: Cdfs, out: NDArray[np.uint8] | None = None, *,
+    threads: int | None = None,
+) -> NDArray[np.uint8]:  # fmt: skip
+    """As `decode`, for streams whose places are known otherwise than from a section's header."""
+    columns, tokens = streams.columns, streams.tokens
     rows = sections.table_rows(table_of_column, cdfs.count, columns)
-    streams = parse(data, columns, tokens)
     out = sections.symbol_target(out, columns, tokens)
     how = sections.reconstruction(cdfs.count, cdfs.symbols, columns, tokens)
     _decode(streams, rows, cdfs, out.T[None], "uint8", how, threads)
