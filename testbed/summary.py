@@ -151,6 +151,8 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
     name = headline(summary, counted)
     if not name:
         return "No unit has a valid session of every scheme: nothing can be compared."
+    if not any(entry["met"] for entry in entries.values()):
+        return _place(summary) + _hopeless(list(entries.values()))
     ours, base = entries[name], entries[summary["baseline"]]
     rate = f"{_percent(ours['met_rate'])} of {ours['n']} units"
     if name == base["scheme"]:
@@ -179,6 +181,15 @@ def _place(summary: Json) -> str:
     if any(model.startswith("synthetic") for model in summary["models"]):
         place = "Synthetic caches, timing only: " + place
     return place
+
+
+def _hopeless(entries: Sequence[Json]) -> str:
+    words = f"No scheme meets the deadline in any of {entries[0]['n']} units: it is out of reach here."
+    arriving = [entry for entry in entries if entry["ttft_p50_s"] is not None]
+    if arriving:
+        fastest = min(arriving, key=lambda entry: entry["ttft_p50_s"])
+        words += f" The fastest, {fastest['scheme']}, takes {fastest['ttft_p50_s']:.3g} s at the median."
+    return words
 
 
 def _often(ours: Json, base: Json) -> str:

@@ -91,6 +91,14 @@ def test_simulated_and_synthetic_results_say_so() -> None:
     assert summarise(rows)["verdict"].startswith("Synthetic caches, timing only: In the simulator, a meets")
 
 
+def test_a_deadline_out_of_reach_is_called_so() -> None:
+    rows = [row("a", unit, False) for unit in range(4)] + [row("b", unit, False, ttft_s=1.2) for unit in range(4)]
+    assert summarise(rows)["verdict"] == (
+        "No scheme meets the deadline in any of 4 units: it is out of reach here. "
+        "The fastest, b, takes 1.2 s at the median."
+    )
+
+
 def test_nothing_to_compare_is_said() -> None:
     assert summarise([])["verdict"].startswith("No unit")
     assert "scheme" in text(summarise([]))
