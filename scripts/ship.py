@@ -3,7 +3,7 @@
     python scripts/ship.py [CODEC ...]
 
 For every codec: its profile and the distortion of its levels (testbed/calibration/shipped), and for every shipped
-context the manifest and this machine's compute times (testbed/shipped), from which the simulator and the lab work.
+context the manifest and this machine's compute times (testbed/offers), from which the simulator and the lab work.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from codec.errors import CodecError
 from codec.profile import Profile
 from policies.api import TEXT, LevelOrText
 from testbed.errors import SpecError
-from testbed.llm import KVCache, Model, Question, Score, extend_kv, first_token, score
+from testbed.llm import KVCache, Model, Question, Score, extend_kv, first_token, generate_with_kv, score
 from testbed.manifest import Manifest
 from testbed.session import Costs
 from testbed.store import token_ids
@@ -181,6 +181,12 @@ class Compute:
             return score(self.model, cache, questions)
         finally:
             torch.set_num_threads(threads)
+
+    def answer(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation of a prompt over the context that arrived; after a session."""
+        manifest, _, cache = self._ready()
+        cache.length = manifest.tokens
+        return generate_with_kv(self.model, cache, prompt_ids, max_new_tokens)
 
     def _end_s(self) -> float:
         if self.model.device.type == "cuda":

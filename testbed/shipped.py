@@ -15,7 +15,7 @@ from testbed.errors import SpecError
 from testbed.manifest import Manifest
 from testbed.session import Costs
 
-FOLDER: Final = Path(__file__).with_name("shipped")
+FOLDER: Final = Path(__file__).with_name("offers")
 CHUNK_TOKENS: Final = 256
 
 

@@ -1,16 +1,17 @@
 """Runs an experiment in the simulator: the same sessions, units and files as over emulated links, in virtual time.
 
-Contexts and codecs that come with kvstream have their manifests and compute times shipped (`shipped/`), so nothing
-but numpy is needed. Others are encoded first, which takes the extra [run].
+Contexts and codecs that come with kvstream have their manifests and compute times shipped (`offers/`), and synthetic
+workloads compute theirs, so nothing but numpy is needed. Others are encoded first, which takes the extra [run].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import lru_cache
 
-from testbed import machine, outcome, plugs, shipped
+from testbed import machine, outcome, plugs, shipped, synthetic
 from testbed.experiment import Experiment, Scheme, Unit
 from testbed.manifest import Manifest
 from testbed.outcome import Outcome
@@ -31,29 +32,32 @@ Offers = Mapping[tuple[str, str], tuple[Manifest, Costs]]
 def run_simulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
     """Run every session that has no cell yet, in virtual time."""
     progress = Progress(quiet)
-    traces = {name: open_trace(name) for name in experiment.traces}
+    units = experiment.units()
+    traces = {name: open_trace(name) for name in dict.fromkeys(unit.trace for unit in units)}
     for scheme in experiment.schemes:
         plugs.make_policy(scheme.policy)
     offers, source = _offers(experiment, progress)
-    units = experiment.units()
-    run.create(_describe(experiment, offers, source))
+    run.create(_describe(experiment, units, traces, offers, source))
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
     progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
     progress.place(f"SIMULATOR: virtual links and clock, no model; {source}")
+    model = synthetic.parse(experiment.workload).name if experiment.workload else "none"
 
-    @cache
+    @lru_cache(maxsize=64)
     def bound(unit: Unit, codec: str, depth: int) -> outcome.Bound:
         manifest, costs = offers[unit.context, codec]
         goodput = _goodput(traces[unit.trace], unit)
         return outcome.bound_of(manifest, goodput, unit, depth, costs, _rtt_s(unit.link))
 
-    for unit, scheme in todo:
-        manifest, costs = offers[unit.context, scheme.codec]
-        result = _session(unit, scheme, manifest, costs, _goodput(traces[unit.trace], unit))
-        row = outcome.row_of(unit, scheme, "none", "simulator", result, bound(unit, scheme.codec, scheme.depth))
-        chunks = [] if result.record is None else list(result.record["chunks"])
-        run.save(row, chunks, [])
-        progress.step(row)
+    for unit, pairs in itertools.groupby(todo, key=lambda pair: pair[0]):
+        cells = []
+        for _, scheme in pairs:
+            manifest, costs = offers[unit.context, scheme.codec]
+            result = _session(unit, scheme, manifest, costs, _goodput(traces[unit.trace], unit))
+            row = outcome.row_of(unit, scheme, model, "simulator", result, bound(unit, scheme.codec, scheme.depth))
+            cells.append((row, [] if result.record is None else list(result.record["chunks"])))
+            progress.step(row)
+        run.save_unit(cells)
 
 
 def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodput: Trace) -> Outcome:
@@ -88,6 +92,11 @@ def _rtt_s(link: str) -> float:
 def _offers(experiment: Experiment, progress: Progress) -> tuple[Offers, str]:
     """Manifests and costs of every (context, codec), and in words where they are from."""
     pairs = [(context, codec) for context in experiment.contexts for codec in experiment.codecs]
+    if experiment.workload:
+        workload = synthetic.parse(experiment.workload)
+        manifests = {pair: workload.manifest(*pair, experiment.chunk_tokens) for pair in pairs}
+        facts = workload.describe(experiment.contexts, experiment.codecs, experiment.chunk_tokens)
+        return {pair: (m, workload.costs(m)) for pair, m in manifests.items()}, "\n" + synthetic.text(facts)
     if experiment.model == "bundled" and experiment.chunk_tokens == shipped.CHUNK_TOKENS:
         found = {pair: shipped.load(*pair) for pair in pairs}
         if all(found.values()):
@@ -98,7 +107,9 @@ def _offers(experiment: Experiment, progress: Progress) -> tuple[Offers, str]:
     return measuring.offers(experiment, progress.say), "sizes, distortions and compute times measured here"
 
 
-def _describe(experiment: Experiment, offers: Offers, source: str) -> Json:
+def _describe(
+    experiment: Experiment, units: Sequence[Unit], traces: Mapping[str, Trace], offers: Offers, source: str
+) -> Json:
     ladders: Json = {}
     for (_, codec), (manifest, _) in offers.items():
         ladders.setdefault(codec, [asdict(level) for level in manifest.levels])
@@ -106,8 +117,15 @@ def _describe(experiment: Experiment, offers: Offers, source: str) -> Json:
         "experiment": experiment.to_json(),
         "backend": "simulator",
         "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
-        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
+        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in units],
         "levels": ladders,
-        "costs": source,
-        "traces": {name: open_trace(name).sha256 for name in experiment.traces},
-    } | machine.describe()
+        "costs": source.strip(),
+        "traces": {name: trace.sha256 for name, trace in traces.items()},
+    } | _workload(experiment) | machine.describe()
+
+
+def _workload(experiment: Experiment) -> Json:
+    if not experiment.workload:
+        return {}
+    workload = synthetic.parse(experiment.workload)
+    return {"workload": workload.describe(experiment.contexts, experiment.codecs, experiment.chunk_tokens)}

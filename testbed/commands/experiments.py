@@ -49,6 +49,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run, and of its folder under runs/")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
     parser.add_argument("--model", help="folder or name of a causal language model (default: the bundled one)")
+    parser.add_argument("--workload", help="a synthetic workload: mistral-7b, llama-34b or llama-70b[,compute=h200]")
     parser.add_argument("--context", action="append", help="a shipped context or a JSON file; repeatable")
     parser.add_argument("--trace", action="append", help="a name, file or generator: uniform,low=5Mbps,high=55Mbps")
     parser.add_argument("--policy", action="append", help="a policy to add on --codec: cachegen, ./mine.py:Mine,gain=2")
@@ -157,11 +158,15 @@ def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
 def resolve(args: argparse.Namespace) -> Experiment:
     """The experiment of a command line: the file's, or the main job's, with what the options change."""
     from testbed import experiment as experiments
+    from testbed import synthetic
     from traces.units import parse_time
 
     base = experiments.load(args.spec or experiments.MAIN_JOB)
     changes: dict[str, Any] = {}
-    for option, field in (("model", "model"), ("seed", "seed"), ("name", "name")):
+    if args.workload and not base.workload:
+        changes |= {"contexts": (synthetic.CONTEXT,), "traces": (synthetic.TRACE,), "repetitions": 100}
+        changes["chunk_tokens"] = synthetic.CHUNK_TOKENS
+    for option, field in (("model", "model"), ("workload", "workload"), ("seed", "seed"), ("name", "name")):
         if getattr(args, option) is not None:
             changes[field] = getattr(args, option)
     for option, field in (("context", "contexts"), ("trace", "traces"), ("link", "links")):

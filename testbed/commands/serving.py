@@ -57,5 +57,5 @@ def fetch_command(args: argparse.Namespace) -> int:
     result = fetching.fetch(
         args.url, args.context, args.policy, parse_time(args.deadline), args.model, args.prompt, args.tokens
     )
-    print(json.dumps(result.to_json(), indent=1) if args.json else result.text())
+    print(json.dumps(result.to_json(), indent=1) if args.json else result.describe())
     return 0
