@@ -32,6 +32,7 @@ POLICIES: dict[str, str] = {
     "mpc": "policies.mpc:MPC",
     "robust-mpc": "policies.mpc:RobustMPC",
     "chance": "policies.chance:Chance",
+    "kvstream": "policies.kvstream:KVStream",
     "cake": "policies.cake:Cake",
     "hicache": "policies.hicache:HiCache",
     "oracle": "policies.oracle:Oracle",
