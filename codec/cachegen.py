@@ -157,10 +157,10 @@ def symbols_of(kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor
     deltas = torch.empty(delta.shape, dtype=torch.uint8)
     for layer, step in enumerate(delta_steps(len(kv), scale).tolist()):
         width = delta_scale[layer].float() * step
-        factor = torch.where(width > 0, 1 / width, 0.0)
-        factor = torch.where(torch.isfinite(factor), factor, 0.0)
+        # A width of 0, or one so small that it is 0 in float32, means that there is nothing to code.
+        width = torch.where(width > 0, width, torch.inf)[..., None]
         half = half_of(step)
-        deltas[layer] = (delta[layer] * factor[..., None]).round_().clamp_(-half, half).add_(half).to(torch.uint8)
+        deltas[layer] = (delta[layer] / width).round_().clamp_(-half, half).add_(half).to(torch.uint8)
     return anchor_scale, anchors, delta_scale, deltas
 
 

@@ -44,6 +44,8 @@ def blocks(content: memoryview, layers: int) -> Iterator[tuple[int, int, memoryv
 
 def frombuffer(content: memoryview, dtype: torch.dtype) -> Tensor:
     """A tensor over checked bytes; copied where they are read-only (torch has no such tensors) or not aligned."""
+    if len(content) == 0:
+        return torch.empty(0, dtype=dtype)
     flat = np.frombuffer(content, dtype=np.uint8)
     if flat.ctypes.data % dtype.itemsize or not flat.flags.writeable:
         flat = flat.copy()

@@ -80,14 +80,12 @@ class FP8(Codec):
 
 
 def quantise(rows: Tensor, scale: Tensor, half: int) -> Tensor:
-    """Symbols 0..2*half of `rows` `[..., C]` under one scale a row: `round(x * half / scale) + half`.
+    """Symbols 0..2*half of `rows` `[..., C]` under one scale a row: `round(x * half / scale) + half`, ties to even.
 
-    A row of zeros has scale 0 and gets the middle symbol.
+    All in float32, the product rounded before the quotient. A row of zeros has scale 0 and gets the middle symbol.
     """
-    factor = torch.where(scale > 0, half / scale.float(), 0.0)
-    # A subnormal scale overflows the factor; such a row is zero for every purpose.
-    factor = torch.where(torch.isfinite(factor), factor, 0.0)
-    return (rows.float() * factor[..., None]).round_().clamp_(-half, half).add_(half).to(torch.uint8)
+    divisor = torch.where(scale > 0, scale.float(), 1.0)[..., None]
+    return rows.float().mul(half).div_(divisor).round_().clamp_(-half, half).add_(half).to(torch.uint8)
 
 
 def checked_scale(scale: Tensor) -> Tensor:
@@ -129,4 +127,4 @@ def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> bytes:
     """The tensor's elements, row-major and little-endian."""
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

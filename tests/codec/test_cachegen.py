@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from codec import cachegen, container, registry
+from codec.api import Codec
+from codec.cachegen import SCALES, columns_first, symbols_of
+from codec.errors import CodecError
+from codec.profile import Profile
+from tests.codec.conformance import Conformance
+from tests.codec.profiles import stored
+from tests.codec.synthetic import synthetic_kv
+
+
+class TestCacheGen(Conformance):
+    tolerance = (0.25, 0.05)
+
+    @staticmethod
+    def build() -> Codec:
+        return registry.make("cachegen", {}, stored("cachegen"))
+
+    def test_anchors_are_8_bit_and_errors_stay_in_their_bins(self, codec: Codec, kv: torch.Tensor) -> None:
+        """By the definition in the paper: anchors within half a step of 1/127, differences within half a bin."""
+        exact = kv.float()
+        for level, scale in enumerate(SCALES):
+            decoded = codec.decode(self.encode(codec, exact, level))
+            error = (decoded - exact).abs().flatten(3).amax(dim=3)
+            anchors = exact.flatten(3)[:, :, ::10]
+            assert bool((error[:, :, ::10] <= anchors.abs().amax(dim=3) / 127 * 0.501).all())
+            restored = decoded.flatten(3)[:, :, ::10].repeat_interleave(10, dim=2)[:, :, : kv.shape[2]]
+            largest = (exact.flatten(3) - restored).abs().amax(dim=3)
+            bins = torch.tensor(cachegen.BINS)[:, None, None] * scale / cachegen.BINS_PER_MAGNITUDE
+            is_delta = torch.arange(kv.shape[2]) % 10 != 0
+            assert bool((error <= largest * bins * 0.501)[:, :, is_delta].all())
+
+    def test_bins_grow_with_depth(self) -> None:
+        steps = cachegen.delta_steps(9, 1.0)
+        assert (steps / steps[0]).tolist() == pytest.approx([1, 1, 1, 2, 2, 2, 3, 3, 3])
+
+    def test_no_symbol_leaves_the_alphabet(self) -> None:
+        """Hostile statistics: a profile never needs an escape, whatever the data."""
+        kv = torch.randn((3, 2, 33, 2, 8), generator=torch.Generator().manual_seed(1)) ** 9 * 1e4
+        for scale in SCALES:
+            _, anchors, _, deltas = symbols_of(kv, scale)
+            assert int(anchors.max()) <= 254
+            assert int(deltas.max()) <= 2 * cachegen.largest_half(scale)
+
+    def test_distributions_are_per_column(self) -> None:
+        """The size is near the empirical entropy of each column's own histogram, not that of a shared one."""
+        codec = self.build()
+        kv = synthetic_kv(3, 2000, 2, 8, seed=77)
+        data = container.parse(codec.encode(kv, 2, positions=range(2000)))
+        symbols = columns_first(symbols_of(kv, SCALES[2])[3])
+        bits = 0.0
+        for column in symbols:
+            p = np.bincount(column) / len(column)
+            bits -= len(column) * float((p[p > 0] * np.log2(p[p > 0])).sum())
+        assert bits < 8 * len(data.section("delt")) < 1.06 * bits
+
+    def test_profiles_of_others_are_refused(self, codec: Codec, kv: torch.Tensor) -> None:
+        with pytest.raises(CodecError, match="calibrate"):
+            registry.make("cachegen")
+        with pytest.raises(CodecError, match="profile is for codec"):
+            registry.make("cachegen", {}, stored("kvstream"))
+        other = cachegen.fit([synthetic_kv(3, 50, 2, 8, seed=9)])
+        with pytest.raises(CodecError, match="needs profile"):
+            registry.make("cachegen", {}, other).decode(self.encode(codec, kv))
+        with pytest.raises(CodecError, match="the profile's model"):
+            codec.encode(synthetic_kv(2, 20, 2, 8), 0, positions=range(20))
+
+    def test_damaged_profiles_are_refused(self) -> None:
+        good = stored("cachegen")
+        for name in ("anchor", "delta0"):
+            tensors = {k: v for k, v in good.tensors.items() if k != name}
+            with pytest.raises(CodecError, match="has no tensor"):
+                registry.make("cachegen", {}, Profile(tensors, good.metadata))
+            tensors[name] = np.ones_like(good.tensors[name])
+            with pytest.raises(CodecError, match="sum to"):
+                registry.make("cachegen", {}, Profile(tensors, good.metadata))
+
+    def test_unknown_coders_are_named(self) -> None:
+        with pytest.raises(CodecError, match="known are"):
+            registry.make("cachegen", {"coder": "zip"}, stored("cachegen"))
+
+
+class TestCacheGenArithmetic(Conformance):
+    tolerance = (0.25, 0.05)
+
+    @staticmethod
+    def build() -> Codec:
+        return registry.make("cachegen", {"coder": "ac"}, stored("cachegen"))
+
+    def golden_name(self, codec: Codec) -> str:
+        return "cachegen-ac"
+
+    def test_coders_agree(self, codec: Codec, kv: torch.Tensor) -> None:
+        """The entropy coder changes the bytes, not what they mean, and hardly their number."""
+        other = registry.make("cachegen", {}, stored("cachegen"))
+        for level in range(len(codec.levels)):
+            mine, theirs = self.encode(codec, kv, level), self.encode(other, kv, level)
+            assert torch.equal(codec.decode(mine), other.decode(theirs))
+            assert len(mine) == pytest.approx(len(theirs), rel=0.1)
+
+
+def test_fitting_checks_its_samples() -> None:
+    with pytest.raises(CodecError, match="at least one"):
+        cachegen.fit([])
+    with pytest.raises(CodecError, match="different shapes"):
+        cachegen.fit([synthetic_kv(2, 20, 2, 8), synthetic_kv(3, 20, 2, 8)])
