@@ -46,9 +46,9 @@ REPLAYS = {
 }
 """Trace, bar on the median error of 100 ms windows, bar on their 95th percentile."""
 STEPS_S = (0.01, 0.05, 0.1, 1.0)
-STEP_RATES_MBPS = (100.0, 900.0)
-QUEUE_BYTES = 2_500_000
-"""One that stays, as in Mininet: a queue that shrinks with the rate drops what TCP sends until it has drained."""
+STEP_RATES_MBPS = (20.0, 200.0)
+STEP_LINK = LinkSettings(queue_bytes=2_500_000, offloads=False)
+"""A queue that stays, as in Mininet, and single packets, so that the receiver's counter counts what the shaper does."""
 DELAYS_MS = (1, 5, 20, 80, 200)
 LOSSES = (0.001, 0.01, 0.1)
 
@@ -139,14 +139,10 @@ def steps(table: Table, small: bool) -> None:
         rates = np.random.default_rng(3).uniform(*STEP_RATES_MBPS, count) * 1e6
         trace = Trace("steps", np.full(count, step_s), rates)
         for name, drive in (("ours", drive_ours), ("TCLink.config", drive_mininet)):
-            begin_s, results, late = drive(trace)
-            edges = begin_s + np.arange(count + 1) * step_s
-            received = np.zeros(count)
-            for result in results:
-                times = [result["start_s"], *(result["start_s"] + at_s for at_s, _ in result["arrivals"])]
-                sums = [0, *(total for _, total in result["arrivals"])]
-                received += np.diff(np.interp(edges, times, sums))
-            wanted = rates / 8.0 * step_s * goodput_per_capacity(1500)
+            begin_s, arrived, late = drive(trace)
+            times, sums = zip(*arrived, strict=True)
+            received = np.diff(np.interp(begin_s + np.arange(count + 1) * step_s, times, sums))
+            wanted = rates / 8.0 * step_s
             error = np.abs(received / wanted - 1.0)
             what = f"steps of {step_s * 1e3:g} ms, {name}: "
             table.add("steps", what + "median error of a step", float(np.median(error)), "fraction")
@@ -155,7 +151,7 @@ def steps(table: Table, small: bool) -> None:
             table.add("steps", what + "lateness p99", float(np.percentile(late, 99)) * 1e3, "ms")
 
 
-def drive_ours(trace: Trace) -> tuple[float, list[dict[str, Any]], list[float]]:
+def drive_ours(trace: Trace) -> tuple[float, list[list[float]], list[float]]:
     found: dict[str, Any] = {}
 
     def watch(network: Network, length_s: float, shaper: Shaper) -> None:
@@ -164,19 +160,19 @@ def drive_ours(trace: Trace) -> tuple[float, list[dict[str, Any]], list[float]]:
         record = shaper.finish(t0_s + length_s)
         found.update(begin_s=t0_s, late=record.lateness_s)
 
-    with Network(LinkSettings(queue_bytes=QUEUE_BYTES), traces=[trace]) as network, Shaper(network) as shaper:
-        results = filled(network, trace.duration_s, lambda: watch(network, trace.duration_s, shaper))
-    return found["begin_s"], results, found["late"]
+    with Network(STEP_LINK, traces=[trace]) as network, Shaper(network) as shaper:
+        arrived = filled(network, trace.duration_s, lambda: watch(network, trace.duration_s, shaper))
+    return found["begin_s"], arrived, found["late"]
 
 
-def drive_mininet(trace: Trace) -> tuple[float, list[dict[str, Any]], list[float]]:
+def drive_mininet(trace: Trace) -> tuple[float, list[list[float]], list[float]]:
     """Mininet as it comes: a TCIntf whose rate is changed by its own `config`."""
     from mininet.link import TCIntf
     from mininet.log import setLogLevel
 
     setLogLevel("critical")  # it prints a warning of the kernel as an error at every step
     found: dict[str, Any] = {"late": []}
-    with Network(LinkSettings(), traces=[trace]) as network:
+    with Network(STEP_LINK, traces=[trace]) as network:
         interface = network.router.nameToIntf[network.bottleneck]
         interface.__class__ = TCIntf
         interface.config(bw=float(trace.rates_bps[0]) / 1e6)
@@ -190,21 +186,41 @@ def drive_mininet(trace: Trace) -> tuple[float, list[dict[str, Any]], list[float
             time.sleep(max(t0_s + trace.duration_s - time.monotonic(), 0.0))
             found["begin_s"] = t0_s
 
-        results = filled(network, trace.duration_s, change)
-    return found["begin_s"], results, found["late"]
+        arrived = filled(network, trace.duration_s, change)
+    return found["begin_s"], arrived, found["late"]
 
 
-def filled(network: Network, length_s: float, meanwhile: Callable[[], None]) -> list[dict[str, Any]]:
-    """Do something while four TCP flows take all they can get; what arrived when. One alone may pause after drops."""
+WATCH = """
+import sys, time
+from testbed.emulator.clock import be_punctual
+be_punctual(light=True)
+due, end = time.monotonic(), time.monotonic() + float(sys.argv[1])
+while due < end:
+    with open("/sys/class/net/receiver0-left/statistics/rx_bytes") as file:
+        print(time.monotonic(), int(file.read()))
+    due += 0.002
+    time.sleep(max(due - time.monotonic(), 0.0))
+"""
+
+
+def filled(network: Network, length_s: float, meanwhile: Callable[[], None]) -> list[list[float]]:
+    """Do something while four TCP flows take all they can get (one alone may pause after drops).
+
+    Gives [time, bytes that have reached the receiver's interface] every 2 ms.
+    """
     server = traffic.start_server(network, network.sender, network.sender_ip)
     clients = [
         traffic.start_pull(network, network.receiver, network.sender_ip, seconds=length_s + 3.0) for _ in range(4)
     ]
     time.sleep(1.0)
+    watch = [sys.executable, "-c", WATCH, str(length_s + 1.0)]
+    watcher = network.popen(network.receiver, watch, stdout=subprocess.PIPE, text=True)
+    time.sleep(0.3)
     meanwhile()
-    results = [traffic.result_of(client) for client in clients]
-    traffic.end(server)
-    return results
+    lines = watcher.communicate()[0].splitlines()
+    for process in (*clients, server):
+        traffic.end(process)
+    return [[float(word) for word in line.split()] for line in lines]
 
 
 # ---- delay and loss ---------------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ class LinkSettings:
     offloads: bool = True
     """Segmentation offloads (GSO, TSO, GRO): packets travel the emulated path in groups sized to the trace's rates.
     Off: one MTU each, which costs CPU above some 2 Gbit/s."""
+    cross_flows: int = 0
+    """TCP flows of others that compete for the bottleneck all the time, with the same congestion control."""
+    cross_trace: str = ""
+    """A trace (a name or a file) at whose rates others send datagrams through the bottleneck during a session."""
+    pin: bool = False
+    """Keep senders on one half of the cores and receivers on the other."""
     impair: Literal["auto", "netem", "nfqueue"] = "auto"
     """What delays and loses: the kernel's netem, our element on NFQUEUE, or the first of them that can."""
     seed: int = 1
@@ -73,12 +79,18 @@ class LinkSettings:
             f"queue_bytes={self.queue_bytes}",
             f"at least one packet ({self.mtu + 14}) and less than 2 GiB",
         )
+        _check(0 <= self.cross_flows <= 100, f"cross_flows={self.cross_flows}", "0 to 100")
         _check(self.cc.replace("_", "").isalnum(), f"cc={self.cc!r}", "the name of a congestion control")
 
     @property
     def impaired(self) -> bool:
         """Whether anything but the shaper touches packets."""
         return any((self.delay_s, self.loss, self.reorder, self.duplicate))
+
+    @property
+    def crossed(self) -> bool:
+        """Whether others send through the bottleneck."""
+        return bool(self.cross_flows or self.cross_trace)
 
     @property
     def grouped(self) -> bool:

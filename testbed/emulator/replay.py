@@ -4,7 +4,7 @@
 streams by `testbed.emulator.shaper`. A process of its own, so that neither a busy interpreter nor a garbage
 collection of the controller can delay a rate change. Only light modules are imported: it starts in 40 ms.
 
-    {"do": "make", "queue_s": .., "queue_bytes": null | .., "packet_bytes": ..}     put the queueing in place
+    {"do": "make", "queue_s": .., "queue_bytes": .. | null, "packet_bytes": .., "idle_bps": ..}     put it in place
     {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..]}                          a session starts at t0_s
     {"do": "rate", "rate_bps": ..}                                                  step now (per-chunk traces)
     {"do": "finish", "t_end_s": ..}                                                 end it then; answers its record
@@ -29,8 +29,6 @@ from testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
 SAMPLE_S: Final = 0.01
 CPU_SAMPLE_S: Final = 0.1
 CPU_SAMPLE_TAKES_S: Final = 0.004
-IDLE_BPS: Final = 10e9
-"""The rate between sessions: what is left in the queue drains, and control traffic does not wait."""
 SPIN_S: Final = 0.0002
 """A timer wakes this much early for a rate change; the rest is spent looking at the clock."""
 RATE_TOLERANCE: Final = 1e-6
@@ -42,7 +40,7 @@ class Replay:
     def __init__(self, interface: str) -> None:
         self.tc = Interface(interface)
         self.punctual = be_punctual(light=True)
-        self.rate_bps = IDLE_BPS
+        self.rate_bps = self.idle_bps = 0.0
         self.closed = False
         self.queue_s = 0.05
         self.queue_bytes: int | None = None
@@ -52,18 +50,20 @@ class Replay:
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    def make(self, queue_s: float, queue_bytes: int | None, packet_bytes: int) -> dict[str, Any]:
-        """Create the class and the queue, and check both against the kernel's word."""
+    def make(self, queue_s: float, queue_bytes: int | None, packet_bytes: int, idle_bps: float) -> dict[str, Any]:
+        """Create the class and the queue, and check both against the kernel's word; between sessions idle_bps holds."""
         self.queue_s, self.queue_bytes, self.packet_bytes = queue_s, queue_bytes, packet_bytes
-        self.tc.create(IDLE_BPS, self._limit(IDLE_BPS), packet_bytes)
+        self.rate_bps = self.idle_bps = max(round(idle_bps / 8.0), 1) * 8.0
+        self.tc.create(self.idle_bps, self._limit(self.idle_bps), packet_bytes)
         state, (limit, is_open) = self.tc.state(), self.tc.queue_state()
-        wanted = (IDLE_BPS, self._limit(IDLE_BPS), True)
+        wanted = (self.idle_bps, self._limit(self.idle_bps), True)
         if (state.rate_bps, limit, is_open) != wanted or abs(state.burst_s - BURST_S) > 1e-6:
             raise KernelRefused(0, f"asked for {wanted}, burst {BURST_S} s; the kernel has {state}, {limit} bytes")
         self.settings = {
             "interface": self.tc.name,
             "qdisc": "htb > tbf (valve) > bfifo",
             "burst_s": state.burst_s,
+            "idle_bps": state.rate_bps,
             "queue_s": queue_s,
             "queue_bytes": queue_bytes,
             "scheduling": self.punctual,
@@ -100,7 +100,7 @@ class Replay:
         self.armed = False
         spent = spent_s() - self.spent_s
         try:
-            self._apply(IDLE_BPS)
+            self._apply(self.idle_bps)
         except KernelRefused as error:
             self._fault(time.monotonic() - self.t0_s, f"the rate could not be changed: {error.strerror}")
         gc.enable()

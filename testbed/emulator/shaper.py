@@ -15,6 +15,7 @@ from testbed.emulator.topology import Network
 from testbed.errors import MachineError
 from traces.trace import Trace
 
+MAX_IDLE_BPS: Final = 10e9
 ANSWER_S: Final = 10.0
 """The process answers within this, or is taken for dead."""
 
@@ -22,7 +23,9 @@ ANSWER_S: Final = 10.0
 class Shaper:
     """One shaped direction of a network; use it as a context manager, one session at a time.
 
-    `direction` is `down` (sender to receivers, the default) or `up`. Between sessions the rate is 10 Gbit/s.
+    `direction` is `down` (sender to receivers, the default) or `up`. Between sessions the rate is the highest of the
+    network's traces (10 Gbit/s when it was given none): what is left in the queue drains, and control traffic does
+    not wait.
     Every setting is read back from the kernel; MachineError where it will not have one.
     """
 
@@ -41,10 +44,15 @@ class Shaper:
             text=True,
             bufsize=1,
         )
-        link = self.network.link
+        link, traces = self.network.link, self.network.traces
+        idle_bps = max((trace.peak_bps for trace in traces), default=0.0) or MAX_IDLE_BPS
         try:
             self.settings = self._ask(
-                "make", queue_s=link.queue_s, queue_bytes=link.queue_bytes, packet_bytes=self.network.packet_bytes
+                "make",
+                queue_s=link.queue_s,
+                queue_bytes=link.queue_bytes,
+                packet_bytes=self.network.packet_bytes,
+                idle_bps=min(idle_bps, MAX_IDLE_BPS),
             )
         except BaseException:
             self.__exit__()
@@ -74,6 +82,8 @@ class Shaper:
         """
         steps = [] if trace is None or trace.per == "chunk" else trace.changes(0.0, length_s)
         self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps])
+        if self.network.cross is not None:
+            self.network.cross.begin(t0_s, length_s)
 
     def set_rate(self, rate_bps: float) -> None:
         """Step to a rate now (0: an outage); part of the session's record."""
@@ -82,7 +92,10 @@ class Shaper:
     def finish(self, t_end_s: float | None = None) -> LinkRecord:
         """End the session at `t_end_s` (CLOCK_MONOTONIC; default now) and return what the link did."""
         end_s = time.monotonic() if t_end_s is None else t_end_s
-        return LinkRecord.from_json(self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0)))
+        record = self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0))
+        if self.network.cross is not None:
+            self.network.cross.rest()
+        return LinkRecord.from_json(record)
 
     def _ask(self, what: str, *, patience_s: float = 0.0, **arguments: Any) -> Any:
         if self._process is None or self._process.stdin is None or self._process.stdout is None:

@@ -1,4 +1,5 @@
-"""The path of an emulated run, of Mininet hosts and links: sender(s) — [delay] — router — receiver(s).
+"""The path of an emulated run, of Mininet hosts and links: sender — [delay] — router — receiver.
+Several senders meet in a host `gather`, several receivers behind a host `fan`.
 
 No switch and no controller: hosts are joined by `addLink` and the middle ones forward. The bottleneck is the router's
 egress toward the receivers, on a node that neither sends nor receives, so that neither TCP small queues nor a
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed.emulator import sandbox
+from testbed.emulator.cross import CrossTraffic
 from testbed.emulator.impairments import Impairments
 from testbed.emulator.link import MAX_GSO_BYTES, LinkSettings
 from testbed.emulator.turn import alone
@@ -77,6 +79,8 @@ class Network:
     """What was pinned, as read back: for a run's manifest."""
     impairments: Impairments | None = field(default=None, init=False, repr=False)
     """What delays and loses packets on the way, if anything does."""
+    cross: CrossTraffic | None = field(default=None, init=False, repr=False)
+    """The traffic of others, if there is any."""
     _turn: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _net: Any = field(default=None, init=False, repr=False)
     _programs: list[subprocess.Popen[Any]] = field(default_factory=list, init=False, repr=False)
@@ -137,6 +141,8 @@ class Network:
             if self.link.impaired:
                 self.impairments = Impairments(self)
                 self.settings["impairments"] = self.impairments.settings
+            if self.link.crossed:
+                self.cross = CrossTraffic(self)
         except BaseException:
             self.__exit__()
             raise
@@ -165,9 +171,20 @@ class Network:
         environment = dict(options.pop("env", None) or os.environ)
         paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        program = host.popen(list(argv), **({"stdout": None, "stderr": None} | options), env=environment)
+        program = host.popen(
+            [*self._pinned(host.name), *argv], **({"stdout": None, "stderr": None} | options), env=environment
+        )
         self._programs.append(program)
         return program
+
+    def _pinned(self, name: str) -> list[str]:
+        """The prefix that keeps a program of a sender or a receiver on its half of the cores."""
+        cores = sorted(os.sched_getaffinity(0))
+        if not self.link.pin or len(cores) < 2:
+            return []
+        halves = {"sender": cores[: len(cores) // 2], "receiver": cores[len(cores) // 2 :]}
+        mine = halves.get(name.rstrip("0123456789"))
+        return [] if mine is None else ["taskset", "-c", ",".join(map(str, mine))]
 
     def run(self, host: Host, argv: Sequence[str]) -> str:
         """Run a program on a host, wait for it and return its output; MachineError when it fails."""
@@ -186,9 +203,13 @@ class Network:
                 f"choose one, or run `sudo modprobe tcp_{self.link.cc}`"
             )
         self._net = _mininet()()
-        left = [f"sender{i}" for i in range(self.senders)]
-        right = [f"receiver{i}" for i in range(self.receivers)]
-        middle = self._middle()
+        others = self.link.crossed
+        left = [*(f"sender{i}" for i in range(self.senders)), *([CrossTraffic.SENDER] if others else [])]
+        right = [*(f"receiver{i}" for i in range(self.receivers)), *([CrossTraffic.RECEIVER] if others else [])]
+        gather, fan = (["gather"] if len(left) > 1 else []), (["fan"] if len(right) > 1 else [])
+        # The router has one link on either side, so that one queue a direction sees everything; what delays and
+        # loses has a host of its own, away from that queue.
+        middle = [*gather, *(["delay"] if self.link.impaired else []), "router", *fan]
         for name in [*left, *middle, *right]:
             self.hosts[name] = self._net.addHost(name, ip=None)
         scripts: dict[str, list[str]] = {name: ["set -e"] for name in self.hosts}
@@ -218,14 +239,6 @@ class Network:
         for name in middle:
             scripts[name].append("echo 1 > /proc/sys/net/ipv4/ip_forward")
         self._configure(scripts)
-
-    def _middle(self) -> list[str]:
-        """The forwarding hosts from left to right. The router has one link on either side, so that one queue a
-        direction sees everything; what delays and loses has a host of its own, away from that queue."""
-        gather = ["gather"] if self.senders > 1 else []
-        delay = ["delay"] if self.link.impaired else []
-        fan = ["fan"] if self.receivers > 1 else []
-        return [*gather, *delay, "router", *fan]
 
     def _interface(self, name: str, address: str) -> list[str]:
         gso = self.link.gso_bytes(self.traces)

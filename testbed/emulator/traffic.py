@@ -2,6 +2,8 @@
 
     python -m testbed.emulator.traffic serve ADDRESS PORT           sends to whoever asks, prints `ready`
     python -m testbed.emulator.traffic pull ADDRESS PORT BYTES SECONDS
+    python -m testbed.emulator.traffic pour ADDRESS PORT MTU        datagrams at rates that it is told
+    python -m testbed.emulator.traffic drain PORT                   takes datagrams and does nothing with them
 
 `pull` asks for BYTES (0: as many as come), stops after SECONDS and prints one JSON line: `start_s` (CLOCK_MONOTONIC, of
 the request), `bytes`, and `arrivals`, a list of [seconds since start_s, bytes so far] at least 1 ms apart.
@@ -9,17 +11,21 @@ the request), `bytes`, and `arrivals`, a list of [seconds since start_s, bytes s
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from testbed.emulator.topology import Network
+if TYPE_CHECKING:
+    from testbed.emulator.topology import Network
 
 BLOCK: Final = bytes(1 << 18)
 NOTSENT_BYTES: Final = 1 << 18
@@ -75,6 +81,44 @@ def pull(address: str, port: int, wanted_bytes: int, seconds: float) -> dict[str
     return {"start_s": start_s, "bytes": received, "arrivals": arrivals}
 
 
+def pour(address: str, port: int, mtu: int) -> None:
+    """Send datagrams of one MTU. Each line of input is a list of [CLOCK_MONOTONIC, bit/s at layer 2] steps, which
+    replaces the one before; an empty list stops. Paced in milliseconds, for rates up to some 500 Mbit/s."""
+    payload = bytes(mtu - 28)
+    frame_bits = (mtu + 14) * 8
+    steps: list[list[float]] = []
+    owed = rate = 0.0
+    last_s = time.monotonic()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        out.connect((address, port))
+        while True:
+            if select.select([sys.stdin], [], [], 0.001 if steps or rate else None)[0]:
+                line = sys.stdin.readline()
+                if not line:
+                    return
+                steps, owed, rate, last_s = json.loads(line), 0.0, 0.0, time.monotonic()
+            now = time.monotonic()
+            while steps and steps[0][0] <= now:
+                due_s, next_rate = steps.pop(0)
+                owed += rate * max(due_s - last_s, 0.0)
+                last_s, rate = max(due_s, last_s), next_rate
+            owed += rate * (now - last_s)
+            last_s = now
+            while owed >= frame_bits:
+                owed -= frame_bits
+                with contextlib.suppress(OSError):  # a full queue, or nobody there yet
+                    out.send(payload)
+
+
+def drain(port: int) -> None:
+    """Hold a port open, so that datagrams to it are not answered with errors."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
+        sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sink.bind(("", port))
+        print("ready", flush=True)
+        signal.pause()
+
+
 def start_server(network: Network, host: Any, address: str, port: int = 5001) -> subprocess.Popen[str]:
     """`serve` on a host of a network, ready for connections."""
     server = network.popen(
@@ -128,5 +172,9 @@ def end(process: subprocess.Popen[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "pour":
+        pour(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1] == "drain":
+        drain(int(sys.argv[2]))
     else:
         print(json.dumps(pull(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -171,7 +172,7 @@ def per_chunk(rates_mbps: list[float]) -> dict[str, Any]:
 
 
 def uplink() -> dict[str, Any]:
-    """Both directions shaped at once, with different rates; Mbit/s that arrived each way."""
+    """Both directions shaped at once, with different rates; Mbit/s that went each way once the queues had settled."""
     down, up = trace_of([[5.0, 30]]), trace_of([[5.0, 10]])
     got = {}
     with Network(LinkSettings(), traces=[down, up]) as net, Shaper(net) as first, Shaper(net, "up") as second:
@@ -179,20 +180,21 @@ def uplink() -> dict[str, Any]:
             traffic.start_server(net, net.sender, net.sender_ip),
             traffic.start_server(net, net.receiver, net.receiver_ips[0]),
         ]
-        clients = {
-            "down": traffic.start_pull(net, net.receiver, net.sender_ip, seconds=2.5),
-            "up": traffic.start_pull(net, net.sender, net.receiver_ips[0], seconds=2.5),
-        }
-        time.sleep(0.4)
         t0 = time.monotonic()
-        first.arm(down, t0, 1.5)
-        second.arm(up, t0, 1.5)
+        first.arm(down, t0, 4.0)
+        second.arm(up, t0, 4.0)
+        clients = [
+            traffic.start_pull(net, net.receiver, net.sender_ip, seconds=5.0),
+            traffic.start_pull(net, net.sender, net.receiver_ips[0], seconds=5.0),
+        ]
         for way, shaper, trace in (("down", first, down), ("up", second, up)):
-            record = shaper.finish(t0 + 1.5)
-            got[way] = verdict_of(record, trace) | {"mbps": record.delivered_bytes * 8e-6 / record.length_s}
-        for program in (*clients.values(), *servers):
-            program.kill()
-            program.communicate()
+            record = shaper.finish(t0 + 4.0)
+            settled = [sample for sample in record.samples if sample.t_s >= 2.0]
+            sent = settled[-1].delivered_bytes - settled[0].delivered_bytes
+            mbps = sent * 8e-6 / (settled[-1].t_s - settled[0].t_s)
+            got[way] = verdict_of(record, trace) | {"mbps": mbps}
+        for program in (*clients, *servers):
+            traffic.end(program)
     return got
 
 
@@ -225,6 +227,25 @@ def starved(seconds: float) -> dict[str, Any]:
         for spinner in spinners:
             spinner.kill()
         return verdict_of(record, trace)
+
+
+def beside_others(link: str, trace_file: str = "") -> dict[str, Any]:
+    """What one flow gets of 40 Mbit/s beside the traffic of others, in Mbit/s of goodput, and where it runs."""
+    trace = trace_of([[10.0, 40]])
+    if trace_file:
+        link += f",cross_trace={trace_file}"
+    with Network(link_of(link), traces=[trace]) as net, Shaper(net) as shaper:
+        server = traffic.start_server(net, net.sender, net.sender_ip)
+        client = traffic.start_pull(net, net.receiver, net.sender_ip, seconds=3.5)
+        time.sleep(0.4)
+        t0 = time.monotonic()
+        shaper.arm(trace, t0, 2.5)
+        cores = [sorted(os.sched_getaffinity(process.pid)) for process in (server, client)]
+        record = shaper.finish(t0 + 2.5)
+        result = traffic.result_of(client)
+        traffic.end(server)
+    mbps = traffic.rate_between(result, t0 + 0.5, t0 + 2.5) / 1e6
+    return {"mbps": mbps, "cores": cores, **verdict_of(record, trace)}
 
 
 # ---- impairments ------------------------------------------------------------------------------------------------
