@@ -152,7 +152,8 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
     if not name:
         return "No unit has a valid session of every scheme: nothing can be compared."
     if not any(entry["met"] for entry in entries.values()):
-        return _place(summary) + _hopeless(list(entries.values()))
+        hopeless = _place(summary) + _hopeless(list(entries.values()))
+        return hopeless[0].upper() + hopeless[1:]
     ours, base = entries[name], entries[summary["baseline"]]
     rate = f"{_percent(ours['met_rate'])} of {ours['n']} units"
     if name == base["scheme"]:
@@ -177,14 +178,14 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
 
 
 def _place(summary: Json) -> str:
-    place = "In the simulator, " if "simulator" in summary["backend"] else ""
+    place = "Simulated: " if "simulator" in summary["backend"] else ""
     if any(model.startswith("synthetic") for model in summary["models"]):
-        place = "Synthetic caches, timing only: " + place
+        place = "Synthetic caches, timing only. " + place
     return place
 
 
 def _hopeless(entries: Sequence[Json]) -> str:
-    words = f"No scheme meets the deadline in any of {entries[0]['n']} units: it is out of reach here."
+    words = f"no scheme meets the deadline in any of {entries[0]['n']} units: it is out of reach here."
     arriving = [entry for entry in entries if entry["ttft_p50_s"] is not None]
     if arriving:
         fastest = min(arriving, key=lambda entry: entry["ttft_p50_s"])

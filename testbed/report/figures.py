@@ -268,9 +268,11 @@ def _levels(material: Material) -> Figure | None:
             color=colour,
             label=codec,
         )
+        # neighbours write on different sides, so that two ladders that meet can both be read
+        place, side = ((5, 4), "left") if index % 2 == 0 else ((-5, -10), "right")
         for level in ordered:
             at = (level["bits_per_element"], level["distortion"])
-            axes.annotate(level["name"], at, (5, 4), textcoords="offset points", fontsize="x-small")
+            axes.annotate(level["name"], at, place, ha=side, textcoords="offset points", fontsize="x-small")
     lossless = any(level["distortion"] == 0 for levels in ladders.values() for level in levels)
     if positive and max(positive) / min(positive) > 20:
         axes.set_yscale("symlog", linthresh=min(positive)) if lossless else axes.set_yscale("log")

@@ -6,6 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from traces.errors import TraceError
+from traces.framing import goodput_per_capacity
+from traces.resolve import open_trace
+
 Json: TypeAlias = dict[str, Any]
 
 MOST_SAMPLES = 400
@@ -27,7 +31,7 @@ def session(cell: Mapping[str, Any], n_levels: int) -> Json:
         "oracle_levels": row.get("oracle_levels") or [],
         "oracle_distortion": row.get("oracle_distortion"),
         "chunks": [chunk(record) for record in cell["chunks"]],
-        "link": link(within_view(cell["link"], row)),
+        "link": link(within_view(cell["link"] or virtual_link(row, cell["chunks"]), row)),
     }
 
 
@@ -51,6 +55,33 @@ def link(samples: Sequence[Mapping[str, Any]]) -> Json:
     }
 
 
+def virtual_link(row: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """The samples of a simulated session, which kept none: the trace itself, and bytes as chunks came."""
+    try:
+        trace = open_trace(row["trace"])
+        trace = trace.shifted(row["offset_s"]) if row["offset_s"] else trace
+        capacity = [] if trace.per == "chunk" else trace.changes(0.0, 2 * row["deadline_s"] + (row["ttft_s"] or 0.0))
+    except TraceError:  # a trace file that is not here any more
+        capacity = []
+    arrivals, free_s = [], 0.0
+    for record in sorted((c for c in chunks if c["last_byte_s"] is not None), key=lambda c: c["last_byte_s"]):
+        begin_s = max(free_s, record["first_byte_s"])
+        free_s = record["last_byte_s"]
+        arrivals.append((begin_s, max(free_s - begin_s, 1e-9), record["bytes"] / goodput_per_capacity()))
+    samples = []
+    end_s = max(row["deadline_s"], row["ttft_s"] or 0.0) + 0.1
+    for k in range(MOST_SAMPLES):
+        t_s = k * end_s / MOST_SAMPLES
+        samples.append(
+            {
+                "t_s": t_s,
+                "capacity_bps": next((rate for at_s, rate in reversed(capacity) if at_s <= t_s), 0.0),
+                "delivered_bytes": sum(size * min(1.0, max(0.0, (t_s - at) / took)) for at, took, size in arrivals),
+            }
+        )
+    return samples
+
+
 def within_view(samples: Sequence[Json], row: Mapping[str, Any]) -> list[Json]:
     """Samples until the session is over and its deadline past; what the link did afterwards belongs to nobody."""
     end_s = max(row["deadline_s"] * 1.08, (row["ttft_s"] or row["deadline_s"] * 2) * 1.03)
@@ -64,16 +95,18 @@ def embedded(cells: Sequence[Mapping[str, Any]], levels: Mapping[str, Sequence[A
         units.setdefault(cell["row"]["unit_id"], []).append(cell)
     order = sorted(units, key=lambda unit: (unit != first, unit))
     parts: list[str] = []
-    size, left_out = 0, 0
-    for unit in order:
+    size = 0
+    for place, unit in enumerate(order):
         part = [json.dumps(session(cell, n_levels(cell["row"], levels)), separators=(",", ":")) for cell in units[unit]]
         size += sum(map(len, part))
         if parts and size > MOST_BYTES:
-            left_out += 1
-            size -= sum(map(len, part))
-            continue
+            return _array(parts), len(order) - place
         parts += part
-    return "[" + ",".join(parts).replace("</", "<\\/") + "]", left_out
+    return _array(parts), 0
+
+
+def _array(parts: Sequence[str]) -> str:
+    return "[" + ",".join(parts).replace("</", "<\\/") + "]"
 
 
 def n_levels(row: Mapping[str, Any], levels: Mapping[str, Sequence[Any]]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from testbed.report.material import Material
-from testbed.report.sessions import n_levels, within_view
+from testbed.report.sessions import n_levels, virtual_link, within_view
 from testbed.report.style import INK, TEXT_COLOUR, level_colours
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def timeline(material: Material) -> Figure | None:
     from matplotlib.patches import Patch
 
     row, chunks = material.session["row"], material.session["chunks"]
-    link = within_view(material.session["link"], row)
+    link = within_view(material.session["link"] or virtual_link(row, chunks), row)
     count = n_levels(row, material.levels)
     colours: dict[int | str, str] = {**dict(enumerate(level_colours(count))), "text": TEXT_COLOUR}
     figure, (top, lanes) = pyplot.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(3, 1.5))

@@ -136,6 +136,7 @@ def test_the_viewer_gets_every_session_and_no_closing_tag_can_escape_it(page: st
 
 def test_a_large_run_leaves_units_out_of_the_viewer_but_never_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"scheme": "a", "codec": "c", "levels": [0], "oracle_levels": [], "deadline_s": 1.0, "ttft_s": 0.9}
+    row |= {"trace": "steady", "offset_s": 0.0}
     cells = [{"row": row | {"unit_id": f"{n:03d}"}, "chunks": [], "link": []} for n in range(50)]
     monkeypatch.setattr(report_sessions, "MOST_BYTES", 2_000)
     data, left_out = report_sessions.embedded(cells, {}, "049")
@@ -149,3 +150,12 @@ def test_thinning_keeps_the_last_sample() -> None:
     link = report_sessions.link(samples)
     assert len(link["t"]) <= report_sessions.MOST_SAMPLES + 1
     assert link["delivered"][-1] == 1000
+
+
+def test_a_simulated_session_shows_its_trace_and_its_bytes() -> None:
+    row = {"trace": "steady", "offset_s": 0.0, "deadline_s": 1.0, "ttft_s": 0.6}
+    chunk = {"last_byte_s": 0.5, "first_byte_s": 0.1, "bytes": 956_400}
+    samples = report_sessions.virtual_link(row, [chunk])
+    assert samples[-1]["delivered_bytes"] == pytest.approx(1e6, rel=1e-3)
+    assert min(sample["capacity_bps"] for sample in samples) > 1e6
+    assert report_sessions.virtual_link(row | {"trace": "./gone.csv"}, [chunk])[0]["capacity_bps"] == 0

@@ -88,7 +88,7 @@ def test_a_clairvoyant_scheme_never_makes_the_headline() -> None:
 
 def test_simulated_and_synthetic_results_say_so() -> None:
     rows = [row("a", unit, True, backend="simulator", model="synthetic-mistral-7b") for unit in range(3)]
-    assert summarise(rows)["verdict"].startswith("Synthetic caches, timing only: In the simulator, a meets")
+    assert summarise(rows)["verdict"].startswith("Synthetic caches, timing only. Simulated: a meets")
 
 
 def test_a_deadline_out_of_reach_is_called_so() -> None:
