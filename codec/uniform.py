@@ -90,7 +90,7 @@ def quantise(rows: Tensor, scale: Tensor, half: int) -> Tensor:
 
 def checked_scale(scale: Tensor) -> Tensor:
     """Scales read from a chunk: neither negative nor beyond any cache, or CodecError."""
-    low, high = (float(x) for x in torch.aminmax(scale))
+    low, high = (float(x) for x in torch.aminmax(scale)) if scale.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1.01 * LARGEST_MAGNITUDE):
         raise CodecError(f"section 'scal' holds scales from {low:g} to {high:g}; encode again")
     return scale
