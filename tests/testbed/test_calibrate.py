@@ -1,0 +1,147 @@
+"""Calibration: what is found out about a model by running it, and that results are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch, from the extra [run]")
+transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra [run]")
+
+from testbed import calibrate  # noqa: E402
+from testbed.errors import SpecError  # noqa: E402
+from testbed.llm import Model, calculate_kv, mean_kl  # noqa: E402
+
+if TYPE_CHECKING:
+    from testbed.calibrate import Sample
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.3, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def build(config_class: str, model_class: str, **settings: Any) -> Model:
+    torch.manual_seed(1)
+    network = getattr(transformers, model_class)(getattr(transformers, config_class)(**SMALL | settings)).eval()
+    return Model(network, None, config_class, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "settings", "rotary", "interleaved"),
+    [
+        ("LlamaConfig", "LlamaForCausalLM", {"head_dim": 8}, 8, False),
+        ("MistralConfig", "MistralForCausalLM", {"head_dim": 8, "sliding_window": 64}, 8, False),
+        ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}, 16, False),
+        ("Gemma3TextConfig", "Gemma3ForCausalLM", {"head_dim": 8, "sliding_window": 64}, 8, False),
+        ("PhiConfig", "PhiForCausalLM", {"num_key_value_heads": 4}, 4, False),
+        ("CohereConfig", "CohereForCausalLM", {}, 8, True),
+    ],
+)
+def test_rope_is_found_by_experiment(
+    config_class: str, model_class: str, settings: dict[str, Any], rotary: int, interleaved: bool
+) -> None:
+    model = build(config_class, model_class, **settings)
+    rope = calibrate.rope_of(model)
+    assert rope is not None
+    assert rope.inv_freq.shape == (3, rotary // 2)
+    assert rope.interleaved == interleaved
+
+
+def test_layers_may_rotate_differently() -> None:
+    """Gemma 3 turns the keys of its global layers by other angles than those of its sliding ones."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = build("Gemma3TextConfig", "Gemma3ForCausalLM", head_dim=8, sliding_window=64, layer_types=kinds)
+    rope = calibrate.rope_of(model)
+    assert rope is not None
+    assert torch.equal(rope.inv_freq[0], rope.inv_freq[2])
+    assert not torch.equal(rope.inv_freq[0], rope.inv_freq[1])
+
+
+def test_a_model_without_rope_has_none() -> None:
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=1024, bos_token_id=None, eos_token_id=None
+    )
+    model = Model(transformers.GPT2LMHeadModel(config).eval(), None, "gpt2", "0" * 64)
+    assert calibrate.rope_of(model) is None
+
+
+def test_the_sensitivity_predicts_the_divergence(tiny_model: Model) -> None:
+    """Half of e' F e, summed over cached tokens, is the KL divergence that small errors in a head's vectors cause."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 256, (70,), generator=draw).tolist()
+    sample = calibrate.Sample(tuple(ids[:40]), tuple(ids[40:]))
+    rope = calibrate.rope_of(tiny_model)
+    fisher = calibrate.sensitivity(tiny_model, [sample] * 60, rope)
+    exact = calculate_kv(tiny_model, sample.context_ids)
+    wanted = calibrate.log_probs(tiny_model, exact, sample.suffix_ids)
+    predicted, measured = [], []
+    for layer, side, head in ((0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, 0), (2, 1, 1)):
+        own = fisher[layer, side, head].double()
+        size = 0.02 * float(exact[layer, side, :, head].std())
+        kl = 0.0
+        for _ in range(4):
+            changed = exact.clone()
+            changed[layer, side, :, head] += size * torch.randn((40, 16), generator=draw)
+            kl += mean_kl(wanted, calibrate.log_probs(tiny_model, changed, sample.suffix_ids)) / 4
+        # An isotropic error looks the same turned back or not, so only the trace of F counts.
+        predicted.append(0.5 * size**2 * 40 * float(own.trace()) / len(sample.suffix_ids))
+        measured.append(kl)
+    ratio = torch.tensor(measured) / torch.tensor(predicted)
+    assert float(ratio.min()) > 0.5
+    assert float(ratio.max()) < 2.0
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(calibrate, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(calibrate, "FIT_SAMPLES", 3)
+    monkeypatch.setattr(calibrate, "CHECK_SAMPLES", 2)
+    short = calibrate.samples
+
+    def samples(model: Model, split: str, count: int) -> Any:
+        return short(model, split, count, context_tokens=300)
+
+    monkeypatch.setattr(calibrate, "samples", samples)
+    monkeypatch.setattr(calibrate, "SUFFIX_TOKENS", 60)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["kvstream", "cachegen"])
+def test_profiles_are_fitted_once_and_distortion_falls(quick: Path, tiny_model: Model, name: str) -> None:
+    said: list[str] = []
+    codec = calibrate.make_codec(name, tiny_model, said.append)
+    assert any("calibrating" in line for line in said)
+    assert codec.profile is not None
+    assert codec.profile.metadata["model"] == tiny_model.fingerprint
+    ladder = calibrate.distortions(tiny_model, codec, 100, said.append)
+    assert len(ladder) == len(codec.levels)
+    assert ladder[-1] < 0.3 * ladder[0]
+    said.clear()
+    again = calibrate.make_codec(name, tiny_model, said.append)
+    assert again.profile_sha256 == codec.profile_sha256
+    assert calibrate.distortions(tiny_model, again, 100, said.append) == ladder
+    assert said == []
+
+
+def test_samples_hold_their_answers_and_the_splits_differ(tiny_model: Model) -> None:
+    def first(split: str) -> Sample:
+        return next(calibrate.samples(tiny_model, split, 1, context_tokens=600))
+
+    fit, check = first("fit"), first("check")
+    assert len(fit.context_ids) == len(check.context_ids) == 600
+    assert fit != check
+    assert first("fit") == fit
+    context, suffix = tiny_model.decode(fit.context_ids), tiny_model.decode(fit.suffix_ids)
+    asked = [line for line in suffix.split("\n") if "REGISTER is <" in line and line in context]
+    assert len(asked) >= 2
+
+
+def test_codecs_without_a_profile_need_no_calibration(tiny_model: Model) -> None:
+    assert calibrate.make_codec("raw", tiny_model).profile is None
+    with pytest.raises(SpecError, match="needs no calibration"):
+        calibrate.calibrate("raw", tiny_model)
