@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from testbed.dashboard.events import ChunkNews, RunEnd, RunStart, SessionEnd, SessionStart, append, read
+from testbed.dashboard.teller import Teller
+from testbed.session import ChunkRecord
 
 
 def test_every_event_is_one_line_of_json_with_its_kind(tmp_path: Path) -> None:
@@ -37,3 +39,19 @@ def test_lines_of_many_writers_never_mix(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: append(file, long), range(200)))
     assert [json.loads(line)["event"] for line, _ in read(file)] == ["chunk"] * 200
+
+
+def test_only_chunks_that_moved_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    chunks = [ChunkRecord(0, 2, 1000, 0.1), ChunkRecord(1)]
+    tell = Teller(file, "000", "cachegen")
+    tell(chunks, 0.10)
+    tell(chunks, 0.15)
+    chunks[0].received_bytes = 400
+    tell(chunks, 0.20)
+    chunks[0].last_byte_s = 0.24
+    chunks[1].request_s = 0.22
+    tell(chunks, 0.25)
+    news = [json.loads(line) for line, _ in read(file)]
+    assert [(one["t_s"], one["record"]["chunk"]) for one in news] == [(0.10, 0), (0.20, 0), (0.25, 0), (0.25, 1)]
+    assert news[-2]["record"]["last_byte_s"] == 0.24
