@@ -30,7 +30,7 @@ from codec.quantize import ALPHABET, MAX_SHIFT, Classes, design
 from codec.targets import CacheTarget
 from codec.transform import Rope, analyse, synthesise
 
-TARGET_BITS = (0.7, 1.0, 1.4, 1.9, 2.6, 3.6)
+TARGET_BITS = (0.3, 0.5, 0.8, 1.2, 1.8, 2.6, 3.6)
 """Default ladder: bits per element that the levels' steps are chosen for, smallest first."""
 RIDGE = 1e-3
 """Part of a head's mean sensitivity that every direction has at least: bounds the noise that unused ones get."""
