@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 Kernel = Callable[..., Any]
 _LANES = 16
 """Columns decoded into one tile: 16 float32 are a cache line of token-major output."""
-_TILE = 64
+_TILE = 128
 """Tokens of a tile: it stays in the L1 cache."""
 
 
@@ -163,12 +163,13 @@ def _rans_decode(
     columns = table_of_column.shape[0]
     n_symbols = frequencies.shape[1]
     columns_a_group = columns // token_scale.shape[0]
-    x = np.empty(_LANES, np.uint32)
-    at = np.empty(_LANES, np.uint64)
-    end = np.empty(_LANES, np.uint64)
+    x = np.empty(_LANES, np.int64)
+    at = np.empty(_LANES, np.int64)
+    end = np.empty(_LANES, np.int64)
     row = np.empty(_LANES, np.int64)
     tile = np.empty((_TILE, _LANES), np.uint8)
     level = np.empty((256, _LANES), np.float32)
+    line = np.empty(_LANES, np.float32)
     own = np.empty((1 if shared else _LANES, 1024), np.uint32)
     table = packed if shared else own
     base = low
@@ -178,7 +179,7 @@ def _rans_decode(
         lanes = min(_LANES, high - base, width - place, (group + 1) * columns_a_group - base)
         for lane in range(_LANES):
             if lane >= lanes:
-                x[lane], at[lane], end[lane], row[lane] = uint32(0), uint64(0), uint64(0), int64(0)
+                x[lane], at[lane], end[lane], row[lane] = int64(0), int64(0), int64(0), int64(0)
                 continue
             c = base + lane
             k = table_of_column[c]
@@ -187,7 +188,7 @@ def _rans_decode(
             for _ in range(min(2, offsets[c + 1] - offsets[c])):
                 state = uint32(state << uint32(16)) | uint32(words[start])
                 start += uint64(1)
-            x[lane], at[lane], end[lane] = state, start, stop
+            x[lane], at[lane], end[lane] = int64(state), int64(start), int64(stop)
             row[lane] = k if shared else lane
             if not shared:
                 slot = 0
@@ -207,8 +208,8 @@ def _rans_decode(
                 table0, table1 = table[row[lane]], table[row[lane + 1]]
                 table2, table3 = table[row[lane + 2]], table[row[lane + 3]]
                 for t in range(n):
-                    e0, e1 = table0[x0 & uint32(1023)], table1[x1 & uint32(1023)]
-                    e2, e3 = table2[x2 & uint32(1023)], table3[x3 & uint32(1023)]
+                    e0, e1 = table0[x0 & 1023], table1[x1 & 1023]
+                    e2, e3 = table2[x2 & 1023], table3[x3 & 1023]
                     x0, at0 = _rans_step(words, x0, at0, end0, e0)
                     x1, at1 = _rans_step(words, x1, at1, end1, e1)
                     x2, at2 = _rans_step(words, x2, at2, end2, e2)
@@ -219,13 +220,9 @@ def _rans_decode(
                 at[lane], at[lane + 1], at[lane + 2], at[lane + 3] = at0, at1, at2, at3
             corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
             factors = token_scale[group, t0 : t0 + n]
-            if lanes == _LANES and lane_stride == 1:
-                # Constants, so that this common case becomes vector instructions.
-                _emit(kind, linear, tile, level, factors, out, corner, token_stride, 1, _LANES)
-            else:
-                _emit(kind, linear, tile, level, factors, out, corner, token_stride, lane_stride, lanes)
+            _emit(kind, linear, tile, level, line, factors, out, corner, token_stride, lane_stride, lanes)
         for lane in range(lanes):
-            if x[lane] != uint32(0) or at[lane] != end[lane]:
+            if x[lane] != int64(0) or at[lane] != end[lane]:
                 return base + lane
         base += lanes
     return -1
@@ -234,11 +231,12 @@ def _rans_decode(
 @numba.njit(inline="always")
 def _rans_step(words, x, at, end, entry):
     """One symbol: the state without it, with a word pulled in if it fell below 2^16 and the stream has one."""
-    x = uint32(((entry >> uint32(8)) & uint32(2047)) * (x >> uint32(10))) + uint32(entry >> uint32(20))
-    need = (x < uint32(65536)) & (at < end)
+    x = int64(uint64((entry >> uint32(8)) & uint32(2047)) * uint64(x >> 10)) + int64(entry >> uint32(20))
+    # Negative exactly if both differences are: one sign bit instead of two comparisons.
+    need = (x - 65536) & (at - end)
     # A word of padding follows the last stream, so this read is inside even when the stream is at its end.
-    pulled = uint32(x << uint32(16)) | uint32(words[at])
-    return (pulled if need else x), at + uint64(need)
+    pulled = (x << 16) | int64(words[uint64(at)])
+    return (pulled if need < 0 else x), at - (need >> 63)
 
 
 @numba.njit(inline="always")
@@ -253,27 +251,143 @@ def _prepare(values, scale, offset, k, kind, linear, level, lane):
 
 
 @numba.njit(inline="always")
-def _emit(kind, linear, tile, level, factors, out, corner, token_stride, lane_stride, lanes):
+def _emit(kind, linear, tile, level, line, factors, out, corner, token_stride, lane_stride, lanes):
     """Write one tile, symbols (kind 0) or reconstructed values, to `out` from element `corner` on."""
+    whole = lanes == _LANES and lane_stride == 1
     for t in range(uint64(factors.shape[0])):
         at = corner + t * uint64(token_stride)
-        factor = factors[t]
-        for i in range(uint64(lanes)):
-            s = tile[t, i]
-            to = at + i * uint64(lane_stride)
-            if kind == 0:
-                out[to] = s
+        if kind == 0:
+            if whole:
+                _copy_row(out.ctypes.data + at, tile.ctypes.data + t * uint64(_LANES))
             else:
-                if linear:
-                    y = ((np.float32(s) + level[0, i]) * level[1, i] + level[2, i]) * factor
-                else:
-                    y = level[s, i] * factor
+                for i in range(uint64(lanes)):
+                    out[at + i * uint64(lane_stride)] = tile[t, i]
+            continue
+        if linear:
+            _linear_row(line.ctypes.data, tile.ctypes.data + t * uint64(_LANES), level.ctypes.data)
+        else:
+            for i in range(uint64(_LANES)):
+                line[i] = level[tile[t, i], i]
+        if whole:
+            address = out.ctypes.data + at * uint64(out.itemsize)
+            if kind == 1:
+                _write_row_float32(address, line.ctypes.data, factors[t])
+            elif kind == 2:
+                _write_row_float16(address, line.ctypes.data, factors[t])
+            else:
+                _write_row_bfloat16(address, line.ctypes.data, factors[t])
+        else:
+            for i in range(uint64(lanes)):
+                y = line[i] * factors[t]
+                to = at + i * uint64(lane_stride)
                 if kind == 1:
                     out[to] = y
                 elif kind == 2:
                     out[to] = _float16_bits(y)
                 else:
                     out[to] = _bfloat16_bits(y)
+
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _load(builder, address, element, offset=0):
+    """A row of `element` from an address plus a number of bytes, as one vector."""
+    address = builder.add(address, ir.Constant(_I64, offset))
+    loaded = builder.load(builder.inttoptr(address, ir.VectorType(element, _LANES).as_pointer()))
+    loaded.align = 1
+    return loaded
+
+
+def _store(builder, value, address):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def _all(value, element=_I32):
+    return ir.Constant(ir.VectorType(element, _LANES), [value] * _LANES)
+
+
+def _round_float16(builder, y):
+    """Bits of the float16 nearest to each float32, ties to even."""
+    bits = builder.bitcast(y, ir.VectorType(_I32, _LANES))
+    sign = builder.and_(builder.lshr(bits, _all(16)), _all(0x8000))
+    bits = builder.and_(bits, _all(0x7FFFFFFF))
+    nan = builder.icmp_unsigned(">", bits, _all(0x7F800000))
+    huge = builder.select(nan, _all(0x7E00), _all(0x7C00))
+    # Below the smallest normal float16: adding 0.5 lets the float32 adder round to a multiple of 2^-24.
+    small = builder.fadd(builder.bitcast(bits, y.type), _all(0.5, _F32))
+    small = builder.sub(builder.bitcast(small, bits.type), _all(0x3F000000))
+    odd = builder.and_(builder.lshr(bits, _all(13)), _all(1))
+    normal = builder.add(builder.sub(bits, _all(0x38000000 - 0xFFF)), odd)
+    half = builder.select(
+        builder.icmp_unsigned(">=", bits, _all(0x47800000)),
+        huge,
+        builder.select(builder.icmp_unsigned("<", bits, _all(0x38800000)), small, builder.lshr(normal, _all(13))),
+    )
+    return builder.or_(half, sign)
+
+
+def _round_bfloat16(builder, y):
+    """Bits of the bfloat16 nearest to each float32, ties to even."""
+    bits = builder.bitcast(y, ir.VectorType(_I32, _LANES))
+    high = builder.lshr(bits, _all(16))
+    odd = builder.and_(high, _all(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _all(0x7FFF)), odd), _all(16))
+    nan = builder.icmp_unsigned(">", builder.and_(bits, _all(0x7FFFFFFF)), _all(0x7F800000))
+    return builder.select(nan, builder.or_(high, _all(0x40)), rounded)
+
+
+@intrinsic
+def _copy_row(typing_context, to, tile):
+    """Copy a row of symbols between addresses."""
+
+    def generate(context, builder, signature, args):
+        _store(builder, _load(builder, args[1], _I8), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def _linear_row(typing_context, line, tile, level):
+    """A row of symbols to float32: plus level[0], times level[1], plus level[2], a value a lane each."""
+
+    def generate(context, builder, signature, args):
+        line, tile, level = args
+        row = 4 * _LANES
+        y = builder.uitofp(_load(builder, tile, _I8), ir.VectorType(_F32, _LANES))
+        y = builder.fadd(y, _load(builder, level, _F32))
+        y = builder.fmul(y, _load(builder, level, _F32, row))
+        y = builder.fadd(y, _load(builder, level, _F32, 2 * row))
+        _store(builder, y, line)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint64), generate
+
+
+def _row_writer(rounding):
+    """Write a row of float32 times a factor to an address, as float32 or rounded to 16 bits."""
+
+    @intrinsic
+    def write_row(typing_context, to, line, factor):
+        def generate(context, builder, signature, args):
+            to, line, factor = args
+            one = builder.insert_element(ir.Constant(ir.VectorType(_F32, _LANES), ir.Undefined), factor, _I32(0))
+            factors = builder.shuffle_vector(one, one, _all(0))
+            y = builder.fmul(_load(builder, line, _F32), factors)
+            if rounding is not None:
+                y = builder.trunc(rounding(builder, y), ir.VectorType(_I16, _LANES))
+            _store(builder, y, to)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, types.uint64, types.float32), generate
+
+    return write_row
+
+
+_write_row_float32 = _row_writer(None)
+_write_row_float16 = _row_writer(_round_float16)
+_write_row_bfloat16 = _row_writer(_round_bfloat16)
 
 
 @numba.njit(inline="always")
@@ -412,6 +526,7 @@ def _arithmetic_decode(
     taken = np.empty(_LANES, np.int64)
     tile = np.empty((_TILE, _LANES), np.uint8)
     level = np.empty((256, _LANES), np.float32)
+    line = np.empty(_LANES, np.float32)
     base = low_column
     while base < high_column:
         block, place, group = base // width, base % width, base // columns_a_group
@@ -456,10 +571,7 @@ def _arithmetic_decode(
                 low[lane], high[lane], value[lane], bits[lane], n_bits[lane], at[lane] = lo, hi, v, b, n_b, a
             corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
             factors = token_scale[group, t0 : t0 + n]
-            if lanes == _LANES and lane_stride == 1:
-                _emit(kind, linear, tile, level, factors, out, corner, token_stride, 1, _LANES)
-            else:
-                _emit(kind, linear, tile, level, factors, out, corner, token_stride, lane_stride, lanes)
+            _emit(kind, linear, tile, level, line, factors, out, corner, token_stride, lane_stride, lanes)
         for lane in range(lanes):
             # The encoder ended with two bits, then zeros to a full byte.
             ending = uint32(0x80000000) if low[lane] & uint32(0x40000000) else uint32(0x40000000)
