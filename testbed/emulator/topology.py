@@ -19,7 +19,7 @@ import select
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,10 @@ class Network:
                 program.kill()
         for program in self._programs:
             program.wait()
+            for stream in (program.stdin, program.stdout, program.stderr):
+                if stream is not None:
+                    with suppress(BrokenPipeError):  # it died with something unread
+                        stream.close()
         self._programs.clear()
         if self._net is not None:
             net, self._net = self._net, None

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from testbed import specs
-from testbed.emulator import fidelity, traffic
+from testbed.emulator import capture, fidelity, traffic
 from testbed.emulator.link import LinkSettings
+from testbed.emulator.probe import Prober
 from testbed.emulator.record import LinkRecord
 from testbed.emulator.shaper import Shaper
 from testbed.emulator.topology import Network
@@ -324,6 +325,45 @@ def datagrams(link: str, count: int) -> dict[str, Any]:
         arrived = json.loads(sink.communicate()[0])
         report = None if net.impairments is None else net.impairments.report()
         return {"arrived": arrived, "report": report}
+
+
+# ---- capture and probe ------------------------------------------------------------------------------------------
+
+
+def captured(link: str, folder: str) -> dict[str, Any]:
+    """A captured session: what the capture and the counters say of the same stretch of time."""
+    trace = trace_of([[0.5, 20], [0.5, 40]])
+    with (
+        Network(link_of(link), traces=[trace]) as net,
+        Shaper(net) as shaper,
+        capture.capture(net, Path(folder)) as captures,
+    ):
+        record = backlogged(net, shaper, trace, 1.0)
+    found = capture.analyse(captures, net.sender_ip)
+    begin, end = record.t0_s + record.samples[0].t_s, record.t0_s + record.samples[-1].t_s
+    chunks = [{"chunk": 0, "first_byte_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
+    return {
+        "counted": record.samples[-1].delivered_bytes,
+        "captured": found.frames_between(begin, end),
+        "dropped": [captures["sender"].dropped, captures["receiver"].dropped],
+        "windows": found.windows(record.t0_s, record.t0_s + 1.0),
+        "chunks": found.chunks(chunks, record.t0_s),
+        "retransmitted": found.retransmitted_bytes / max(found.sent_bytes, 1),
+        "least_rtt_s": float(found.rtt_s.min()),
+    }
+
+
+def probed(link: str, rates_mbps: list[float]) -> list[list[float]]:
+    """What the probe makes of constant links: (capacity, rtt) each."""
+    found = []
+    for rate in rates_mbps:
+        trace = trace_of([[60, rate]])
+        with Network(link_of(link), traces=[trace]) as net, Shaper(net) as shaper, Prober(net) as prober:
+            shaper.arm(trace, time.monotonic(), 60.0)
+            estimate = prober.measure()
+            shaper.finish()
+            found.append([estimate.capacity_bps, estimate.rtt_s])
+    return found
 
 
 if __name__ == "__main__":
