@@ -186,8 +186,7 @@ def _parse_head(view: memoryview) -> tuple[Header, list[tuple[str, int, int]], i
     if flags != 0 or dtype >= len(DTYPES):
         raise CodecError(f"chunk header has dtype {dtype} and flags {flags}, unknown to this release; encode again")
     table = [
-        (_ascii(tag, "section tag"), crc, length)
-        for tag, crc, length in _SECTION.iter_unpack(view[_HEADER.size : end])
+        (_ascii(tag, "section tag"), crc, length) for tag, crc, length in _SECTION.iter_unpack(view[_HEADER.size : end])
     ]
     if len({tag for tag, _, _ in table}) != len(table):
         raise CodecError("chunk header names a section twice; encode again")

@@ -13,6 +13,7 @@ All that depends on the model is in the profile; a chunk holds the coded coeffic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -117,36 +118,67 @@ class KVStream(Codec):
         header = chunk.header
         layers, heads, dim = self._shape
         own = self._class_of_column[header.level]
-        escaped = escapes.parse(chunk.section("escs"), len(own), header.tokens)
-        coefficients = np.empty((layers * 2 * heads, header.tokens, dim), np.float32)
-        rans.decode_dequantised(
-            chunk.section("coef"), own, self._classes.tables, len(own), header.tokens, coefficients,
-            values=self._classes.values,
-        )  # fmt: skip
-        shift = self._shift_of_column[header.level]
-        if shift.any():
-            wide = np.flatnonzero(shift)
-            bits = shift[wide]
-            fine = rans.decode(chunk.section("fine"), bits - 1, UNIFORM, len(wide), header.tokens)
-            unit = (1 << bits.astype(np.int64)).astype(np.float32)[:, None]
-            coarse = coefficients[wide // dim, :, wide % dim]
-            coefficients[wide // dim, :, wide % dim] = coarse * unit + (fine - unit / 2)
-        column = escaped["column"].astype(np.int64)
-        coefficients[column // dim, escaped["token"], column % dim] = escaped["value"]
-        blocks = torch.from_numpy(coefficients).view(layers, 2, heads, header.tokens, dim)
+        coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
+        patches = self._patches(chunk)
         step = float(self._steps[header.level])
+        columns = 2 * heads * dim
+        coefficients = np.empty((2 * heads, header.tokens, dim), np.float32)
+        blocks = torch.from_numpy(coefficients).unflatten(0, (2, heads))
         for layer in range(layers):
+            low = layer * columns
+            for segment in range(coded.segments):
+                part = coded.part(segment, low, low + columns)
+                first = segment * coded.segment_tokens
+                rans.decode_dequantised(
+                    part, own[low : low + columns], self._classes.tables, columns, part.tokens,
+                    coefficients[:, first : first + part.tokens], values=self._classes.values,
+                )  # fmt: skip
+            patches.apply(coefficients, low)
             for side in (0, 1):
                 values = synthesise(
-                    blocks[layer, side], layer, side, self._mean[layer, side], self._basis[layer, side] * step,
+                    blocks[side], layer, side, self._mean[layer, side], self._basis[layer, side] * step,
                     self._rope, header.positions,
                 )  # fmt: skip
                 target.write(layer, side, values.to(target.device))
+
+    def _patches(self, chunk: Chunk) -> Patches:
+        header = chunk.header
+        shift = self._shift_of_column[header.level]
+        wide = np.flatnonzero(shift)
+        fine = np.empty((0, header.tokens), np.uint8)
+        if len(wide):
+            fine = rans.decode(chunk.section("fine"), shift[wide] - 1, UNIFORM, len(wide), header.tokens)
+        escaped = escapes.parse(chunk.section("escs"), len(shift), header.tokens)
+        return Patches(wide, shift[wide], fine, escaped["column"].astype(np.int64), escaped["token"], escaped["value"])
 
     def _check_shape(self, header: Header) -> None:
         shape = (header.layers, header.heads, header.head_dim)
         if shape != self._shape:
             raise CodecError(f"the cache has (layers, heads, head_dim) {shape}, the profile's model {self._shape}")
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What is mended in decoded coefficients: the further bits of wide columns, and escapes; both by column."""
+
+    wide: NDArray[np.int64]
+    shift: NDArray[np.uint8]
+    fine: NDArray[np.uint8]
+    column: NDArray[np.int64]
+    token: NDArray[np.uint16]
+    value: NDArray[np.int16]
+
+    def apply(self, coefficients: NDArray[np.float32], low: int) -> None:
+        """Mend `[B, T, D]`, which holds the columns from `low` on, in place."""
+        blocks, _, dim = coefficients.shape
+        high = low + blocks * dim
+        for index in range(*np.searchsorted(self.wide, (low, high))):
+            block, place = divmod(int(self.wide[index]) - low, dim)
+            unit = 1 << int(self.shift[index])
+            coefficients[block, :, place] = coefficients[block, :, place] * unit + (self.fine[index] - unit / 2)
+        some = slice(*np.searchsorted(self.column, (low, high)))
+        block, place = np.divmod(self.column[some] - low, dim)
+        coefficients[block, self.token[some], place] = self.value[some]
 
 
 def rope_of_profile(profile: Profile) -> Rope | None:

@@ -209,6 +209,11 @@ def _laplace(scales: NDArray[np.float64]) -> Tables:
     return from_counts(np.where(p > 1e-5, p, 0), floor=0)
 
 
+def warm_up() -> None:
+    """Compile the quantiser's loop, or load it from numba's cache."""
+    _kernel()
+
+
 @cache
 def _kernel() -> Callable[..., int]:
     """The compiled loop over columns; ESCAPED marks what has no symbol. Returns how many there are."""

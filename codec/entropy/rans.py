@@ -77,7 +77,8 @@ def decode(
 
 
 def decode_dequantised(
-    data: Data, table_of_column: NDArray[Any], tables: Tables, columns: int, tokens: int, out: NDArray[Any], *,
+    data: Data | Streams, table_of_column: NDArray[Any], tables: Tables, columns: int, tokens: int,
+    out: NDArray[Any], *,
     values: NDArray[np.float32] | None = None, scale: NDArray[np.float32] | None = None,
     offset: NDArray[np.float32] | None = None, token_scale: NDArray[np.float32] | None = None,
     dtype: str | None = None, threads: int | None = None,
@@ -88,10 +89,12 @@ def decode_dequantised(
     `values` has one row). `values` is float32 `[K, S]` or `[1, S]` (default: the symbol itself); `scale` and `offset`
     are float32 `[C]` (default 1 and 0), `token_scale` float32 `[G, T]` where group g is c // (C / G) (default 1). All
     arithmetic is float32, rounded once into `out`: float32, float16, or uint16 holding the bits of `dtype` ("float16"
-    or "bfloat16"). Raises CodecError as `decode` does.
+    or "bfloat16"). `data` may be parsed already, or a part of what was. Raises CodecError as `decode` does.
     """
     rows = sections.table_rows(table_of_column, tables.count, columns)
-    streams = parse(data, columns, tokens)
+    streams = data if isinstance(data, Streams) else parse(data, columns, tokens)
+    if (streams.columns, streams.tokens) != (columns, tokens):
+        raise CodecError(f"streams hold {streams.columns} columns of {streams.tokens} tokens, not {columns}, {tokens}")
     target, kind = sections.value_target(out, dtype, columns, tokens)
     how = sections.reconstruction(tables.count, tables.symbols, columns, tokens, values, scale, offset, token_scale)
     _decode(streams, rows, tables, target, kind, how, threads)

@@ -60,6 +60,12 @@ class Streams:
     def segments(self) -> int:
         return -(-self.tokens // self.segment_tokens)
 
+    def part(self, segment: int, low: int, high: int) -> Streams:
+        """Columns low to high of one segment, to be decoded apart from the others."""
+        first = segment * self.columns
+        tokens = min(self.segment_tokens, self.tokens - segment * self.segment_tokens)
+        return Streams(self.units, self.offsets[first + low : first + high + 1], high - low, tokens, tokens)
+
 
 @dataclass(frozen=True)
 class Layout:
