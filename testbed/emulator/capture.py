@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,7 @@ class Capture:
 
         try:
             with open(self.file, "rb") as file:  # given a name, the reader would leave a bad file open
-                reader = RawPcapReader(file)
+                reader = RawPcapReader(cast(Any, file))
                 unit = 1e-9 if reader.nano else 1e-6
                 for frame, about in reader:
                     packet = _parse(frame, about.wirelen, about.sec + about.usec * unit + self.clock_offset_s, mtu)
