@@ -140,7 +140,12 @@ def headline(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
     level = [
         entry
         for entry in open_to_all
-        if entry["met"] == best["met"] or versus(counted, entry["scheme"], best["scheme"])["met_p"] >= 0.05
+        if entry["met"] == best["met"]
+        # few units cannot tell any two schemes apart: the rate must lie within the best one's interval as well
+        or (
+            entry["met_rate"] >= best["met_low"]
+            and versus(counted, entry["scheme"], best["scheme"])["met_p"] >= 0.05
+        )
     ]
     return str(min(level, key=lambda entry: (_or_inf(entry["distortion"]), -entry["met"]))["scheme"])
 
