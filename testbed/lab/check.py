@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from policies import registry
-from policies.api import Choice, Observation
 from policies.optimum import Plan
 from testbed.lab import submission
 from testbed.lab.explain import costliest_chunk
@@ -25,22 +24,9 @@ LIMIT_S = 0.05
 """What a choice may take over the emulated link, where a clock runs."""
 
 
-@dataclass
-class Replay:
-    """Sends a plan as it stands."""
-
-    situation: Situation
-    plan: Plan
-    _sent: int = field(default=0, init=False)
-
-    def choose(self, obs: Observation) -> Choice:
-        self._sent += 1
-        return Choice(self.situation.option(self.plan.options[self._sent - 1]))
-
-
 @dataclass(frozen=True)
 class Tried:
-    """One link: the student's session, the peer's, and the oracle's plan replayed."""
+    """One link: the student's session, the peer's, and the oracle's. `plan` is the bound that no session can beat."""
 
     trace: Trace
     mine: SessionRecord | None
@@ -67,7 +53,7 @@ def check(spec: str, situation: Situation | None = None) -> list[Tried]:
                 mine=situation.run(submission.make(spec), trace, ask=watch),
                 peer=situation.run(registry.make(PEER), trace),
                 plan=plan,
-                oracle=None if plan is None else situation.run(Replay(situation, plan), trace),
+                oracle=None if plan is None else situation.run(registry.make("oracle", {"margin": 0.0}), trace),
                 watch=watch,
             )
         )
@@ -115,8 +101,8 @@ def _outcome(one: Tried, situation: Situation) -> str:
         return "the transfer never ended"
     late_s = one.mine.ttft_s - situation.deadline_s
     words = f"first token {one.mine.ttft_s:.2f} s, " + ("deadline met" if late_s <= 0 else f"MISSED by {late_s:.2f} s")
-    words += f"; distortion {one.mine.distortion:.4f}"
-    words += f" (oracle {one.plan.distortion:.4f})" if one.plan else " (no policy could meet this deadline)"
+    words += f"; distortion {one.mine.distortion:.2g}"
+    words += f" (oracle {one.plan.distortion:.2g})" if one.plan else " (no policy could meet this deadline)"
     return words
 
 
@@ -129,7 +115,7 @@ def _remarks(typed: str, tried: list[Tried], situation: Situation) -> list[str]:
         mine = sum(one.mine.distortion for one in both if one.mine) / len(both)
         peer = sum(one.peer.distortion for one in both if one.peer) / len(both)
         best = sum(one.plan.distortion for one in both if one.plan) / len(both)
-        lines[0] += f" Distortion where both met it: {mine:.4f} ({PEER} {peer:.4f}, oracle {best:.4f})."
+        lines[0] += f" Distortion where both met it: {mine:.2g} ({PEER} {peer:.2g}, oracle {best:.2g})."
     slowest_s = max((asked.seconds for one in tried for asked in one.watch.asked), default=0.0)
     if slowest_s > LIMIT_S:
         lines.append(f"A choice took {slowest_s * 1000:.0f} ms; over a real link {LIMIT_S * 1000:.0f} ms are allowed.")

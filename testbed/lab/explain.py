@@ -202,7 +202,7 @@ def _why(explanation: Explanation) -> str:
             f"The oracle takes {_name(best.level)}."
         )
     return (
-        f"The oracle takes {_name(best.level)}: your choice costs {chosen.distortion - best.distortion:.5f} nats, "
+        f"The oracle takes {_name(best.level)}: your choice costs {chosen.distortion - best.distortion:.2g} nats, "
         "whatever you do after it."
     )
 
@@ -211,7 +211,7 @@ def _fate(one: Outcome, obs: Observation) -> str:
     if one.distortion is None:
         late_s = one.earliest_s - obs.deadline_s
         return f"too late by at least {late_s:.3f} s" if late_s < 1e6 else "never arrives"
-    return f"in time, distortion {one.distortion:.5f}"
+    return f"in time, distortion {one.distortion:.3g}"
 
 
 def _sizes(obs: Observation, option: int) -> tuple[int, int]:

@@ -127,7 +127,7 @@ def text(result: Mapping[str, Any]) -> str:
         f"{result['versus']['met_p']:.2g})",
     ]
     if result["regret"] is not None and result["regret_buffer_based"] is not None:
-        lines.append(f"Regret where met: {result['regret']:.5f} nats ({PEER} {result['regret_buffer_based']:.5f})")
+        lines.append(f"Regret where met: {result['regret']:.2g} nats ({PEER} {result['regret_buffer_based']:.2g})")
     if result["faults"]:
         lines.append(f"{result['faults']} choices could not be used. {result['first_traceback']}".rstrip())
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The situation that the lab puts every policy in: one context, one deadline, six links with a story.
 
-The context's sizes, distortions and compute times are those of a real encoded context (`manifest.json`, made by
-`scripts/make_lab_manifest.py`), so a policy meets here what it meets over the emulated link.
+The context's sizes, distortions and compute times are those of a real encoded context, as shipped for the simulator, so
+a policy meets here what it meets over the emulated link.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from policies.api import TEXT, LevelOrText, Observation, Policy
 from policies.optimum import Line, Plan
+from testbed import shipped
 from testbed.bounds import line_of, oracle_plan
+from testbed.errors import SpecError
 from testbed.manifest import Manifest
 from testbed.session import Ask, Costs, SessionFailed, SessionRecord, ask_directly
 from testbed.simulator import simulate
@@ -25,7 +26,8 @@ from traces.trace import Trace
 DEADLINE_S: Final = 1.0
 RTT_S: Final = 0.02
 DEPTH: Final = 2
-FILE: Final = Path(__file__).with_name("manifest.json")
+CONTEXT: Final = "docs"
+CODEC: Final = "kvstream"
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,12 @@ class Situation:
         return self.manifest.levels[0].distortion
 
 
-def load(file: Path = FILE) -> Situation:
-    """The lab's own situation. Raises SpecError for a damaged file."""
-    data: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    costs = data["costs"]
-    return Situation(
-        manifest=Manifest.from_json(data["manifest"]),
-        costs=Costs(
-            decode_s=tuple(tuple(row) for row in costs["decode_s"]),
-            recompute_s=tuple(costs["recompute_s"]),
-            prefill_s=costs["prefill_s"],
-        ),
-    )
+def load(context: str = CONTEXT, codec: str = CODEC) -> Situation:
+    """The lab's situation. Raises SpecError if nothing is shipped for (context, codec)."""
+    offer = shipped.load(context, codec)
+    if offer is None:
+        raise SpecError(f"nothing is shipped for {context} under codec {codec}; the lab uses {CONTEXT} and {CODEC}")
+    return Situation(offer.manifest, offer.costs)
 
 
 def teaching_traces() -> list[Trace]:

@@ -76,13 +76,16 @@ def test_one_budget_beats_equal_slices_on_the_steady_link(lab: situation.Situati
     assert budget.distortion < sliced.distortion
 
 
-def test_looking_ahead_scores_more_than_estimating_and_that_more_than_slices(scores: Any) -> None:
-    assert scores["lookahead"]["score"] > scores["estimator"]["score"] > scores["slice"]["score"]
+def test_each_exercise_improves_on_the_one_before(scores: Any) -> None:
+    ordered = [scores[name]["score"] for name in ("slice", "estimator", "lookahead", "chance")]
+    assert ordered == sorted(ordered)
+    assert scores["slice"]["score"] > scores["highest"]["score"] > scores["lowest"]["score"]
 
 
 def test_the_promise_is_kept_at_a_price_far_below_the_lowest_levels(scores: Any) -> None:
-    assert scores["chance"]["missed"] <= scores["lookahead"]["missed"] < scores["estimator"]["missed"]
-    assert scores["chance"]["score"] > scores["buffer-based"]["score"] > scores["lowest"]["score"]
+    assert scores["chance"]["missed"] <= 0.15
+    assert scores["chance"]["missed"] <= min(scores["estimator"]["missed"], scores["lookahead"]["missed"])
+    assert scores["chance"]["score"] > scores["buffer-based"]["score"]
 
 
 def test_a_larger_epsilon_misses_more(lab: situation.Situation) -> None:

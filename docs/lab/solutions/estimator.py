@@ -9,8 +9,8 @@ from kvstream import Choice, Observation
 
 @dataclass
 class MyPolicy:
-    window_s: float = 0.3  # how far back a byte still counts
-    careful: float = 0.9
+    window_s: float = 0.5  # how far back a byte still counts
+    careful: float = 0.6
 
     def choose(self, obs: Observation) -> Choice:
         if not obs.transfers:

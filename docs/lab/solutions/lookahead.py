@@ -10,7 +10,7 @@ from kvstream import TEXT, Choice, Observation
 @dataclass
 class MyPolicy:
     memory: int = 4  # past errors that discount the estimate
-    least: float = 0.5  # the least discount
+    least: float = 0.8  # the least discount
     _guesses: list[float] = field(default_factory=list, init=False)
 
     def choose(self, obs: Observation) -> Choice:

@@ -9,8 +9,8 @@ from kvstream import Choice, Observation
 
 @dataclass
 class MyPolicy:
-    keep: float = 0.1  # of the deadline, held back for bad times
-    spend: float = 0.5  # of the lead beyond that, on one chunk
+    keep: float = 0.02  # of the deadline, held back for bad times
+    spend: float = 0.7  # of the lead beyond that, on one chunk
 
     def choose(self, obs: Observation) -> Choice:
         share = (obs.chunk - len(obs.in_flight)) / obs.n_chunks
