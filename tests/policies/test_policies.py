@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -316,7 +317,7 @@ class TestKVStream:
         levels = [int(choose("kvstream", after(3, 16e6, x, rtt_s=0.0)).level) for x in np.linspace(0.05, 3.0, 30)]
         assert (levels[0], levels[-1]) == (0, 2)
         # a few scenarios stand for all throughputs, so now and then a level is one off
-        assert all(later >= earlier - 1 for earlier, later in zip(levels, levels[1:], strict=False))
+        assert all(later >= earlier - 1 for earlier, later in itertools.pairwise(levels))
         assert levels[8:] == sorted(levels[8:])
 
     def test_a_dearer_miss_and_a_wider_spread_are_more_careful(self) -> None:
