@@ -22,6 +22,7 @@ from testbed.errors import SpecError
 MAIN_JOB = Path(__file__).with_name("main.toml")
 """The experiment of `./run_testbed.sh`."""
 
+SEED = "{seed}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -73,6 +74,8 @@ class Experiment:
     deadlines_s: tuple[float, ...]
     schemes: tuple[Scheme, ...]
     model: str = "bundled"
+    workload: str = ""
+    """A synthetic workload instead of a model and contexts of ours: `mistral-7b,compute=a40` (testbed.synthetic)."""
     chunk_tokens: int = 256
     offsets_s: tuple[float, ...] = (0.0,)
     links: tuple[str, ...] = ("",)
@@ -86,12 +89,20 @@ class Experiment:
     """Fidelity limits that differ from the defaults."""
 
     def units(self) -> list[Unit]:
-        """Every unit, in a fixed order."""
+        """Every unit, in a fixed order. `{seed}` in a trace is the unit's seed: a link for each repetition."""
         settings = itertools.product(
             self.links, self.traces, self.offsets_s, self.deadlines_s, self.contexts, range(self.repetitions)
         )
         return [
-            Unit(index, context, trace, offset_s, deadline_s, link, self.seed + repetition)
+            Unit(
+                index,
+                context,
+                trace.replace(SEED, str(self.seed + repetition)),
+                offset_s,
+                deadline_s,
+                link,
+                self.seed + repetition,
+            )
             for index, (link, trace, offset_s, deadline_s, context, repetition) in enumerate(settings)
         ]
 
@@ -144,7 +155,7 @@ def from_dict(data: Mapping[str, Any]) -> Experiment:
     for key in ("contexts", "traces", "deadlines_s", "schemes"):
         if not isinstance(data.get(key), list) or not data[key]:
             raise SpecError(f"{key} is missing; give a list")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     schemes = tuple(_scheme(entry) for entry in data["schemes"])
     try:
         experiment = Experiment(**(values | {"schemes": schemes}))
@@ -180,6 +191,14 @@ def _check(experiment: Experiment) -> None:
     for offset_s in experiment.offsets_s:
         if not isinstance(offset_s, int | float) or offset_s < 0:
             raise SpecError(f"offset is {offset_s!r}; give seconds of at least 0")
+    if experiment.workload:
+        from testbed import synthetic
+
+        workload = synthetic.parse(experiment.workload)
+        for context in experiment.contexts:
+            synthetic.tokens_of(context)
+        for codec in experiment.codecs:
+            workload.ladder(codec)
     if experiment.chunk_tokens < 1 or experiment.repetitions < 1:
         raise SpecError("chunk_tokens and repetitions are at least 1")
     for scheme in experiment.schemes:

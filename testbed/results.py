@@ -1,8 +1,10 @@
 """The files of a run, and how to read them back.
 
 `runs/<name>/` holds `manifest.json` (what was run, on what), `cells/<unit>-<scheme>.json` (one session each, written
-whole or not at all) and, rebuilt from the cells at any time, `sessions.jsonl`, `chunks.jsonl`, `link.jsonl` and
-`summary.json`. A cell that exists is not run again; `<unit>-<scheme>.failure.json` marks one that failed and is retried.
+whole or not at all; the simulator, whose sessions take less time than a file, writes those of a unit into
+`cells/<unit>.json`) and, rebuilt from the cells at any time, `sessions.jsonl`, `chunks.jsonl`, `link.jsonl` and
+`summary.json`. A cell that exists is not run again; `<unit>-<scheme>.failure.json` marks one that failed and is
+retried.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -75,6 +77,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cells = path / "cells"
+        self._looked_up: tuple[str, set[str]] = ("", set())
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -99,23 +102,41 @@ class Run:
         return json.loads((self.path / "manifest.json").read_text())
 
     def has(self, unit_id: str, scheme: str) -> bool:
-        return self._cell(unit_id, scheme).is_file()
+        return self._cell(unit_id, scheme).is_file() or scheme in self._schemes_of(unit_id)
 
     def save(self, row: Row, chunks: list[Json], link: list[Json]) -> None:
         """Write one session. A failed one is kept apart, so that the next run tries it again."""
         cell = {"row": vars(row), "chunks": chunks, "link": link}
-        done = self._cell(row.unit_id, row.scheme)
-        failure = done.with_suffix(".failure.json")
+        done, failure = self._cell(row.unit_id, row.scheme), self._failure(row.unit_id, row.scheme)
         if row.status == "failed":
             write_whole(failure, cell)
         else:
             write_whole(done, cell)
             failure.unlink(missing_ok=True)
 
+    def save_unit(self, sessions: Sequence[tuple[Row, list[Json]]]) -> None:
+        """Write several sessions of one unit, (row, chunks) each, into one file."""
+        done: list[Json] = []
+        for row, chunks in sessions:
+            if row.status == "failed":
+                self.save(row, chunks, [])
+            else:
+                done.append({"row": vars(row), "chunks": chunks, "link": []})
+        if not done:
+            return
+        file = self.cells / f"{sessions[0][0].unit_id}.json"
+        before = json.loads(file.read_text())["cells"] if file.is_file() else []
+        # what is computed again in no time needs no fsync
+        write_whole(file, {"cells": [*before, *done]}, durable=False)
+        self._looked_up = ("", set())
+        for cell in done:
+            self._failure(cell["row"]["unit_id"], cell["row"]["scheme"]).unlink(missing_ok=True)
+
     def load_cells(self) -> Iterator[Json]:
         """Every session so far, failed ones included, in a fixed order."""
         for file in sorted(self.cells.glob("*.json")):
-            yield json.loads(file.read_text())
+            body = json.loads(file.read_text())
+            yield from body.get("cells", [body])
 
     def rows(self) -> list[Json]:
         return [cell["row"] for cell in self.load_cells()]
@@ -141,6 +162,17 @@ class Run:
     def _cell(self, unit_id: str, scheme: str) -> Path:
         return self.cells / f"{unit_id}-{scheme}.json"
 
+    def _failure(self, unit_id: str, scheme: str) -> Path:
+        return self.cells / f"{unit_id}-{scheme}.failure.json"
+
+    def _schemes_of(self, unit_id: str) -> set[str]:
+        """Schemes whose sessions are in the unit's one file; asked scheme by scheme, so the last unit is kept."""
+        if self._looked_up[0] != unit_id:
+            file = self.cells / f"{unit_id}.json"
+            cells = json.loads(file.read_text())["cells"] if file.is_file() else []
+            self._looked_up = (unit_id, {cell["row"]["scheme"] for cell in cells})
+        return self._looked_up[1]
+
 
 def load(path: str | Path) -> pandas.DataFrame:
     """`sessions.jsonl` of a run as a DataFrame, one row a session."""
@@ -150,14 +182,17 @@ def load(path: str | Path) -> pandas.DataFrame:
     return pandas.DataFrame(run.rebuild())
 
 
-def write_whole(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between."""
+def write_whole(path: Path, data: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    Not durable is fast and for many: a reader sees the same, but after a loss of power the file may be empty.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("w") as file:
-        json.dump(_finite(data), file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(_finite(data), indent=1 if durable else None) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     part.replace(path)
 
 

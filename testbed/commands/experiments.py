@@ -134,13 +134,15 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
 
 def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
     """Rebuild the files of a run from its cells, write summary and report, print the table."""
-    from testbed import report, summary
+    from testbed import report, settings, summary
     from testbed.results import write_whole
 
     manifest = run.manifest
     rows = run.rebuild()
     schemes = [scheme["name"] for scheme in manifest["schemes"]]
     result = summary.summarise(rows, schemes, manifest["experiment"]["baseline"])
+    apart = manifest["experiment"].get("workload") or manifest["experiment"].get("repetitions", 1) > 1
+    result["settings"] = settings.by_setting(rows, schemes) if apart else []
     write_whole(run.path / "summary.json", result)
     page = report.write(run)
     if not quiet:
@@ -151,6 +153,8 @@ def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
             Console().print(summary.table(result))
         else:
             print(summary.text(result))
+        if result["settings"]:
+            print(f"\n{settings.text(result['settings'])}")
         print(f"\n{result['verdict']}\nReport: {page}")
     return result
 

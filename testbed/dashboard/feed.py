@@ -94,11 +94,14 @@ def row_of(row: Mapping[str, Any]) -> Json:
 
 def cell_of(run: Run, unit_id: str, scheme: str) -> Json | None:
     """A session by its names; None if there is none. Names are compared, never made into paths."""
-    wanted = {f"{unit_id}-{scheme}.json", f"{unit_id}-{scheme}.failure.json"}
+    wanted = {f"{unit_id}-{scheme}.json", f"{unit_id}-{scheme}.failure.json", f"{unit_id}.json"}
     for file in sorted(run.cells.glob("*.json")):
         if file.name in wanted:
-            cell: Json = json.loads(file.read_text(encoding="utf-8"))
-            return cell
+            body: Json = json.loads(file.read_text(encoding="utf-8"))
+            for cell in body.get("cells", [body]):
+                if cell["row"]["scheme"] == scheme:
+                    found: Json = cell
+                    return found
     return None
 
 
