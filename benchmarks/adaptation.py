@@ -36,7 +36,7 @@ from traces import library
 from traces.framing import goodput_per_capacity
 from traces.trace import Trace
 
-LAB = Path(__file__).parent.parent / "testbed" / "lab" / "manifest.json"
+LAB = Path(__file__).parent.parent / "testbed" / "offers" / "docs-kvstream.json"
 DEPTH = 2
 MANIFEST_BYTES = 2_000
 BASELINE, DEFAULT = "cachegen", "kvstream"
