@@ -88,25 +88,39 @@ class KVStream(Codec):
         )
         self._inverse: Tensor | None = None
 
+    def ideal_bits(self, kv: Tensor, level: int, *, positions: range) -> float:
+        """Bits that ideal coding of a chunk's symbols under their tables takes: what the bitstream's size is judged
+        by."""
+        self._check_level(level)
+        symbols, fine, escaped = self._symbols(kv, level, positions)
+        own, shift = self._class_of_column[level], self._shift_of_column[level]
+        cost = self._classes.tables.cost_bits[own[:, None], symbols]
+        return float(cost.sum() + int(shift.sum(dtype=np.int64)) * fine.shape[1] + 8 * escaped.nbytes)
+
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
         self._check_shape(header)
-        if self._inverse is None:
-            self._inverse = torch.linalg.inv(self._basis.double()).float()
-        coefficients = torch.empty((header.layers, 2, header.heads, header.head_dim, header.tokens))
-        for layer in range(header.layers):
-            for side in (0, 1):
-                coefficients[layer, side] = analyse(
-                    kv, layer, side, self._mean[layer, side], self._inverse[layer, side], self._rope, header.positions
-                )
-        values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
-        own = self._class_of_column[level]
-        shift = self._shift_of_column[level]
-        symbols, fine, escaped = self._classes.quantise(values, own, shift)
+        symbols, fine, escaped = self._symbols(kv, level, header.positions)
+        own, shift = self._class_of_column[level], self._shift_of_column[level]
         return {
             "coef": rans.encode(symbols, own, self._classes.tables),
             "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM) if len(fine) else b"",
             "escs": escaped.tobytes(),
         }
+
+    def _symbols(
+        self, kv: Tensor, level: int, positions: range
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
+        """Symbols `[columns, T]`, further bits of wide columns `[W, T]`, escapes."""
+        if self._inverse is None:
+            self._inverse = torch.linalg.inv(self._basis.double()).float()
+        layers, heads, dim = self._shape
+        coefficients = torch.empty((layers, 2, heads, dim, len(positions)))
+        for layer, side in np.ndindex(layers, 2):
+            coefficients[layer, side] = analyse(
+                kv, layer, side, self._mean[layer, side], self._inverse[layer, side], self._rope, positions
+            )
+        values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
+        return self._classes.quantise(values, self._class_of_column[level], self._shift_of_column[level])
 
     def _check_chunk(self, chunk: Chunk) -> None:
         self._check_shape(chunk.header)
