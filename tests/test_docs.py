@@ -106,6 +106,13 @@ def test_links_resolve(name):
             assert anchor in pages.anchors(file), f"{name}: {target}: no such heading"
 
 
+def test_every_page_is_in_the_index():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in pages.links(index)}
+    missing = [name for name, page in zip(NAMES, PAGES, strict=True) if page not in linked and page != index]
+    assert [name for name in missing if "/solutions/" not in name] == []
+
+
 @pytest.mark.parametrize("generator", ["make_reference", "draw_architecture"])
 def test_generated_files_are_current(generator, capsys):
     assert script(generator).main(["--check"]) == 0, capsys.readouterr().out
