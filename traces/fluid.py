@@ -28,7 +28,7 @@ class FluidLink:
     doubles every round trip) until the link is the limit; None is a warm connection. Copies are cheap and independent.
     """
 
-    __slots__ = ("_open_s", "_round_end_s", "_round_sent", "_window", "free_at_s", "goodput", "rtt_s")
+    __slots__ = ("_round_end_s", "_round_sent", "_window", "free_at_s", "goodput", "rtt_s")
 
     def __init__(self, goodput: Trace, rtt_s: float = 0.0, initial_window_bytes: int | None = None) -> None:
         if not 0.0 <= rtt_s < math.inf:
@@ -44,12 +44,11 @@ class FluidLink:
         self._window = math.inf if initial_window_bytes is None or rtt_s == 0.0 else float(initial_window_bytes)
         self._round_end_s = -math.inf
         self._round_sent = 0.0
-        self._open_s = 0.0
 
     def copy(self) -> FluidLink:
         other = FluidLink.__new__(FluidLink)
         other.goodput, other.rtt_s, other.free_at_s = self.goodput, self.rtt_s, self.free_at_s
-        other._window, other._open_s = self._window, self._open_s
+        other._window = self._window
         other._round_end_s, other._round_sent = self._round_end_s, self._round_sent
         return other
 
