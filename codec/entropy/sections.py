@@ -202,8 +202,10 @@ def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
     deltas = found.data[found.deltas_at : found.units_at]
     if _kernels().unpack(found.shortest, found.widths, deltas, offsets) != found.units:
         raise CodecError("coded section's stream lengths do not add up; fetch the chunk again")
-    # Compiled code wants aligned units; the copy of a section that lies at an odd address is small beside decoding.
-    payload = np.require(found.data[found.units_at :].view(f"<u{unit_bytes}"), requirements=["A", "C"])
+    # Compiled code wants aligned units, and four bytes at least. The copy of a section that lies at an odd address is
+    # small beside decoding.
+    tail = found.data[found.units_at :] if found.units else np.zeros(4, np.uint8)
+    payload = np.require(tail.view(f"<u{unit_bytes}"), requirements=["A", "C"])
     return Streams(payload, offsets, columns, tokens, found.segment_tokens)
 
 
