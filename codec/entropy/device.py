@@ -70,14 +70,16 @@ def upload(data: Data, columns: int, tokens: int, unit_bytes: int, device: torch
     section = torch.from_numpy(host.view(np.int32)).to(device)
     first_delta = np.cumsum(layout.widths, dtype=np.int32) - layout.widths
     groups = torch.from_numpy(np.stack([layout.shortest.astype(np.int32), layout.widths, first_delta])).to(device)
-    lengths = torch.empty(layout.streams, dtype=torch.int32, device=section.device)
-    _unpack_lengths[(len(layout.widths),)](
-        groups, section[layout.deltas_at // 4 :], lengths, layout.streams, len(layout.widths), num_warps=1
-    )
-    offsets = torch.zeros(layout.streams + 1, dtype=torch.int32, device=section.device)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=offsets[1:])
+    offsets = stream_offsets(groups, section[layout.deltas_at // 4 :], layout.streams)
     payload = section[layout.units_at // 4 :]
     return DeviceStreams(payload, offsets, layout.units, columns, tokens, layout.segment_tokens)
+
+
+def stream_offsets(groups: Tensor, deltas: Tensor, streams: int) -> Tensor:
+    """int32 `[N + 1]` from packed lengths: `groups` int32 `[3, G]` (shortest, width, first word in `deltas`)."""
+    offsets = torch.zeros(streams + 1, dtype=torch.int32, device=groups.device)
+    _unpack_lengths[(groups.shape[1],)](groups, deltas, offsets[1:], streams, groups.shape[1], num_warps=1)
+    return torch.cumsum(offsets, 0, dtype=torch.int32)
 
 
 def reconstruction(
