@@ -161,7 +161,12 @@ def main() -> None:
             "numpy": np.__version__,
             "numba": __import__("numba").__version__,
         }
-        found |= {"command": "python " + " ".join(sys.argv), "processor": processor(), "versions": versions}
+        found |= {
+            "command": "python " + " ".join(sys.argv),
+            "processor": processor(),
+            "load": os.getloadavg(),
+            "versions": versions,
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
