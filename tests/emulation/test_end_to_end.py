@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ def test_decoding_hides_behind_the_link(run):
     early = total = 0
     for trace in ("constant,rate=30Mbps", "constant,rate=15Mbps"):
         chunks = found[trace, "fixed"]["chunks"]
-        for this, following in zip(chunks, chunks[1:], strict=False):
+        for this, following in itertools.pairwise(chunks):
             early += this["decode_start_s"] < following["last_byte_s"]
             total += 1
     assert early >= 0.9 * total
