@@ -55,7 +55,8 @@ def measure(
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as an aligned table."""
-    lines = [f"{'codec':<10} {'level':<14} {'bit/element':>11} {'KL (nats)':>9} {'answers':>7} {'encode':>9} {'decode':>9}"]
+    heads = f"{'codec':<10} {'level':<14} {'bit/element':>11} {'KL (nats)':>9} {'answers':>7}"
+    lines = [f"{heads} {'encode':>9} {'decode':>9}"]
     for row in rows:
         answers = f"{row['answers_right']}/{row['answers']}"
         lines.append(

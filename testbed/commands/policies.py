@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +32,7 @@ def list_command(args: argparse.Namespace) -> int:
 
     from policies import registry
 
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name in registry.names():
         cls = registry.policy_class(name)
         values = registry.settings(name)
