@@ -8,6 +8,7 @@ infinite TTFT, so that failing never looks like being fast.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -45,6 +46,7 @@ def summarise(rows: Sequence[Row], schemes: Sequence[str] = (), baseline: str = 
             "seen": len(units),
             "counted": len(counted),
             "invalid": len(invalid),
+            "invalid_reason": _commonest([row["why"] for row in rows if row["status"] == "invalid"]),
             "incomplete": sum(key not in complete and key not in set(invalid) for key in units),
         },
         "invalid_units": invalid,
@@ -142,10 +144,7 @@ def headline(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
         for entry in open_to_all
         if entry["met"] == best["met"]
         # few units cannot tell any two schemes apart: the rate must lie within the best one's interval as well
-        or (
-            entry["met_rate"] >= best["met_low"]
-            and versus(counted, entry["scheme"], best["scheme"])["met_p"] >= 0.05
-        )
+        or (entry["met_rate"] >= best["met_low"] and versus(counted, entry["scheme"], best["scheme"])["met_p"] >= 0.05)
     ]
     return str(min(level, key=lambda entry: (_or_inf(entry["distortion"]), -entry["met"]))["scheme"])
 
@@ -166,16 +165,12 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
         if not rivals:
             return _place(summary) + f"{name} meets the deadline in {rate} ({_interval(ours)})."
         base = max(rivals, key=lambda entry: (entry["met"], -_or_inf(entry["distortion"])))
-    words = [f"{name} {_often(ours, base)}"]
-    if ours["distortion"] is not None and base["distortion"]:
-        words[0] += f", at {ours['distortion'] / base['distortion']:.2g}x its distortion"
-        words[0] += f" ({ours['distortion']:.2g} against {base['distortion']:.2g} nats)"
-    paired = versus(counted, name, base["scheme"])
+    p = versus(counted, name, base["scheme"])["met_p"]
+    words = [f"{name} meets the deadline {_often(ours, base, p)}{_at_distortion(ours, base)}"]
     if ours["met"] != base["met"]:
-        likely = "more than chance explains" if paired["met_p"] < 0.05 else "within what chance explains"
-        words.append(
-            f"The difference of {paired['met'] * 100:+.0f} points is {likely} (McNemar p = {paired['met_p']:.2g})"
-        )
+        points = 100 * (ours["met_rate"] - base["met_rate"])
+        likely = "more than chance explains" if p < 0.05 else "within what chance explains"
+        words.append(f"The difference of {points:+.0f} points is {likely} (McNemar p = {p:.2g})")
     bound = next((entry for entry in summary["schemes"] if entry["policy"].partition(",")[0] == "oracle"), None)
     if bound is not None and bound["scheme"] != name and bound["distortion"] is not None:
         words.append(f"The oracle meets it in {_percent(bound['met_rate'])}, at {bound['distortion']:.2g} nats")
@@ -198,12 +193,31 @@ def _hopeless(entries: Sequence[Json]) -> str:
     return words
 
 
-def _often(ours: Json, base: Json) -> str:
-    if base["met"] == 0 and ours["met"]:
-        return f"meets the deadline in {_percent(ours['met_rate'])} of {ours['n']} units, {base['scheme']} never"
-    ratio = "as often as" if ours["met"] == base["met"] else f"{ours['met'] / base['met']:.2g}x as often as"
-    rates = f"{_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {ours['n']} units"
-    return f"meets the deadline {ratio} {base['scheme']} ({rates})"
+def _often(ours: Json, base: Json, p: float) -> str:
+    rates = f"({_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {ours['n']} units)"
+    if ours["met"] == base["met"]:
+        return f"as often as {base['scheme']} {rates}"
+    if p >= 0.05:
+        return f"about as often as {base['scheme']} {rates}"
+    if base["met"] == 0:
+        return f"in {_percent(ours['met_rate'])} of {ours['n']} units, {base['scheme']} never"
+    if ours["met"] < base["met"]:
+        return f"less often than {base['scheme']} {rates}"
+    return f"{ours['met'] / base['met']:.2g}x as often as {base['scheme']} {rates}"
+
+
+def _at_distortion(ours: Json, base: Json) -> str:
+    """Ours against the baseline's, as a factor; empty where either is unknown."""
+    if ours["distortion"] is None or base["distortion"] is None:
+        return ""
+    nats = f"({_nats(ours['distortion'])} against {_nats(base['distortion'])} nats)"
+    if not ours["distortion"] or not base["distortion"]:
+        same = ours["distortion"] == base["distortion"]
+        return f", at {'the same' if same else 'no' if not ours['distortion'] else 'a'} distortion {nats}"
+    ratio = ours["distortion"] / base["distortion"]
+    if 0.95 < ratio < 1.05:
+        return f", at the same distortion {nats}"
+    return f", at {ratio:.2g}x its distortion {nats}" if ratio > 1 else f", at {1 / ratio:.2g}x less distortion {nats}"
 
 
 # --- the table
@@ -236,6 +250,7 @@ def notes(summary: Json) -> list[str]:
         lines.append("* is told the future of the link")
     if units["invalid"]:
         lines.append(f"{units['invalid']} of {units['seen']} units left out: the link was not what the trace says")
+        lines.append(f"  most often: {units['invalid_reason']}")
     if units["incomplete"]:
         lines.append(f"{units['incomplete']} of {units['seen']} units left out: not every scheme has run yet")
     for entry in summary["schemes"]:
@@ -270,6 +285,12 @@ def text(summary: Json) -> str:
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     ]
     return "\n".join([line.rstrip() for line in aligned] + notes(summary))
+
+
+def _commonest(reasons: Sequence[str]) -> str:
+    """One of the reasons given most often, numbers apart."""
+    kinds = [re.sub(r"[0-9.]+", "", reason) for reason in reasons]
+    return reasons[kinds.index(max(kinds, key=kinds.count))] if reasons else ""
 
 
 def _known(rows: Sequence[Row], key: str) -> list[Any]:

@@ -37,10 +37,11 @@ _KNOWN: Final[Mapping[str, Style]] = {
     "artifact": Style("#7b6fd6", "p"),
     "artifact-oracle": Style(INK, "X", ":"),
     "throughput": Style("#0f9b76", "^"),
-    "mpc": Style("#b8599f", "D"),
+    "mpc": Style("#b8599f", "H"),
     "robust-mpc": Style("#b8599f", "d", "--"),
     "bola": Style("#a9713a", "h"),
-    "chance": Style("#d9480f", "P"),
+    "kvstream": Style("#d9480f", "D"),
+    "chance": Style("#2a8fa8", "P"),
     "cake": Style("#5a9e2f", ">"),
     "hicache": Style("#8f8a00", "<"),
     "random": Style("#7f8a99", "."),
@@ -57,12 +58,21 @@ _SPARE_MARKERS: Final = "o^sDvPp<>h"
 
 
 def scheme_style(row: Mapping[str, Any]) -> Style:
-    """The look of a row's scheme: by its label or its policy where known, else from a hash."""
+    """The look of a row's scheme: by its label or its policy where known, else from a hash of the label.
+
+    Another label than the policy's own name (another codec, other settings) has its colour and a form of its own.
+    """
     label = row["scheme"]
     policy = row["policy"].partition(",")[0]
-    style = _KNOWN.get(label) or _KNOWN.get(policy)
-    if style is None:
-        number = zlib.crc32(label.encode())
+    number = zlib.crc32(label.encode())
+    if label in _KNOWN:
+        style = _KNOWN[label]
+    elif policy in _KNOWN:
+        style = _KNOWN[policy]
+        if label.removesuffix("-no-overlap").removesuffix("-depth1") != policy:
+            forms = [marker for marker in _SPARE_MARKERS if marker != style.marker]
+            style = Style(style.colour, forms[number % len(forms)], "-.", hollow=True)
+    else:
         style = Style(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[number // 8 % len(_SPARE_MARKERS)])
     if not row.get("overlap", True):
         return replace(style, dash=":", hollow=True)

@@ -159,3 +159,10 @@ def test_a_simulated_session_shows_its_trace_and_its_bytes() -> None:
     assert samples[-1]["delivered_bytes"] == pytest.approx(1e6, rel=1e-3)
     assert min(sample["capacity_bps"] for sample in samples) > 1e6
     assert report_sessions.virtual_link(row | {"trace": "./gone.csv"}, [chunk])[0]["capacity_bps"] == 0
+
+
+def test_another_codec_under_the_same_policy_looks_related_but_different() -> None:
+    one = {"scheme": "cachegen", "policy": "cachegen", "depth": 2, "overlap": True}
+    looks = [scheme_style(row) for row in (one, one | {"scheme": "cachegen-codec"}, one | {"depth": 1})]
+    assert len({look.colour for look in looks}) == 1
+    assert len({(look.marker, look.dash, look.hollow) for look in looks}) == 3

@@ -21,6 +21,7 @@ def row(scheme: str, unit: int, met: bool, **other: Any) -> dict[str, Any]:
         "backend": "mininet",
         "trace": f"trace-{unit % 4}",
         "status": "ok",
+        "why": "",
         "deadline_s": 1.0,
         "ttft_s": 0.5 if met else 1.5,
         "met": met,
@@ -38,10 +39,10 @@ def row(scheme: str, unit: int, met: bool, **other: Any) -> dict[str, Any]:
 
 
 def test_an_invalid_session_takes_its_unit_from_every_scheme() -> None:
-    rows = [row("a", 0, True), row("b", 0, True), row("a", 1, True), row("b", 1, False, status="invalid")]
+    rows = [row("a", 0, True), row("b", 0, True), row("a", 1, True), row("b", 1, False, status="invalid", why="late")]
     summary = summarise(rows)
     assert [entry["n"] for entry in summary["schemes"]] == [1, 1]
-    assert summary["units"] == {"seen": 2, "counted": 1, "invalid": 1, "incomplete": 0}
+    assert summary["units"] == {"seen": 2, "counted": 1, "invalid": 1, "invalid_reason": "late", "incomplete": 0}
     assert summary["invalid_units"] == ["001"]
 
 
@@ -66,7 +67,7 @@ def test_the_verdict_names_the_ratio_and_whether_chance_explains_it() -> None:
     rows += [row("careful", unit, unit < 18, distortion=0.004) for unit in range(20)]
     verdict = summarise(rows, baseline="bold")["verdict"]
     assert verdict.startswith("careful meets the deadline 1.8x as often as bold (90 % against 50 % of 20 units)")
-    assert "4x its distortion" in verdict
+    assert ", at 4x its distortion (0.004 against 0.001 nats)." in verdict
     assert "more than chance explains" in verdict
 
 
@@ -74,7 +75,8 @@ def test_what_chance_explains_is_not_called_a_win() -> None:
     rows = [row("good", unit, unit != 3, distortion=0.001) for unit in range(10)]
     rows += [row("lowest", unit, True, distortion=0.02) for unit in range(10)]
     verdict = summarise(rows, baseline="lowest")["verdict"]
-    assert verdict.startswith("good meets the deadline 0.9x as often as lowest")
+    assert verdict.startswith("good meets the deadline about as often as lowest (90 % against 100 % of 10 units)")
+    assert ", at 20x less distortion (0.001 against 0.02 nats)." in verdict
     assert "within what chance explains" in verdict
 
 
@@ -82,7 +84,7 @@ def test_a_clairvoyant_scheme_never_makes_the_headline() -> None:
     rows = [row("oracle", unit, True) for unit in range(10)] + [row("mine", unit, unit < 2) for unit in range(10)]
     rows += [row("base", unit, unit < 1) for unit in range(10)]
     summary = summarise(rows, baseline="base")
-    assert summary["verdict"].startswith("mine meets the deadline 2x as often as base")
+    assert summary["verdict"].startswith("mine meets the deadline about as often as base (20 % against 10 %")
     assert "The oracle meets it in 100 %" in summary["verdict"]
 
 
@@ -97,6 +99,12 @@ def test_a_deadline_out_of_reach_is_called_so() -> None:
         "No scheme meets the deadline in any of 4 units: it is out of reach here. "
         "The fastest, b, takes 1.2 s at the median."
     )
+
+
+def test_the_commonest_reason_is_told_whatever_its_numbers() -> None:
+    whys = ["drops 3 > 0", "waited 0.2 s", "waited 0.35 s"]
+    rows = [row("a", unit, False, status="invalid", why=why) for unit, why in enumerate(whys)]
+    assert summarise(rows)["units"]["invalid_reason"] == "waited 0.2 s"
 
 
 def test_nothing_to_compare_is_said() -> None:
