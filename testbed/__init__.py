@@ -1,0 +1,1 @@
+"""Network, processes and experiments: the room that brings traces, codecs and policies together."""
