@@ -2,7 +2,10 @@
 
 `python -m testbed.emulator.element SETTINGS` with the settings of `Impairments` as JSON. Queue 0 holds what goes toward
 the receivers, queue 1 what comes back; `testbed.emulator.impairments` puts the iptables rules that fill them. Prints
-`ready`, then answers each line of input with a line of JSON: its counters. End of input ends it.
+`ready`, then reads lines of JSON until its input ends:
+
+    {"report": true}                                   answered with a line of JSON: the counters
+    {"steps": [[CLOCK_MONOTONIC, delay_s, loss], ..]}  delay and loss from then on, replacing earlier steps
 
 A packet is due `delay` after it was read. Times are kept by a scheduling slice of 0.1 ms, so that a busy machine does
 not make the delay longer; what it still adds is counted.
@@ -19,7 +22,6 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Final
 
 from testbed.emulator.clock import be_punctual, spent_s
@@ -42,11 +44,11 @@ class Lane:
         self.jitter_s: float = settings["jitter_s"]
         self.ordered: bool = settings["ordered"]
         # What harms packets does so on the way to the receivers only, like the bottleneck.
-        self.lose = _losses(settings) if forward else None
+        self.losses = Losses(settings) if forward and settings["lossy"] else None
         self.reorder: float = settings["reorder"] if forward else 0.0
         self.duplicate: float = settings["duplicate"] if forward else 0.0
         self.random = random.Random(f"{settings['seed']}/{'forward' if forward else 'back'}")
-        self.plain = not (self.jitter_s or self.lose or self.reorder or self.duplicate)
+        self.plain = not (self.jitter_s or self.losses or self.reorder or self.duplicate)
         self.held: deque[tuple[float, int]] = deque()
         self.heap: list[tuple[float, int, bytes]] = []
         self.last_due_s = 0.0
@@ -65,12 +67,13 @@ class Lane:
         now = time.monotonic()
         self.counts["packets"] += len(packets)
         if self.plain:
-            due = now + self.delay_s
+            # After a delay became shorter, what comes now must not go before what is held.
+            due = self.last_due_s = max(now + self.delay_s, self.last_due_s)
             self.held.extend((due, packet_id) for packet_id, _ in packets)
             return
         dropped = []
         for packet_id, message in packets:
-            if self.lose is not None and self.lose():
+            if self.losses is not None and self.losses.draw():
                 dropped.append((packet_id, DROP))
                 continue
             due = now + max(self.delay_s + self.jitter_s * self.random.uniform(-1.0, 1.0), 0.0)
@@ -125,29 +128,32 @@ class Lane:
         return {**self.counts, "late": self.late, "lost_by_kernel": self.queue.lost()}
 
 
-def _losses(settings: dict[str, Any]) -> Callable[[], bool] | None:
-    """A function that says, packet by packet, whether it is lost.
+class Losses:
+    """Says, packet by packet, whether it is lost: independently, or by the Gilbert-Elliott chain.
 
-    Independent losses, or the Gilbert-Elliott chain: in the bad state a packet is lost with probability `loss_bad`,
-    which lasts `loss_burst` packets on average; the chain enters it just often enough for the mean to be `loss`.
+    In the chain's bad state a packet is lost with probability `loss_bad`, and the state lasts `loss_burst` packets on
+    average; it is entered just often enough for the mean to be `loss`.
     """
-    loss, burst, bad_loss = settings["loss"], settings["loss_burst"], settings["loss_bad"]
-    if not loss:
-        return None
-    draw = random.Random(f"{settings['seed']}/loss").random
-    if not burst:
-        return lambda: draw() < loss
-    leave = 1.0 / burst
-    share = loss / bad_loss
-    enter = leave * share / (1.0 - share)
-    bad = False
 
-    def lost() -> bool:
-        nonlocal bad
-        bad = draw() >= leave if bad else draw() < enter
-        return bad and draw() < bad_loss
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._uniform = random.Random(f"{settings['seed']}/loss").random
+        self._burst: float = settings["loss_burst"]
+        self._bad_loss: float = settings["loss_bad"]
+        self._bad = False
+        self.set(settings["loss"])
 
-    return lost
+    def set(self, loss: float) -> None:
+        """Lose this mean fraction from now on."""
+        self._loss = loss
+        share = min(loss / self._bad_loss, 0.999)
+        self._leave = 1.0 / self._burst if self._burst else 1.0
+        self._enter = self._leave * share / (1.0 - share)
+
+    def draw(self) -> bool:
+        if not self._burst:
+            return self._uniform() < self._loss
+        self._bad = self._uniform() >= self._leave if self._bad else self._uniform() < self._enter
+        return self._bad and self._uniform() < self._bad_loss
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -160,21 +166,34 @@ def main(settings: dict[str, Any]) -> None:
     gc.disable()  # nothing here makes cycles, and a collection would hold packets up
     print("ready", flush=True)
     last_s = 0.0
+    steps: deque[list[float]] = deque()
     while True:
         pause = last_s + PERIOD_S - time.monotonic()
         if pause > 0.0:
             time.sleep(pause)
         due = [time_s for lane in lanes if (time_s := lane.next_due_s()) is not None]
+        due += [steps[0][0]] if steps else []
         wait = max(min(due) - time.monotonic(), 0.0) if due else None
         for readable in select.select(watched, [], [], wait)[0]:
             if readable == requests:
-                if not sys.stdin.readline():
+                line = sys.stdin.readline()
+                if not line:
                     return
-                reports = [lane.report() for lane in lanes]
-                print(json.dumps({"lanes": reports, "cpu_s": spent_s(), "scheduling": punctual}), flush=True)
+                request = json.loads(line)
+                if "steps" in request:
+                    steps = deque(request["steps"])
+                else:
+                    reports = [lane.report() for lane in lanes]
+                    print(json.dumps({"lanes": reports, "cpu_s": spent_s(), "scheduling": punctual}), flush=True)
             else:
                 by_descriptor[readable].take()
                 last_s = time.monotonic()
+        while steps and steps[0][0] <= time.monotonic():
+            _, delay_s, loss = steps.popleft()
+            for lane in lanes:
+                lane.delay_s = delay_s
+                if lane.losses is not None:
+                    lane.losses.set(loss)
         for lane in lanes:
             lane.release()
 

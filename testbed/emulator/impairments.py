@@ -14,11 +14,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from testbed.emulator.link import LinkSettings
+from testbed.emulator.link import LinkSettings, varies
 from testbed.errors import MachineError
 
 if TYPE_CHECKING:
     from testbed.emulator.topology import Network
+    from traces.trace import Trace
 
 HOST: Final = "delay"
 LEFT, RIGHT = "delay-left", "delay-right"
@@ -59,13 +60,34 @@ class Impairments:
                 self.network.run(self._host, ["tc", "-s", "-j", "qdisc", "show", "dev", dev]) for dev in (RIGHT, LEFT)
             ]
             return {"backend": "netem", "lanes": [json.loads(line)[0] for line in lines]}
+        self._tell({"report": True})
+        return {"backend": "nfqueue", **json.loads(self._line())}
+
+    def begin(self, trace: Trace, t0_s: float, length_s: float) -> None:
+        """A session starts at `t0_s` (CLOCK_MONOTONIC), and with it the delays and losses of its trace."""
+        if not varies(trace):
+            return
+        rows, steps, at_s = trace.sliced(0.0, length_s), [], t0_s
+        for row, duration_s in enumerate(rows.durations_s.tolist()):
+            delay_s = 0.0 if rows.delay_s is None else float(rows.delay_s[row])
+            loss = 0.0 if rows.loss is None else float(rows.loss[row])
+            steps.append([at_s, self.link.delay_s + delay_s, 1.0 - (1.0 - self.link.loss) * (1.0 - loss)])
+            at_s += duration_s
+        self._tell({"steps": steps})
+
+    def rest(self) -> None:
+        """The session is over: back to the link's own settings."""
+        if self._element is not None:
+            self._tell({"steps": [[0.0, self.link.delay_s, self.link.loss]]})
+
+    def _tell(self, what: dict[str, Any]) -> None:
+        assert self._element is not None
         assert self._element.stdin is not None
         try:
-            self._element.stdin.write("report\n")
+            self._element.stdin.write(json.dumps(what) + "\n")
             self._element.stdin.flush()
         except BrokenPipeError:
             raise MachineError("the element that delays packets died") from None
-        return {"backend": "nfqueue", **json.loads(self._line())}
 
     @property
     def _host(self) -> Any:
@@ -90,6 +112,7 @@ class Impairments:
     def _start_element(self) -> None:
         settings = {name: getattr(self.link, name) for name in NETEM_FIELDS}
         settings |= {"ordered": self.link.jitter_order, "seed": self.link.seed}
+        settings["lossy"] = bool(self.link.loss) or any(trace.loss is not None for trace in self.network.traces)
         self._element = self.network.popen(
             self._host,
             [sys.executable, "-m", "testbed.emulator.element", json.dumps(settings)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,6 +18,8 @@ MAX_DELAY_S: Final = 10.0
 @dataclass(frozen=True)
 class LinkSettings:
     """Settings of an emulated path. Raises SpecError for impossible ones.
+
+    A trace with columns of delay or loss adds them to what is set here, row by row.
 
     Delay and jitter apply to each direction; loss, reordering and duplication only on the way to the receivers.
     """
@@ -82,34 +84,39 @@ class LinkSettings:
         _check(0 <= self.cross_flows <= 100, f"cross_flows={self.cross_flows}", "0 to 100")
         _check(self.cc.replace("_", "").isalnum(), f"cc={self.cc!r}", "the name of a congestion control")
 
-    @property
-    def impaired(self) -> bool:
-        """Whether anything but the shaper touches packets."""
-        return any((self.delay_s, self.loss, self.reorder, self.duplicate))
+    def impaired(self, traces: Iterable[Trace] = ()) -> bool:
+        """Whether anything but the shaper touches packets: these settings, or the delays and losses of a trace."""
+        mine = any((self.delay_s, self.loss, self.reorder, self.duplicate))
+        return mine or any(varies(trace) for trace in traces)
 
     @property
     def crossed(self) -> bool:
         """Whether others send through the bottleneck."""
         return bool(self.cross_flows or self.cross_trace)
 
-    @property
-    def grouped(self) -> bool:
+    def grouped(self, traces: Iterable[Trace] = ()) -> bool:
         """Whether segmentation offloads are in use: single packets must be single to be lost or overtaken alone."""
-        return self.offloads and not any((self.loss, self.reorder, self.duplicate))
+        harmed = any((self.loss, self.reorder, self.duplicate)) or any(trace.loss is not None for trace in traces)
+        return self.offloads and not harmed
 
-    def gso_bytes(self, traces: Iterable[Trace] = ()) -> int:
+    def gso_bytes(self, traces: Sequence[Trace] = ()) -> int:
         """Most bytes that travel as one packet: some 1 ms at the lowest rate of the traces, 5 us at the highest.
 
         A queue releases a packet as a whole, so larger ones blur the trace and can exceed a short queue, while
         smaller ones cost CPU at high rates.
         """
-        if not self.grouped:
+        if not self.grouped(traces):
             return self.mtu
         rates = [float(rate) for trace in traces for rate in trace.rates_bps if rate > 0.0]
         if not rates:
             return MAX_GSO_BYTES
         wanted = max(min(rates) * 1e-3, max(rates) * 5e-6) / 8.0
         return int(min(max(wanted, self.mtu), MAX_GSO_BYTES))
+
+
+def varies(trace: Trace) -> bool:
+    """Whether a trace says more than rates: it has columns of delay or loss."""
+    return trace.delay_s is not None or trace.loss is not None
 
 
 def _check(good: bool, what: str, allowed: str) -> None:

@@ -10,9 +10,10 @@ import sys
 import time
 from typing import Any, Final, Literal
 
+from testbed.emulator.link import varies
 from testbed.emulator.record import LinkRecord
 from testbed.emulator.topology import Network
-from testbed.errors import MachineError
+from testbed.errors import MachineError, SpecError
 from traces.trace import Trace
 
 MAX_IDLE_BPS: Final = 10e9
@@ -80,8 +81,12 @@ class Shaper:
         A trace with one rate a chunk (or None) is not scheduled: call `set_rate` as each chunk's first byte leaves.
         Give a `t0_s` some milliseconds ahead; a change that is already due is made at once and counts as late.
         """
+        if trace is not None and varies(trace) and self.network.impairments is None:
+            raise SpecError(f"trace {trace.name!r} has delays or losses: name it among the network's traces")
         steps = [] if trace is None or trace.per == "chunk" else trace.changes(0.0, length_s)
         self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps])
+        if self.network.impairments is not None and trace is not None:
+            self.network.impairments.begin(trace, t0_s, length_s)
         if self.network.cross is not None:
             self.network.cross.begin(t0_s, length_s)
 
@@ -93,6 +98,8 @@ class Shaper:
         """End the session at `t_end_s` (CLOCK_MONOTONIC; default now) and return what the link did."""
         end_s = time.monotonic() if t_end_s is None else t_end_s
         record = self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0))
+        if self.network.impairments is not None:
+            self.network.impairments.rest()
         if self.network.cross is not None:
             self.network.cross.rest()
         return LinkRecord.from_json(record)

@@ -138,7 +138,7 @@ class Network:
         self._turn.enter_context(alone())
         try:
             self._build()
-            if self.link.impaired:
+            if self.link.impaired(self.traces):
                 self.impairments = Impairments(self)
                 self.settings["impairments"] = self.impairments.settings
             if self.link.crossed:
@@ -213,7 +213,7 @@ class Network:
         gather, fan = (["gather"] if len(left) > 1 else []), (["fan"] if len(right) > 1 else [])
         # The router has one link on either side, so that one queue a direction sees everything; what delays and
         # loses has a host of its own, away from that queue.
-        middle = [*gather, *(["delay"] if self.link.impaired else []), "router", *fan]
+        middle = [*gather, *(["delay"] if self.link.impaired(self.traces) else []), "router", *fan]
         for name in [*left, *middle, *right]:
             self.hosts[name] = self._net.addHost(name, ip=None)
         scripts: dict[str, list[str]] = {name: ["set -e"] for name in self.hosts}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,31 @@ def round_trips(link: str, count: int = 100) -> dict[str, Any]:
         echo.communicate()
         report = None if net.impairments is None else net.impairments.report()
         return {"rtts_s": rtts, "report": report, "settings": net.settings}
+
+
+def changing(delays_ms: list[float], losses: list[float]) -> dict[str, Any]:
+    """Round trips and losses under a trace that has columns of both, one row a half second, on top of 5 ms."""
+    rows = len(delays_ms)
+    trace = replace(trace_of([[0.5, 100]] * rows), delay_s=np.array(delays_ms) * 1e-3, loss=np.array(losses))
+    with Network(link_of("delay=5ms"), traces=[trace]) as net, Shaper(net) as shaper:
+        echo = net.popen(net.receiver, [sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+        assert echo.stdout is not None
+        echo.stdout.readline()
+        code = (
+            PING.replace("s.settimeout(5.0)", "s.settimeout(0.2)\nend = time.monotonic() + float(sys.argv[2])")
+            .replace("for _ in range(int(sys.argv[2])):", "while time.monotonic() < end:")
+            .replace("    s.recv(100)\n", "    try:\n        s.recv(100)\n    except TimeoutError:\n        pass\n")
+            .replace("rtts.append(", "rtts.append((time.monotonic(), ")
+            .replace("- start)", "- start))")
+        )
+        words = [sys.executable, "-c", code, net.receiver_ips[0], str(0.5 * rows)]
+        ping = net.popen(net.sender, words, stdout=subprocess.PIPE, text=True)
+        t0 = time.monotonic()
+        shaper.arm(trace, t0, 0.5 * rows)
+        pings = json.loads(ping.communicate()[0])
+        shaper.finish()
+        assert net.impairments is not None
+        return {"pings": [[at_s - t0 - rtt_s, rtt_s] for at_s, rtt_s in pings], "report": net.impairments.report()}
 
 
 def datagrams(link: str, count: int) -> dict[str, Any]:

@@ -71,6 +71,19 @@ def test_duplicates_and_overtaking(scenario):
     assert overtakers > 0.05 * count
 
 
+def test_the_delays_of_a_trace_are_followed(scenario):
+    done = scenario("changing", delays_ms=[0, 30, 10], losses=[0, 0, 0])
+    for row, delay_ms in enumerate((0, 30, 10)):
+        rtts = [rtt_s for at_s, rtt_s in done["pings"] if 0.5 * row + 0.1 < at_s < 0.5 * row + 0.4]
+        assert statistics.median(rtts) == pytest.approx(2e-3 * (5 + delay_ms), abs=2e-3)
+
+
+def test_the_losses_of_a_trace_are_followed(scenario):
+    done = scenario("changing", delays_ms=[0, 0, 0, 0], losses=[0.5, 0.5, 0.5, 0.5])
+    lost = done["report"]["lanes"][0]["dropped"]
+    assert 3 <= lost <= 0.9 * len(done["pings"])
+
+
 def test_netem_is_asked_for_the_same():
     link = build(LinkSettings, parse_settings("delay=20ms,loss=1%,loss_burst=4,duplicate=2%,reorder=3%"), "link")
     assert netem_words(link, forward=False) == ["delay", "20000us"]
