@@ -112,7 +112,10 @@ class KVStream(Codec):
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
         """Symbols `[columns, T]`, further bits of wide columns `[W, T]`, escapes."""
         if self._inverse is None:
-            self._inverse = torch.linalg.inv(self._basis.double()).float()
+            try:
+                self._inverse = torch.linalg.inv(self._basis.double()).float()
+            except torch.linalg.LinAlgError as error:
+                raise CodecError("the profile holds a basis that cannot be inverted; calibrate again") from error
         layers, heads, dim = self._shape
         coefficients = torch.empty((layers, 2, heads, dim, len(positions)))
         for layer, side in np.ndindex(layers, 2):

@@ -1,0 +1,165 @@
+"""Fuzz the container, the profiles and every decoder.
+
+    python -m tests.codec.fuzz [SECONDS]                        random mutations, nothing to install
+    python -m tests.codec.fuzz --atheris [libFuzzer options]    guided by coverage (pip install atheris)
+
+One input is a codec, a way to harm a chunk that it wrote, and the bytes for that. Checksums are made right again, so
+that what lies behind them is reached. Whatever comes out must be a `CodecError` or finite values; anything else, a
+crash or a hang included, is a finding. """
+
+from __future__ import annotations
+
+import random
+import struct
+import sys
+import time
+import zlib
+from functools import cache
+
+import numpy as np
+import torch
+
+from codec import container, registry
+from codec.api import Codec
+from codec.errors import CodecError
+from codec.profile import Profile
+from tests.codec.conformance import D, H, L
+from tests.codec.profiles import stored
+from tests.codec.synthetic import synthetic_kv
+
+CODECS = ("raw", "uniform", "fp8", "artifact", "cachegen", "cachegen-ac", "kvstream")
+TOKENS = 21
+
+
+@cache
+def codec_of(name: str) -> Codec:
+    base, _, coder = name.partition("-")
+    cls = registry.codec_class(base)
+    return registry.make(base, {"coder": coder} if coder else {}, stored(base) if cls.needs_profile else None)
+
+
+@cache
+def chunk_of(name: str, level: int) -> bytes:
+    kv = synthetic_kv(L, TOKENS, H, D, seed=5)
+    kv[1, 0, 3] *= 50
+    return codec_of(name).encode(kv, level, positions=range(7, 7 + TOKENS))
+
+
+def one_input(data: bytes) -> None:
+    """Raise for a finding; return for everything that is as it should be."""
+    if len(data) < 4:
+        return
+    choice, how, level, rest = data[0], data[1], data[2], data[3:]
+    if how % 5 == 4:
+        fuzz_profile(choice, rest)
+        return
+    name = CODECS[choice % len(CODECS)]
+    codec = codec_of(name)
+    whole = chunk_of(name, level % len(codec.levels))
+    harmed = {0: replaced, 1: sections_harmed, 2: header_forged, 3: bytes_harmed}[how % 5](whole, rest)
+    out = torch.empty((L, 2, TOKENS, H, D))
+    for target in (out, None):
+        try:
+            decoded = codec.decode(harmed, target)
+        except CodecError:
+            continue
+        assert isinstance(decoded, torch.Tensor)
+        if not codec.lossless and not bool(torch.isfinite(decoded).all()):
+            raise AssertionError(f"{name} decoded values that are not finite")
+
+
+def replaced(_: bytes, rest: bytes) -> bytes:
+    """The input itself, as it is and after a magic."""
+    return rest if rest[:1] < b"\x80" else b"KVST\x01" + rest
+
+
+def bytes_harmed(whole: bytes, rest: bytes) -> bytes:
+    harmed = bytearray(whole)
+    for place, value in struct.iter_unpack("<HB", rest[: len(rest) // 3 * 3]):
+        harmed[place % len(harmed)] = value
+    return bytes(harmed)
+
+
+def sections_harmed(whole: bytes, rest: bytes) -> bytes:
+    """Content of sections changed, cut or replaced, with the right checksums."""
+    chunk = container.parse(whole)
+    sections = {tag: bytearray(content) for tag, content in chunk.sections.items()}
+    tags = sorted(sections)
+    for which, place, value in struct.iter_unpack("<BHB", rest[: len(rest) // 4 * 4]):
+        content = sections[tags[which % len(tags)]]
+        match which // 32:
+            case 7:
+                del content[place % (len(content) + 1) :]
+            case 6:
+                content.extend(bytes([value]) * (place % 64))
+            case 5:
+                content[: place % 64] = bytes([value]) * (place % 64)
+            case _ if content:
+                content[place % len(content)] = value
+    try:
+        return container.pack(chunk.header, {tag: bytes(content) for tag, content in sections.items()})
+    except CodecError:
+        return b""
+
+
+def header_forged(whole: bytes, rest: bytes) -> bytes:
+    """Header and section table changed, with the right checksum."""
+    forged = bytearray(whole)
+    n_sections = struct.unpack_from("<I", forged, 80)[0]
+    end = 84 + 16 * n_sections
+    for place, value in struct.iter_unpack("<BB", rest[: len(rest) // 2 * 2]):
+        forged[4 + place % (end - 4)] = value
+    if struct.unpack_from("<I", forged, 80)[0] == n_sections:
+        struct.pack_into("<I", forged, end, zlib.crc32(forged[:end]))
+    return bytes(forged)
+
+
+def fuzz_profile(choice: int, rest: bytes) -> None:
+    """A profile with changed tensors or bytes: refused, or a codec that still fails only in the known way."""
+    name = ("cachegen", "kvstream")[choice % 2]
+    good = stored(name)
+    try:
+        if choice & 2:
+            Profile.from_bytes(bytes_harmed(good.to_bytes(), rest))
+            return
+        tensors = {key: array.copy() for key, array in good.tensors.items()}
+        keys = sorted(tensors)
+        for which, place, value in struct.iter_unpack("<BHB", rest[: len(rest) // 4 * 4]):
+            flat = tensors[keys[which % len(keys)]].view(np.uint8).ravel()
+            flat[place % len(flat)] = value
+        codec = registry.make(name, {}, Profile(tensors, good.metadata))
+        kv = synthetic_kv(L, TOKENS, H, D, seed=5)
+        codec.decode(codec.encode(kv, 0, positions=range(TOKENS)))
+    except CodecError:
+        return
+
+
+def random_input(draw: random.Random) -> bytes:
+    return draw.randbytes(3 + draw.choice((1, 2, 3, 4, 8, 16, 64, 300)))
+
+
+def main() -> None:
+    if "--atheris" in sys.argv:
+        import atheris  # type: ignore[import-not-found]
+
+        sys.argv.remove("--atheris")
+        atheris.instrument_all()
+        atheris.Setup(sys.argv, one_input)
+        atheris.Fuzz()
+        return
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+    draw = random.Random(time.time_ns())
+    end, done = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        data = random_input(draw)
+        try:
+            one_input(data)
+        except BaseException:
+            print(f"finding: {data.hex()}")
+            raise
+        done += 1
+    print(f"{done} inputs, no finding")
+
+
+if __name__ == "__main__":
+    main()
