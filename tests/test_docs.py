@@ -118,6 +118,63 @@ def test_generated_files_are_current(generator, capsys):
     assert script(generator).main(["--check"]) == 0, capsys.readouterr().out
 
 
+class TestFacts:
+    """What pages list is what the code has."""
+
+    def text(self, name: str) -> str:
+        return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+    def test_routes_of_the_sender(self, tmp_path):
+        from testbed.sender import Sender
+        from testbed.store import Store
+
+        routes = Sender(Store(tmp_path)).app().router.routes()
+        served = {(route.method, route.resource.canonical) for route in routes if route.resource is not None}
+        served = {(method, path) for method, path in served if method != "HEAD"}
+        names = {"{id}": "{context}", "{i}": "{chunk}"}
+        rows = re.findall(r"^\| `(GET|PUT) (\S+)`", self.text("http-api.md"), re.M)
+        listed = {(method, re.sub(r"\{id\}|\{i\}", lambda m: names[m[0]], path)) for method, path in rows}
+        assert listed == served
+
+    def test_schema_of_the_manifest(self):
+        from testbed import manifest, shipped
+
+        schema = json.loads(self.text("manifest.schema.json"))["properties"]
+        offer = shipped.load("docs", "cachegen")
+        assert offer is not None
+        body = offer.manifest.to_json()
+        assert set(body) == set(schema)
+        assert set(body["kv"]) == set(schema["kv"]["properties"])
+        assert set(body["codec"]) == set(schema["codec"]["properties"])
+        assert set(body["levels"][0]) == set(schema["levels"]["items"]["properties"])
+        assert len(body["chunks"][0]) == len(schema["chunks"]["items"]["prefixItems"])
+        assert schema["format"]["const"] == manifest.FORMAT
+        assert schema["levels"]["maxItems"] == manifest.MAX_LEVELS
+        assert schema["chunks"]["maxItems"] == manifest.MAX_CHUNKS
+
+    def test_every_check_of_doctor_has_its_line(self):
+        from testbed import doctor
+
+        source = (ROOT / "testbed" / "doctor.py").read_text(encoding="utf-8")
+        names = set(re.findall(r'(?:Check|_try)\(\s*"([^"]+)"', source)) | {*doctor.PROGRAMS, *doctor.PACKAGES}
+        rows = [
+            line.split("|")[1] for line in self.text("howto/troubleshooting.md").splitlines() if line.startswith("|")
+        ]
+        explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+        assert len(names) > 15
+        assert {name for name in names if name not in explained and name not in ", ".join(explained)} == set()
+
+    def test_metrics_of_bars(self):
+        from testbed.bars import METRICS
+
+        assert [name for name in METRICS if f"`{name}`" not in self.text("howto/ci.md")] == []
+
+    def test_number_of_trace_formats(self):
+        from traces.formats import FORMATS
+
+        assert len(FORMATS) == 14, "README, own-trace.md and CHANGELOG.md say fourteen"
+
+
 class TestReadme:
     TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
