@@ -87,7 +87,7 @@ class Classes:
             return symbols, fine, np.empty(0, RECORD)
         column, token = np.nonzero(symbols == ESCAPED)
         steps = np.rint(values[column, token])
-        if np.abs(steps).max() > LARGEST_ESCAPE:
+        if not np.abs(steps).max() <= LARGEST_ESCAPE:  # so written, NaN is refused too
             raise CodecError(
                 f"the cache holds a value {np.abs(steps).max():g} steps from what the profile was calibrated on, more "
                 f"than the {LARGEST_ESCAPE} that can be coded; take a lower level, or codec raw"

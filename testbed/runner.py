@@ -51,6 +51,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
         plugs.make_policy(scheme.policy)
     links = {text: plugs.make_link(text) for text in experiment.links}
     limits = replace(fidelity.Limits(), **experiment.limits)
+    progress.place("Backend mininet: real hosts and links in namespaces of their own; chunks are decoded on the CPU")
     prepared = prepare.prepare(
         experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
     )
@@ -67,7 +68,6 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
         with Stage(links[text], list(traces.values()), prepared, run.path) as stage:
             manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings, "costs": stage.costs_json}
             run.create(manifest)
-            progress.place(stage.describe())
             for unit, scheme in sessions:
                 trace = traces[unit.trace]
                 trace = trace.shifted(unit.offset_s) if unit.offset_s else trace
@@ -136,10 +136,6 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def describe(self) -> str:
-        threads = self.receiver.ready.get("threads")
-        return f"Mininet hosts in namespaces of their own; decoding on the CPU ({threads} thread(s) of torch)"
 
     @property
     def rtt_s(self) -> float:

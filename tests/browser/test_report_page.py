@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from testbed import report
 from tests.browser.conftest import Open
 from tests.testbed.made_run import make_run
 
+expect: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright").expect
 pytest.importorskip("seaborn", reason="figures need seaborn, from kvstream[run]")
 
 
@@ -74,7 +76,7 @@ def test_chunks_by_mouse_and_by_keyboard(url: str, open_page: Open) -> None:
 def test_the_table_of_chunks_holds_every_chunk(url: str, open_page: Open) -> None:
     page = open_page(url).page
     page.get_by_text("All chunks").click()
-    assert page.locator(".v-table tbody tr").count() == 16
+    expect(page.locator(".v-table tbody tr")).to_have_count(16)  # filled when the fold has opened
     assert "Mbit/s" in page.locator(".v-table tbody tr").first.inner_text()
 
 
