@@ -7,9 +7,9 @@ deadlines, round trips 0 and 40 ms. Every policy runs on every unit. Printed per
 mean distortion, regret to the oracle where the policy met, and the paired differences to `cachegen` with intervals
 from a bootstrap over traces; for the default policy also by family and by context.
 
-The contexts: `lab` has the sizes, distortions and compute times of the lab's manifest; `fast-text` is the same with
-recomputing at half the time, `no-text` without a model to recompute with; `long-chunks` is synthetic, seven chunks of
-1,500 tokens on a ladder of five levels.
+The contexts: `docs` is the shipped one under our codec, with sizes, distortions and compute times as measured with the
+bundled model; `fast-text` is the same with recomputing at half the time, `no-text` without a model to recompute with;
+`long-chunks` is synthetic, seven chunks of 1,500 tokens on a ladder of five levels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from policies import registry
+from testbed import shipped
 from testbed.bounds import line_of, oracle_plan
 from testbed.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
 from testbed.session import Costs, SessionFailed
@@ -36,7 +37,6 @@ from traces import library
 from traces.framing import goodput_per_capacity
 from traces.trace import Trace
 
-LAB = Path(__file__).parent.parent / "testbed" / "offers" / "docs-kvstream.json"
 DEPTH = 2
 MANIFEST_BYTES = 2_000
 BASELINE, DEFAULT = "cachegen", "kvstream"
@@ -60,14 +60,13 @@ class Unit:
 
 @cache
 def contexts() -> dict[str, tuple[Manifest, Costs]]:
-    lab = json.loads(LAB.read_text())
-    manifest = Manifest.from_json(lab["manifest"])
-    costs = Costs(
-        tuple(map(tuple, lab["costs"]["decode_s"])), tuple(lab["costs"]["recompute_s"]), lab["costs"]["prefill_s"]
-    )
+    offer = shipped.load("docs", "kvstream")
+    if offer is None:
+        raise SystemExit("the shipped context 'docs' is missing; reinstall kvstream")
+    manifest, costs = offer.manifest, offer.costs
     assert costs.recompute_s is not None
     return {
-        "lab": (manifest, costs),
+        "docs": (manifest, costs),
         "fast-text": (manifest, replace(costs, recompute_s=tuple(s / 2 for s in costs.recompute_s))),
         "no-text": (manifest, replace(costs, recompute_s=None)),
         "long-chunks": _long_chunks(),

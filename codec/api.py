@@ -115,14 +115,8 @@ class Codec(ABC):
         Returns `out` or that tensor. Raises CodecError for bytes that this codec with this profile did not write:
         then `out` may be partly written.
         """
-        chunk = container.parse(data)
+        chunk = self._open(data)
         header = chunk.header
-        if header.codec_id != self.codec_id:
-            raise CodecError(f"chunk was written by codec {header.codec_id}, this is {self.codec_id}")
-        if header.profile_sha256 != self.profile_sha256:
-            raise CodecError(f"chunk needs profile {header.profile_sha256}, this codec has {self.profile_sha256}")
-        self._check_level(header.level)
-        self._check_chunk(chunk)
         if out is None:
             out = torch.empty(header.shape, dtype=DTYPES[header.dtype], device=device)
         target = as_target(out)
@@ -131,6 +125,30 @@ class Codec(ABC):
         with torch.inference_mode():
             self._decode(chunk, target)
         return out
+
+    def describe(self, data: bytes | bytearray | memoryview | Tensor) -> dict[str, Any]:
+        """What a chunk of this codec holds, as plain values: `container.inspect`, and what only the codec can tell.
+
+        Codecs with coded columns add `bits_by_layer`, bits per element of each layer's keys and values, and
+        `ideal_bits_per_element`, what ideal coding under the same tables would take.
+        """
+        return container.inspect(data) | self._describe(self._open(data))
+
+    def _open(self, data: bytes | bytearray | memoryview | Tensor) -> Chunk:
+        """Parse a chunk and check that it is this codec's, of its profile, and in proportion."""
+        chunk = container.parse(data)
+        header = chunk.header
+        if header.codec_id != self.codec_id:
+            raise CodecError(f"chunk was written by codec {header.codec_id}, this is {self.codec_id}")
+        if header.profile_sha256 != self.profile_sha256:
+            raise CodecError(f"chunk needs profile {header.profile_sha256}, this codec has {self.profile_sha256}")
+        self._check_level(header.level)
+        self._check_chunk(chunk)
+        return chunk
+
+    def _describe(self, chunk: Chunk) -> dict[str, Any]:
+        """What `describe` adds for this codec."""
+        return {}
 
     def _check_level(self, level: int) -> None:
         if not isinstance(level, int) or not 0 <= level < len(self.levels):

@@ -110,6 +110,15 @@ class CacheGen(Codec):
                 values[is_delta] += ((deltas[layer, side].float() - half) * step).t()
                 target.write(layer, side, values.view(tokens, header.heads, header.head_dim).to(target.device))
 
+    def _describe(self, chunk: Chunk) -> dict[str, Any]:
+        """Bits by layer of anchors and differences together, scales apart."""
+        header = chunk.header
+        groups = n_anchors(header.tokens)
+        anchors = self._anchor.column_bits(chunk.section("anch"), groups)
+        deltas = self._delta[header.level].column_bits(chunk.section("delt"), header.tokens - groups)
+        by_layer = (anchors + deltas).reshape(header.layers, 2, -1).sum(axis=2)
+        return {"bits_by_layer": (by_layer / (header.elements / header.layers / 2)).tolist()}
+
     def _check_shape(self, header: Header) -> None:
         shape = (header.layers, header.heads, header.head_dim)
         if shape != self._shape:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from codec.entropy.sections import Streams
 from codec.entropy.tables import Tables
 from codec.errors import CodecError
 
@@ -22,13 +23,17 @@ class Coder(Protocol):
 
     def decode(self, data: memoryview, tokens: int) -> NDArray[np.uint8]: ...
 
+    def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
+        """Bits of each column's streams: `[C]`."""
+        ...
+
 
 class RansCoder:
     """rANS, interleaved by column: fast on CPU and GPU."""
 
     def __init__(self, frequencies: NDArray[Any]) -> None:
         self._tables = Tables(frequencies)
-        self._rows = np.arange(len(frequencies), dtype=np.uint16)
+        self._rows = np.arange(len(frequencies))
 
     def encode(self, symbols: NDArray[np.uint8]) -> bytes:
         from codec.entropy import rans
@@ -43,6 +48,11 @@ class RansCoder:
             return np.empty((columns, 0), np.uint8)
         return rans.decode(data, self._rows, self._tables, columns, tokens)
 
+    def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
+        from codec.entropy import sections
+
+        return _column_bits(sections.parse(data, len(self._rows), tokens, 2), 16) if tokens else 0 * self._rows
+
 
 class ArithmeticCoder:
     """Arithmetic coding as torchac does it, bit for bit."""
@@ -51,7 +61,7 @@ class ArithmeticCoder:
         from codec.entropy import arithmetic
 
         self._cdfs = arithmetic.from_tables(Tables(frequencies))
-        self._rows = np.arange(len(frequencies), dtype=np.uint16)
+        self._rows = np.arange(len(frequencies))
 
     def encode(self, symbols: NDArray[np.uint8]) -> bytes:
         from codec.entropy import arithmetic
@@ -65,6 +75,15 @@ class ArithmeticCoder:
         if tokens == 0:
             return np.empty((columns, 0), np.uint8)
         return arithmetic.decode(data, self._rows, self._cdfs, columns, tokens)
+
+    def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
+        from codec.entropy import sections
+
+        return _column_bits(sections.parse(data, len(self._rows), tokens, 1), 8) if tokens else 0 * self._rows
+
+
+def _column_bits(streams: Streams, unit_bits: int) -> NDArray[np.int64]:
+    return unit_bits * np.diff(streams.offsets).reshape(streams.segments, -1).sum(axis=0)
 
 
 CODERS: dict[str, Callable[[NDArray[Any]], Coder]] = {"rans": RansCoder, "ac": ArithmeticCoder}

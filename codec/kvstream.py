@@ -88,14 +88,34 @@ class KVStream(Codec):
         )
         self._inverse: Tensor | None = None
 
+    def _describe(self, chunk: Chunk) -> dict[str, Any]:
+        header = chunk.header
+        own = self._class_of_column[header.level]
+        coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
+        words = np.diff(coded.offsets).reshape(coded.segments, header.layers, 2, -1).sum(axis=(0, 3))
+        patches = self._patches(chunk)
+        symbols = rans.decode(chunk.section("coef"), own, self._classes.tables, len(own), header.tokens)
+        ideal = self._ideal_bits(header.level, symbols, patches.fine, chunk.section("escs"))
+        return {
+            "bits_by_layer": (16 * words / (header.elements / header.layers / 2)).tolist(),
+            "ideal_bits_per_element": ideal / header.elements,
+            "wide_columns": len(patches.wide),
+            "escapes": len(patches.column),
+        }
+
     def ideal_bits(self, kv: Tensor, level: int, *, positions: range) -> float:
         """Bits that ideal coding of a chunk's symbols under their tables takes: what the bitstream's size is judged
         by."""
         self._check_level(level)
         symbols, fine, escaped = self._symbols(kv, level, positions)
-        own, shift = self._class_of_column[level], self._shift_of_column[level]
-        cost = self._classes.tables.cost_bits[own[:, None], symbols]
-        return float(cost.sum() + int(shift.sum(dtype=np.int64)) * fine.shape[1] + 8 * escaped.nbytes)
+        return self._ideal_bits(level, symbols, fine, escaped.data)
+
+    def _ideal_bits(
+        self, level: int, symbols: NDArray[np.uint8], fine: NDArray[np.uint8], escaped: memoryview
+    ) -> float:
+        cost = self._classes.tables.cost_bits[self._class_of_column[level][:, None], symbols]
+        further = int(self._shift_of_column[level].sum(dtype=np.int64)) * fine.shape[1]
+        return float(cost.sum() + further + 8 * escaped.nbytes)
 
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
         self._check_shape(header)

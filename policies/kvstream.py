@@ -46,8 +46,10 @@ class KVStream:
     """Cost of a missed deadline, in distortions of the smallest level."""
     memory: float = 0.3
     """Half-life of the throughput estimate, as a fraction of the deadline."""
-    spread: float = 0.6
+    spread: float = 0.5
     """Spread of log(actual / estimated) throughput before any error was seen."""
+    slower: float = 1.15
+    """Recomputing is reckoned to take this many times its estimate: it shares the machine with decoding."""
     margin: float = 0.01
     """Fraction of the deadline kept free."""
     first: int | str = "medium"
@@ -95,7 +97,7 @@ class KVStream:
         room = 0
         for recompute_s, row in zip(obs.recompute_s, obs.decode_s, strict=True):
             decode_s -= row[-1]
-            left_s -= recompute_s
+            left_s -= recompute_s * self.slower
             if left_s < decode_s:
                 break
             room += 1

@@ -10,13 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.errors import PolicyError
-from traces.fluid import FRAME_BYTES
+from traces.fluid import FRAME_BYTES, FRAMES_AN_ANSWER, MIN_FRAME_BYTES
 from traces.trace import Trace
 
 Floats = NDArray[np.float64]
 
-NEWS_BITS = 8.0 * FRAME_BYTES
-"""With depth 2 the next chunk is requested when the first frame of this one is here, at the earliest."""
+
+def news_bits(bits: Floats | float) -> Floats:
+    """Bits of an answer's first frame (`traces.fluid.frame_bytes`): with depth 2 the next chunk is requested when it is
+    here, at the earliest."""
+    frame = np.clip(np.floor(np.asarray(bits) / (8.0 * FRAMES_AN_ANSWER)), MIN_FRAME_BYTES, FRAME_BYTES)
+    found: Floats = np.minimum(bits, 8.0 * frame)
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Line:
             if self.depth == 1:
                 start_s = end_s + self.rtt_s
             else:
-                start_s = max(end_s, start_s + self._serve_s(min(bits, NEWS_BITS), start_s, k) + self.rtt_s)
+                start_s = max(end_s, start_s + self._serve_s(float(news_bits(bits)), start_s, k) + self.rtt_s)
         return free_s + self.prefill_s
 
     def _serve_s(self, bits: float, start_s: float, k: int) -> float:
@@ -152,7 +157,7 @@ class TrueLink:
         if self.depth == 1:
             begin = end + self.rtt_s
             return begin, self.at(begin)
-        news, _ = self.send(start, pos, np.minimum(bits, NEWS_BITS), k)
+        news, _ = self.send(start, pos, news_bits(bits), k)
         begin = np.maximum(end, news + self.rtt_s)
         return begin, np.where(begin > end, self.at(begin), end_pos)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.line import NEWS_BITS, Floats, Line, TrueLink
+from policies.line import Floats, Line, TrueLink, news_bits
 
 ASCENT_STEPS = 150
 """Steps spent on the prices before a search."""
@@ -66,7 +66,7 @@ def _moves(line: Line, link: TrueLink, end_s: float) -> tuple[Floats, Floats]:
     The next answer waits for a round trip, during which the link carries no less than in the worst stretch of that
     length between the earliest start and the latest end of the chunk.
     """
-    sent, news = line.bits, np.minimum(line.bits, NEWS_BITS)
+    sent, news = line.bits, news_bits(line.bits)
     if link.per_chunk:
         seconds = np.array([link.seconds_a_bit(k) for k in range(len(sent))])
         seconds = np.where(np.isfinite(seconds), seconds, 1e30)[:, None]

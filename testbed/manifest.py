@@ -5,9 +5,11 @@ The JSON form travels over the network, so `from_json` trusts nothing: every fie
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from testbed.errors import SpecError
@@ -95,6 +97,11 @@ class Manifest:
             "levels": [asdict(level) for level in self.levels],
             "chunks": [[c.start, c.stop, c.text_bytes, list(c.sizes_bytes)] for c in self.chunks],
         }
+
+    @cached_property
+    def wire(self) -> bytes:
+        """As it travels: JSON without spaces."""
+        return json.dumps(self.to_json(), allow_nan=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +39,9 @@ class Outcome:
     repeats: int = 0
 
 
-def bound_of(
-    manifest: Manifest, goodput: Trace, unit: Unit, depth: int, costs: Costs, rtt_s: float
-) -> Bound:
+def bound_of(manifest: Manifest, goodput: Trace, unit: Unit, depth: int, costs: Costs, rtt_s: float) -> Bound:
     """What is possible at all: exact over plans that send the chunks in order."""
-    size = len(json.dumps(manifest.to_json()))
-    line = bounds.line_of(manifest, goodput, costs=costs, depth=depth, rtt_s=rtt_s, manifest_bytes=size)
+    line = bounds.line_of(manifest, goodput, costs=costs, depth=depth, rtt_s=rtt_s, manifest_bytes=len(manifest.wire))
     plan = bounds.oracle_plan(line, unit.deadline_s)
     if plan is None:
         return Bound(None, ())

@@ -168,7 +168,8 @@ class Session:
         self._rtt_s = rtt_s
         self._lookahead_s = (rtt_s or 0.0) + LOOKAHEAD_MARGIN_S
         self._prior_bps = prior_bps
-        self._concurrent = concurrent
+        self.concurrent = concurrent
+        """Requests that share link and decoder; a driver of several changes it as they come and go."""
         self._seed = seed
         self._progress = getattr(policy, "progress", None)
         self._progress_due = False
@@ -271,7 +272,7 @@ class Session:
             compute_backlog_s=self._backlog_s(now_s),
             rtt_s=self._rtt_s,
             prior_bps=self._prior_bps,
-            concurrent=self._concurrent,
+            concurrent=self.concurrent,
             seed=self._seed,
         )
 

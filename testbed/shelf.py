@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -47,7 +46,7 @@ class Shelf:
         stamp = (status.st_mtime_ns, status.st_ino)
         if self._stamps.get(context) != stamp:
             manifest = self.store.manifest(context)
-            data = json.dumps(manifest.to_json(), allow_nan=False, separators=(",", ":")).encode()
+            data = manifest.wire
             for key in [key for key in self._hot if key[0] == context]:
                 self._bytes -= len(self._hot.pop(key).data)
             self._hashes[context] = self.store.hashes(context)

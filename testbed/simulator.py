@@ -7,7 +7,6 @@ recomputing are a second machine in line whose times are the given costs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from typing import Final, Protocol, cast
@@ -29,7 +28,7 @@ from testbed.session import (
     SessionRecord,
     ask_directly,
 )
-from traces.fluid import FRAME_BYTES, FluidLink
+from traces.fluid import MIN_FRAME_BYTES, FluidLink, frame_bytes
 from traces.trace import Trace
 
 PROGRESS_S: Final = 0.005
@@ -63,8 +62,8 @@ def simulate(
     """One session under one policy.
 
     `goodput` holds application bits per second from the session's start. The manifest's transfer (a round trip and
-    `manifest_bytes`, by default its JSON) comes before the first choice. Raises SessionFailed when the link carries
-    nothing more, SpecError for a bad setting.
+    `manifest_bytes`, by default as it travels) comes before the first choice. Raises SessionFailed when the link
+    carries nothing more, SpecError for a bad setting.
     """
     if getattr(policy, "clairvoyant", False):
         forecast = Forecast(goodput, rtt_s, depth, initial_window_bytes)
@@ -83,7 +82,7 @@ def simulate(
         ask=ask,
     )
     link = FluidLink(goodput, rtt_s, initial_window_bytes)
-    size = len(json.dumps(manifest.to_json())) if manifest_bytes is None else manifest_bytes
+    size = len(manifest.wire) if manifest_bytes is None else manifest_bytes
     _, now_s = link.transfer(0.0, size) if size else (0.0, rtt_s)
     tick_s = math.inf if getattr(policy, "progress", None) is None else PROGRESS_S
     _Driver(session, link, costs, fine=depth > 1 or tick_s < math.inf, tick_s=tick_s).run(now_s)
@@ -169,8 +168,8 @@ class _Driver:
         self._first_s, self._last_s = self._link.transfer(request_s, self._size, self._chunk)
         self._seen = False
         self._news_s = self._last_s
-        if self._fine and self._size > FRAME_BYTES:
-            frame_s = self._first_s + self._link.time_between(self._first_s, FRAME_BYTES, self._chunk)
+        if self._fine and self._size > MIN_FRAME_BYTES:
+            frame_s = self._first_s + self._link.time_between(self._first_s, frame_bytes(self._size), self._chunk)
             self._news_s = min(frame_s, self._last_s)
             self._change_s = self._link.next_change_s(self._first_s)
 
@@ -201,7 +200,7 @@ class _Driver:
         wake_s = max(wake_s, now_s + EPSILON_S)
         if self._change_s <= now_s - RATE_WINDOW_S:
             self._change_s = self._link.next_change_s(now_s - RATE_WINDOW_S)
-        settled_s = max(self._change_s, now_s) + RATE_WINDOW_S / 4
+        settled_s = max(self._change_s - RATE_WINDOW_S, now_s) + RATE_WINDOW_S / 4
         return min(news_s, wake_s, settled_s)
 
     def _cancel(self, chunk: int, now_s: float) -> None:

@@ -105,7 +105,16 @@ def coerce(value: str | int | float | bool, hint: Any, what: str) -> Any:
             raise SpecError(f"{what}={value!r}; use one of {', '.join(map(str, allowed))}")
         return value
     if hint is bool:
-        words = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+        words = {
+            "on": True,
+            "true": True,
+            "yes": True,
+            "1": True,
+            "off": False,
+            "false": False,
+            "no": False,
+            "0": False,
+        }
         if isinstance(value, bool):
             return value
         if str(value).lower() not in words:

@@ -25,15 +25,15 @@ from typing import Any, TypeAlias
 from policies.api import TEXT, LevelOrText
 from testbed.errors import SpecError
 from testbed.manifest import MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_LEVELS
+from traces.fluid import FRAME_BYTES as FRAME_BYTES  # offered here too: frames are part of the wire
+from traces.fluid import MIN_FRAME_BYTES as MIN_FRAME_BYTES
+from traces.fluid import frame_bytes as frame_bytes
 
 MAX_REQUEST_BYTES = 4096
 MAX_QUEUED = 16
 """Requests that may wait on one connection."""
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_PADDING_BYTES = 64 << 20
-FRAME_BYTES = 64 << 10
-MIN_FRAME_BYTES = 4 << 10
-FRAMES_A_CHUNK = 8
 MAX_REQ = 1 << 40
 
 
@@ -80,14 +80,6 @@ class Cancelled:
     """The answer to `req` ends here."""
 
     req: int
-
-
-def frame_bytes(total: int) -> int:
-    """Size of a frame: an eighth of the answer, within 4 to 64 KiB.
-
-    A frame is seen when it is complete, so a slow link needs small ones for a rate to be known before the chunk is.
-    """
-    return min(FRAME_BYTES, max(MIN_FRAME_BYTES, total // FRAMES_A_CHUNK))
 
 
 def pack_request(request: Request) -> str:

@@ -17,7 +17,16 @@ from traces.errors import TraceError
 from traces.trace import Trace
 
 FRAME_BYTES: Final = 65_536
-"""A receiver learns of arriving bytes in frames of this size."""
+MIN_FRAME_BYTES: Final = 4_096
+FRAMES_AN_ANSWER: Final = 8
+
+
+def frame_bytes(total_bytes: int) -> int:
+    """Size of the frames in which a receiver learns of an answer's bytes: an eighth of it, within 4 to 64 KiB.
+
+    A frame is seen when it is complete, so a slow link needs small ones for a rate to be known before the chunk is.
+    """
+    return min(FRAME_BYTES, max(MIN_FRAME_BYTES, total_bytes // FRAMES_AN_ANSWER))
 
 
 class FluidLink:

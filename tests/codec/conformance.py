@@ -107,6 +107,20 @@ class Conformance:
             assert torch.equal(sequence[:, 11 : 11 + T], expected[layer])
             assert not bool(sequence[:, :11].any())
 
+    def test_description_adds_up(self, codec: Codec, kv: torch.Tensor) -> None:
+        for level in range(len(codec.levels)):
+            data = self.encode(codec, kv, level)
+            about = json.loads(json.dumps(codec.describe(data)))
+            assert about["codec"] == codec.codec_id
+            assert about["level"] == level
+            if "bits_by_layer" in about:
+                mean = sum(map(sum, about["bits_by_layer"])) / (2 * L)
+                assert 0 < mean <= about["bits_per_element"]
+            if "ideal_bits_per_element" in about:
+                assert about["ideal_bits_per_element"] < about["bits_per_element"]
+        with pytest.raises(CodecError):
+            codec.describe(data[:-1])
+
     def test_chunks_decode_alone(self, codec: Codec, kv: torch.Tensor) -> None:
         """The chunk at 17 needs nothing of the one before it, and carries its position."""
         data = codec.encode(kv[:, :, 17:], 0, positions=range(17, T))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from policies.errors import PolicyError
 from policies.optimum import BEAM, TOLERANCE_S, Line, Plan, least_distortion, least_ttft
-from traces.fluid import FRAME_BYTES, FluidLink
+from traces.fluid import FluidLink, frame_bytes
 from traces.trace import Trace
 
 
@@ -58,7 +58,7 @@ def ttft_by_hand(line: Line, options: tuple[int, ...]) -> float:
         size = line.sizes_bytes[k][option]
         _, end_s = link.transfer(begin_s, size, line.first_chunk + k)
         free_s = max(end_s, free_s) + line.compute_s[k][option]
-        news_s = begin_s + link.time_between(begin_s, min(size, FRAME_BYTES), line.first_chunk + k)
+        news_s = begin_s + link.time_between(begin_s, min(size, frame_bytes(int(size))), line.first_chunk + k)
         begin_s = end_s + line.rtt_s if line.depth == 1 else max(end_s, news_s + line.rtt_s)
     return free_s + line.prefill_s
 

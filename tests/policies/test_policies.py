@@ -298,7 +298,7 @@ class TestCakeAndHiCache:
 
 class TestKVStream:
     def test_text_alone_when_all_of_it_fits(self) -> None:
-        assert choose("kvstream", observation(recompute=0.19, compute_backlog_s=0.1)).level == TEXT
+        assert choose("kvstream", observation(recompute=0.16, compute_backlog_s=0.1)).level == TEXT
 
     def test_compute_is_fed_from_the_front_and_the_link_from_the_back(self) -> None:
         idle = observation(8, recompute=0.3, rtt_s=0.02)

@@ -48,9 +48,7 @@ def test_three_contexts_or_more_of_4096_tokens_hold_their_answers() -> None:
 def model():  # type: ignore[no-untyped-def]
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        MODEL, local_files_only=True, dtype=torch.float32
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True, dtype=torch.float32).eval()
 
 
 def right_answers(model, context: Context) -> int:  # type: ignore[no-untyped-def]
