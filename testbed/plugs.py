@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from policies import registry as policy_registry
 from policies.api import Policy
+from policies.measures import named_level
 from testbed import specs
 from testbed.errors import SpecError
 
@@ -19,6 +20,17 @@ def make_policy(text: str) -> Policy:
     cls = policy_registry.policy_class(spec.name)
     policy: Policy = specs.build(cls, spec.settings, f"policy {spec.name}")
     return policy
+
+
+def check_levels(text: str, n_levels: int) -> None:
+    """Raise PolicyError if a policy of ours is set to a level that a context of `n_levels` does not have."""
+    policy = make_policy(text)
+    if not type(policy).__module__.startswith("policies."):  # elsewhere these names may mean anything
+        return
+    for name in ("level", "first"):
+        level = getattr(policy, name, None)
+        if level is not None:
+            named_level(level, n_levels)
 
 
 def is_clairvoyant(text: str) -> bool:

@@ -55,6 +55,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
     prepared = prepare.prepare(
         experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
     )
+    for scheme in experiment.schemes:
+        plugs.check_levels(scheme.policy, len(prepared.manifests[experiment.contexts[0], scheme.codec].levels))
     units = experiment.units()
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
     manifest = describe(experiment, prepared, "mininet")
