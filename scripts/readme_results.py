@@ -54,7 +54,7 @@ def block(result: Mapping[str, Any]) -> str:
             "",
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
-            *(f"{note}  " for note in notes(summary)),
+            *(f"{note}  ".replace("* ", r"\* ", 1) for note in notes(summary)),
             "",
             f"> {summary['verdict']}",
             "",
