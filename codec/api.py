@@ -35,6 +35,42 @@ class Level:
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
+class Decoder(ABC):
+    """One chunk, decoded while it arrives: `feed` with its bytes in order, then `finish`.
+
+    Nothing that was decoded may be used before `finish` returned; a decoder that is not finished may be dropped at any
+    time, and has then written some of its target.
+    """
+
+    @abstractmethod
+    def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+        """The chunk's next bytes, in memory that stays as it is until `finish` returned.
+
+        `on_device` are the same bytes as uint8 in the device's memory, there as soon as what the current stream holds
+        is done. Raises CodecError as soon as what came cannot be a chunk.
+        """
+
+    @abstractmethod
+    def finish(self) -> KVTarget:
+        """Every byte was fed: the target, complete once what the current stream holds is done. Raises CodecError as
+        `Codec.decode` does."""
+
+
+class CollectingDecoder(Decoder):
+    """Decodes as a whole when all bytes are there: for codecs that have no better way."""
+
+    def __init__(self, codec: Codec, out: KVTarget, device: torch.device | str) -> None:
+        self._codec, self._out, self._device = codec, out, device
+        self._views: list[memoryview] = []
+
+    def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+        self._views.append(view)
+
+    def finish(self) -> KVTarget:
+        data = self._views[0] if len(self._views) == 1 else b"".join(self._views)
+        return self._codec.decode(data, self._out, device=self._device)
+
+
 class Codec(ABC):
     """Encodes chunks of one model's KV cache at several levels; level 0 is the smallest."""
 
@@ -125,6 +161,14 @@ class Codec(ABC):
         with torch.inference_mode():
             self._decode(chunk, target)
         return out
+
+    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu") -> Decoder:
+        """A decoder of one chunk into `out`, to be fed with its bytes as they arrive."""
+        return CollectingDecoder(self, out, device)
+
+    def decodes_pieces(self, device: torch.device | str) -> bool:
+        """Whether `decoder` begins with the first piece on such a device, rather than with the last."""
+        return False
 
     def describe(self, data: bytes | bytearray | memoryview | Tensor) -> dict[str, Any]:
         """What a chunk of this codec holds, as plain values: `container.inspect`, and what only the codec can tell.
