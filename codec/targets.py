@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -38,13 +39,11 @@ class Placement:
     """Every head of every token begins at a multiple of 16 bytes and is contiguous."""
 
     @classmethod
-    def of(cls, views: Sequence[Tensor], token_at: Tensor | None = None) -> Placement:
-        """Of `[T, H, D]` views of equal strides, in the order of layers, keys before values; with `token_at`, of views
-        whose first dimension it stands for."""
-        first = views[0]
+    def of(cls, first: Tensor, addresses: Sequence[int], token_at: Tensor | None = None) -> Placement:
+        """`first` is `[T, H, D]`, layer 0's keys; the others, at their addresses, have its strides. With `token_at`, its
+        first dimension is what that stands for."""
         item = first.element_size()
         token_stride, head_stride, dim_stride = first.stride()
-        addresses = [view.data_ptr() for view in views]
         steps = [head_stride] if token_at is not None else [head_stride, token_stride]
         aligned = dim_stride == 1 and not any(number % 16 for number in [*addresses, *(item * step for step in steps)])
         if token_at is not None:
@@ -60,6 +59,7 @@ class CacheTarget(ABC):
     dtype: torch.dtype
     device: torch.device
 
+    @property
     def placement(self) -> Placement | None:
         """Where kernels may write, or None: then all goes through `write`."""
         return None
@@ -90,8 +90,11 @@ class StridedTarget(CacheTarget):
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         self.tensor[layer, kv].copy_(saturate(values, self.dtype))
 
+    @cached_property
     def placement(self) -> Placement:
-        return Placement.of([side for layer in self.tensor for side in layer])
+        tensor = self.tensor
+        layer, side, *_ = (stride * tensor.element_size() for stride in tensor.stride())
+        return Placement.of(tensor[0, 0], [tensor.data_ptr() + i * layer + k * side for i in range(len(tensor)) for k in (0, 1)])
 
 
 class HuggingFaceTarget(CacheTarget):
@@ -135,9 +138,12 @@ class HuggingFaceTarget(CacheTarget):
         destination = self._layers[layer][kv][0, :, self._tokens]
         destination.copy_(saturate(values, self.dtype).permute(1, 0, 2))
 
+    @cached_property
     def placement(self) -> Placement | None:
         views = [side[0, :, self._tokens].permute(1, 0, 2) for layer in self._layers for side in layer]
-        return Placement.of(views) if len({view.stride() for view in views}) == 1 else None
+        if len({view.stride() for view in views}) > 1:
+            return None
+        return Placement.of(views[0], [view.data_ptr() for view in views])
 
     def dynamic_cache(self) -> Any:
         """A `transformers.DynamicCache` over the target's own tensors (no copy), when they are exactly full."""
@@ -188,12 +194,14 @@ class PagedTarget(CacheTarget):
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         self._layers[layer][kv][self._block, self._slot] = saturate(values, self.dtype).to(self.dtype)
 
+    @cached_property
     def placement(self) -> Placement | None:
         views = [side for layer in self._layers for side in layer]
         if len({view.stride() for view in views}) > 1:
             return None
         block_stride, slot_stride, *_ = views[0].stride()
-        return Placement.of([view[0] for view in views], self._block * block_stride + self._slot * slot_stride)
+        token_at = self._block * block_stride + self._slot * slot_stride
+        return Placement.of(views[0][0], [view.data_ptr() for view in views], token_at)
 
 
 def as_target(out: KVTarget) -> CacheTarget:
