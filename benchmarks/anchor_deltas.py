@@ -5,7 +5,7 @@
 Before this code there was a prototype, run on another Llama of the bundled model's recipe (8 layers, 5 KV heads of 32,
 byte tokens, trained for 270 s on text and key-value lines). It gave 3.52 and 2.68 bit per element at two scales, and
 3.69, 3.03 and 2.46 for the public code's arithmetic. Its accounting is repeated here on the bundled model: contexts of
-1,536 tokens in one chunk, empirical entropies of every column's symbols plus 16-bit scales, tables not counted. `all in`
+1,536 tokens in one chunk, empirical entropies of columns plus 16-bit scales, tables not counted. `all in`
 is what the codec really writes, tables of `artifact` included. The KL divergence is over the 384 tokens of text after.
 
 Nothing says which scales the prototype's were. They lie 0.84 bit apart, which here is what doubling the bins costs, and

@@ -27,7 +27,7 @@ from codec.entropy import escapes, rans
 from codec.entropy.tables import PROB_SCALE, Tables
 from codec.errors import CodecError
 from codec.profile import Profile
-from codec.quantize import ALPHABET, MAX_SHIFT, Classes, design
+from codec.quantize import ALPHABET, MAX_SHIFT, Classes, column_entropy, design
 from codec.targets import CacheTarget
 from codec.transform import Rope, analyse, synthesise
 
@@ -353,20 +353,8 @@ def _step_for(sample: NDArray[np.float32], bits: float) -> float:
     low, high = 1e-6, 2 * float(np.abs(thinned).max()) + 1e-6
     for _ in range(24):
         step = (low * high) ** 0.5
-        if _entropy(thinned / np.float32(step)) > bits:
+        if column_entropy(thinned / np.float32(step)) > bits:
             low = step
         else:
             high = step
     return (low * high) ** 0.5
-
-
-def _entropy(values: NDArray[np.float32]) -> float:
-    """Mean entropy (bits) of the columns' symbols after rounding with the dead zone typical at low rates."""
-    symbols = np.sort(np.sign(values) * np.floor(np.abs(values) + np.float32(0.4)), axis=1)
-    fresh = np.ones(symbols.shape, bool)
-    fresh[:, 1:] = symbols[:, 1:] != symbols[:, :-1]
-    runs = np.diff(np.flatnonzero(fresh.ravel()), append=symbols.size)
-    # Miller and Madow's correction: as many tokens show fewer symbols than there are.
-    columns, tokens = symbols.shape
-    correction = (len(runs) - columns) / (2 * np.log(2) * tokens * columns)
-    return float(-(runs / tokens * np.log2(runs / tokens)).sum() / columns + correction)
