@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from testbed.insight import Insight
 
-KEYS, VALUES, TURNED = "#0b7abf", "#c97a00", "#0f9b76"
+COLOURS = {"keys": "#0b7abf", "keys, RoPE undone": "#0f9b76", "values": "#c97a00"}
 
 
 def check_path(path: Path) -> None:
@@ -29,7 +29,7 @@ def check_path(path: Path) -> None:
 
 def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One line a codec, one point a level, hollow where an answer was wrong. Rows as `codec_bench.measure` gives."""
-    with _figure(path, (6.4, 4.0)) as figure:
+    with _figure(path, (7.6, 4.0)) as figure:
         axes = figure.subplots()
         for codec in dict.fromkeys(row["codec"] for row in rows):
             own = [row for row in rows if row["codec"] == codec]
@@ -46,34 +46,36 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.set_xlabel("bit per element, all in but the profile")
         axes.set_ylabel("distortion (nats of KL)")
-        axes.annotate("better", (0.03, 0.04), (0.12, 0.16), "axes fraction", arrowprops={"arrowstyle": "->"})
+        arrow = {"arrowstyle": "->", "color": INK}
+        axes.annotate("better", (0.03, 0.04), (0.12, 0.16), "axes fraction", arrowprops=arrow)
         axes.grid()
-        axes.legend(title="hollow: a wrong answer", loc="upper right")
+        axes.legend(title="hollow: a wrong answer", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def insight(found: Insight, path: Path) -> None:
     """The three observations side by side."""
     with _figure(path, (11.5, 3.9)) as figure:
         locality, sensitivity, entropy = figure.subplots(1, 3)
-        for (name, deltas), colour in zip(
-            found.deltas.items(), (KEYS, TURNED, VALUES) if len(found.deltas) == 3 else (KEYS, VALUES), strict=True
-        ):
-            for ratios, dash, to in ((deltas.to_anchor, "-", "anchor"), (deltas.to_previous, ":", "token before")):
+        for name, deltas in found.deltas.items():
+            for ratios, dash in ((deltas.to_anchor, "-"), (deltas.to_previous, ":")):
                 ordered = np.sort(ratios)
                 share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
-                locality.plot(ordered, share, dash, color=colour, label=f"{name}, to {to}")
+                locality.plot(ordered, share, dash, color=COLOURS[name])
+            locality.plot([], [], color=COLOURS[name], label=name)
+        for dash, label in (("-", "to the anchor of ten"), (":", "to the token before")):
+            locality.plot([], [], dash, color=INK, label=label)
         locality.axvline(1, color=INK, linewidth=0.8)
         locality.set_xscale("log", base=2)
         locality.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         locality.set_xlabel("variance of originals / of deltas")
         locality.set_ylabel("channels (%)")
         locality.set_title("1 deltas pay right of the line", loc="left")
-        locality.legend(fontsize="x-small", loc="upper left")
+        locality.legend(fontsize="x-small", loc="lower right")
 
         layers = np.arange(len(found.sensitivity))
         keys, values = np.array(found.sensitivity).T
-        for offset, kl, colour, name in ((-0.2, keys, KEYS, "keys"), (0.2, values, VALUES, "values")):
-            sensitivity.bar(layers + offset, kl, 0.4, color=colour, label=name)
+        for offset, kl, name in ((-0.2, keys, "keys"), (0.2, values, "values")):
+            sensitivity.bar(layers + offset, kl, 0.4, color=COLOURS[name], label=name)
         sensitivity.set_yscale("log")
         sensitivity.xaxis.get_major_locator().set_params(integer=True)
         sensitivity.set_xlabel("layer")
@@ -83,9 +85,9 @@ def insight(found: Insight, path: Path) -> None:
 
         names = list(found.entropy)
         at = np.arange(len(names))
-        for offset, side, colour in ((-0.2, 0, KEYS), (0.2, 1, VALUES)):
+        for offset, side, kind in ((-0.2, 0, "keys"), (0.2, 1, "values")):
             bits = [found.entropy[name][side] for name in names]
-            bars = entropy.barh(at + offset, bits, 0.4, color=colour)
+            bars = entropy.barh(at + offset, bits, 0.4, color=COLOURS[kind])
             entropy.bar_label(bars, fmt="%.2f", padding=2, fontsize="x-small")
         entropy.set_yticks(at, names)
         entropy.invert_yaxis()
