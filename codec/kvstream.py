@@ -137,13 +137,20 @@ class KVStream(Codec):
             except torch.linalg.LinAlgError as error:
                 raise CodecError("the profile holds a basis that cannot be inverted; calibrate again") from error
         layers, heads, dim = self._shape
-        coefficients = torch.empty((layers, 2, heads, dim, len(positions)))
-        for layer, side in np.ndindex(layers, 2):
-            coefficients[layer, side] = analyse(
+        own, shift = self._class_of_column[level], self._shift_of_column[level]
+        symbols = np.empty((len(own), len(positions)), np.uint8)
+        fine, escaped = [], []
+        for low, (layer, side) in zip(range(0, len(own), heads * dim), np.ndindex(layers, 2), strict=True):
+            part = slice(low, low + heads * dim)
+            coefficients = analyse(
                 kv, layer, side, self._mean[layer, side], self._inverse[layer, side], self._rope, positions
             )
-        values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
-        return self._classes.quantise(values, self._class_of_column[level], self._shift_of_column[level])
+            values = coefficients.flatten(0, 1).mul_(1 / float(self._steps[level])).numpy()
+            symbols[part], further, outside = self._classes.quantise(values, own[part], shift[part])
+            outside["column"] += low
+            fine.append(further)
+            escaped.append(outside)
+        return symbols, np.concatenate(fine), np.concatenate(escaped)
 
     def _check_chunk(self, chunk: Chunk) -> None:
         self._check_shape(chunk.header)
@@ -158,11 +165,9 @@ class KVStream(Codec):
         coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
         patches = self._patches(chunk)
         step = float(self._steps[header.level])
-        columns = 2 * heads * dim
-        coefficients = np.empty((2 * heads, header.tokens, dim), np.float32)
-        blocks = torch.from_numpy(coefficients).unflatten(0, (2, heads))
-        for layer in range(layers):
-            low = layer * columns
+        columns = heads * dim
+        coefficients = np.empty((heads, header.tokens, dim), np.float32)
+        for low, (layer, side) in zip(range(0, len(own), columns), np.ndindex(layers, 2), strict=True):
             for segment in range(coded.segments):
                 part = coded.part(segment, low, low + columns)
                 first = segment * coded.segment_tokens
@@ -171,12 +176,11 @@ class KVStream(Codec):
                     coefficients[:, first : first + part.tokens], values=self._classes.values,
                 )  # fmt: skip
             patches.apply(coefficients, low)
-            for side in (0, 1):
-                values = synthesise(
-                    blocks[side], layer, side, self._mean[layer, side], self._basis[layer, side] * step,
-                    self._rope, header.positions,
-                )  # fmt: skip
-                target.write(layer, side, values.to(target.device))
+            values = synthesise(
+                torch.from_numpy(coefficients), layer, side, self._mean[layer, side],
+                self._basis[layer, side] * step, self._rope, header.positions,
+            )  # fmt: skip
+            target.write(layer, side, values.to(target.device))
 
     def _patches(self, chunk: Chunk) -> Patches:
         header = chunk.header
