@@ -183,8 +183,11 @@ def bench_command(args: argparse.Namespace) -> int:
 
     if args.figure:
         codec_figures.check_path(Path(args.figure))
-    rows = codec_bench.measure(_model(args.model), args.codecs, args.chunk_tokens, lambda line: None)
-    print(json.dumps(rows, indent=1) if args.json else codec_bench.text(rows))
+    model = _model(args.model)
+    rows = codec_bench.measure(model, args.codecs, args.chunk_tokens, lambda line: None)
+    torchac = codec_bench.torchac(model, args.chunk_tokens)
+    body = {"levels": rows, "torchac": torchac}
+    print(json.dumps(body, indent=1) if args.json else codec_bench.text(rows, torchac))
     if args.figure:
         codec_figures.rate_distortion(rows, Path(args.figure))
     return 0
