@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,10 +116,11 @@ def filled(page: str) -> str:
     """The page with every section's content replaced. Raises SystemExit where a marker is missing."""
     for name, content in sections():
         begin, end = f"<!-- {name}: begin; written by scripts/codec_results.py -->", f"<!-- {name}: end -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-        if not pattern.search(page):
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
             raise SystemExit(f"{PAGE.name} lacks the markers {begin} and {end}")
-        page = pattern.sub(lambda _, b=begin, c=content, e=end: f"{b}\n{c}\n{e}", page)
+        page = f"{before}{begin}\n{content}\n{end}{after}"
     return page
 
 
