@@ -60,11 +60,17 @@ def ablation(result: Json) -> str:
     """Times the bits of the whole codec at the same KL."""
     models: Mapping[str, Json] = result["models"]
     names = list(dict.fromkeys(row["variant"] for body in models.values() for row in body["ablation"]))
-    found = {model: {row["variant"]: row["times_bits"] for row in body["ablation"]} for model, body in models.items()}
-    rows = [
-        [name, *(f"{own[name]:.2f}" if own.get(name) else "out of reach" for own in found.values())] for name in names
-    ]
+    rows = [[name, *(times(body, name) for body in models.values())] for name in names]
     return table(["stages", *models], rows)
+
+
+def times(body: Json, variant: str) -> str:
+    """A variant that is worse than the smallest level at all its rates takes more than they are times that level's."""
+    (row,) = (row for row in body["ablation"] if row["variant"] == variant)
+    if row["times_bits"] is not None:
+        return f"{row['times_bits']:.2f}"
+    smallest = min(r["bits"] for r in body["levels"] if (r["codec"], r["chunk_tokens"]) == ("kvstream", 1_024))
+    return f"> {max(point['bits'] for point in row['curve']) / smallest:.1f}"
 
 
 def offline(result: Json) -> str:
