@@ -1,8 +1,9 @@
-"""Speed and size of the entropy coders on the CPU, beside torchac in the same run.
+"""Speed and size of the entropy coders and of the whole kvstream codec on the CPU, beside torchac in the same run.
 
     python benchmarks/coders_cpu.py [--out benchmarks/results/coders-cpu.json]
 
-Symbols are drawn from the tables themselves, so every rate is against the entropy of the coder's own model. Rows of one
+Symbols are drawn from the tables themselves, so every rate is against the entropy of the coder's own model. The codec
+codes a synthetic cache, of eight layers of a 7B model's, which gives timing only. Rows of one
 thread are in that thread's CPU time, so that other work on the machine does not count; rows of several are in elapsed
 time, which it makes worse. Each is the best of several repetitions.
 """
@@ -15,7 +16,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from codec.entropy import arithmetic, rans, torchac_reference
+from codec import kvstream, registry
+from codec.entropy import arithmetic, rans, sections, torchac_reference
 from codec.entropy.tables import Tables, column_counts, cross_entropy_bits, from_counts, laplace_family
 from codec.errors import CodecError
+from codec.transform import Rope
 
 COLUMNS, TOKENS = 8192, 1024
 TORCHAC_COLUMNS = 64
@@ -130,6 +134,58 @@ def speeds(tables: Tables, bits: float, rng: np.random.Generator) -> list[dict[s
     return found
 
 
+def codec_speeds() -> list[dict[str, Any]]:
+    """Megasymbols a second of the kvstream codec with everything it does: RoPE, transform, quantisation, coding."""
+    import torch
+
+    layers, tokens, heads, dim = 8, 1024, 8, 128
+    draw = torch.Generator().manual_seed(0)
+    rope = Rope(10_000.0 ** -(torch.arange(dim // 2) / (dim // 2)).repeat(layers, 1))
+    spread = torch.exp(torch.randn((layers, 2, 1, heads, dim), generator=draw))
+
+    def cache(n: int) -> torch.Tensor:
+        kv = spread * torch.randn((layers, 2, n, heads, dim), generator=draw)
+        for layer in range(layers):
+            kv[layer, 0] = rope.rotate(kv[layer, 0].transpose(0, 1).contiguous(), layer, range(n)).transpose(0, 1)
+        return kv.to(torch.bfloat16)
+
+    codec = registry.make("kvstream", {}, kvstream.fit([cache(1_024)], rope=rope, target_bits=(1.2, 2.3)))
+    kv = cache(tokens)
+    out = torch.empty_like(kv)
+    found = []
+    for level in range(2):
+        data = codec.encode(kv, level, positions=range(tokens))
+        bits = 8 * len(data) / kv.numel()
+        for threads in (1, 2)[: len(os.sched_getaffinity(0))]:
+            torch.set_num_threads(threads)
+            for name, work in (
+                ("decode", lambda data=data: codec.decode(data, out)),
+                ("encode", lambda level=level: codec.encode(kv, level, positions=range(tokens))),
+            ):
+                with one_core() if threads == 1 else nullcontext():
+                    clock = time.thread_time if threads == 1 else time.perf_counter
+                    speed = kv.numel() / 1e6 / best_s(work, clock, 3)
+                found.append({
+                    "name": f"kvstream {name} to bfloat16" if name == "decode" else f"kvstream {name}",
+                    "bits_per_symbol": bits, "threads": threads, "msymbols_per_s": speed,
+                })  # fmt: skip
+                print(f"kvstream {name}, {bits:.2f} bit a symbol {'':<15} {threads:>2} threads {speed:9.1f} Msym/s")
+    return found
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """The process on one core: the coders take as many threads as it may use."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    sections._cores.cache_clear()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        sections._cores.cache_clear()
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -153,6 +209,8 @@ def main() -> None:
     for bits in (2.3, 1.2):
         print(f"at {bits} bit a symbol")
         found["speeds"] += speeds(tables, bits, rng)
+    print("the whole codec")
+    found["speeds"] += codec_speeds()
     first = next(r for r in found["speeds"] if "times_torchac_decode" in r)
     print(f"rANS to float32 on one core decodes {first['times_torchac_decode']:.0f} times as fast as torchac")
     if arguments.out:

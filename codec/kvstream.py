@@ -28,7 +28,7 @@ from codec.entropy import escapes, rans
 from codec.entropy.tables import PROB_SCALE, Tables
 from codec.errors import CodecError
 from codec.profile import Profile
-from codec.quantize import ALPHABET, MAX_SHIFT, Classes, design
+from codec.quantize import ALPHABET, MAX_SHIFT, Classes, column_entropy, design
 from codec.targets import CacheTarget, KVTarget
 from codec.transform import Rope, analyse, synthesise
 
@@ -174,13 +174,20 @@ class KVStream(Codec):
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
         """Symbols `[columns, T]`, further bits of wide columns `[W, T]`, escapes."""
         layers, heads, dim = self.shape
-        coefficients = torch.empty((layers, 2, heads, dim, len(positions)))
-        for layer, side in np.ndindex(layers, 2):
-            coefficients[layer, side] = analyse(
+        own, shift = self._class_of_column[level], self._shift_of_column[level]
+        symbols = np.empty((len(own), len(positions)), np.uint8)
+        fine, escaped = [], []
+        for low, (layer, side) in zip(range(0, len(own), heads * dim), np.ndindex(layers, 2), strict=True):
+            part = slice(low, low + heads * dim)
+            coefficients = analyse(
                 kv, layer, side, self.mean[layer, side], self.inverse[layer, side], self.rope, positions
             )
-        values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
-        return self.classes.quantise(values, self._class_of_column[level], self._shift_of_column[level])
+            values = coefficients.flatten(0, 1).mul_(1 / float(self._steps[level])).numpy()
+            symbols[part], further, outside = self.classes.quantise(values, own[part], shift[part])
+            outside["column"] += low
+            fine.append(further)
+            escaped.append(outside)
+        return symbols, np.concatenate(fine), np.concatenate(escaped)
 
     def _check_chunk(self, chunk: Chunk) -> None:
         chunk.section("coef")
@@ -202,11 +209,9 @@ class KVStream(Codec):
         coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
         patches = self._patches(chunk)
         step = float(self._steps[header.level])
-        columns = 2 * heads * dim
-        coefficients = np.empty((2 * heads, header.tokens, dim), np.float32)
-        blocks = torch.from_numpy(coefficients).unflatten(0, (2, heads))
-        for layer in range(layers):
-            low = layer * columns
+        columns = heads * dim
+        coefficients = np.empty((heads, header.tokens, dim), np.float32)
+        for low, (layer, side) in zip(range(0, len(own), columns), np.ndindex(layers, 2), strict=True):
             for segment in range(coded.segments):
                 part = coded.part(segment, low, low + columns)
                 first = segment * coded.segment_tokens
@@ -215,12 +220,11 @@ class KVStream(Codec):
                     coefficients[:, first : first + part.tokens], values=self.classes.values,
                 )  # fmt: skip
             patches.apply(coefficients, low)
-            for side in (0, 1):
-                values = synthesise(
-                    blocks[side], layer, side, self.mean[layer, side], self._basis[layer, side] * step,
-                    self.rope, header.positions,
-                )  # fmt: skip
-                target.write(layer, side, values.to(target.device))
+            values = synthesise(
+                torch.from_numpy(coefficients), layer, side, self.mean[layer, side],
+                self._basis[layer, side] * step, self.rope, header.positions,
+            )  # fmt: skip
+            target.write(layer, side, values.to(target.device))
 
     def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu") -> Decoder:
         if not self.decodes_pieces(device):
@@ -411,20 +415,8 @@ def _step_for(sample: NDArray[np.float32], bits: float) -> float:
     low, high = 1e-6, 2 * float(np.abs(thinned).max()) + 1e-6
     for _ in range(24):
         step = (low * high) ** 0.5
-        if _entropy(thinned / np.float32(step)) > bits:
+        if column_entropy(thinned / np.float32(step)) > bits:
             low = step
         else:
             high = step
     return (low * high) ** 0.5
-
-
-def _entropy(values: NDArray[np.float32]) -> float:
-    """Mean entropy (bits) of the columns' symbols after rounding with the dead zone typical at low rates."""
-    symbols = np.sort(np.sign(values) * np.floor(np.abs(values) + np.float32(0.4)), axis=1)
-    fresh = np.ones(symbols.shape, bool)
-    fresh[:, 1:] = symbols[:, 1:] != symbols[:, :-1]
-    runs = np.diff(np.flatnonzero(fresh.ravel()), append=symbols.size)
-    # Miller and Madow's correction: as many tokens show fewer symbols than there are.
-    columns, tokens = symbols.shape
-    correction = (len(runs) - columns) / (2 * np.log(2) * tokens * columns)
-    return float(-(runs / tokens * np.log2(runs / tokens)).sum() / columns + correction)

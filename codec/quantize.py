@@ -149,11 +149,9 @@ def _histograms(
     fine = np.empty((np.count_nonzero(shift), values.shape[1]), np.uint8)
     everything = np.full(classes.tables.count, HALF, np.int32)
     _kernel()(values, own, shift, classes.thresholds, everything, symbols, fine)
-    magnitude = np.minimum(np.abs(symbols.astype(np.int64) - HALF), HALF)
-    cell = (magnitude + np.arange(len(values))[:, None] * (HALF + 1)).ravel()
-    size = len(values) * (HALF + 1)
-    n = np.bincount(cell, minlength=size).reshape(-1, HALF + 1) / 2
-    total = np.bincount(cell, weights=np.abs(values).ravel(), minlength=size).reshape(-1, HALF + 1) / 2
+    n, total = np.zeros((2, len(values), HALF + 1))
+    _fitting_kernels().tally(symbols, values, n, total)
+    n, total = n / 2, total / 2
     counts = np.concatenate([n[:, :0:-1], 2 * n[:, :1], n[:, 1:]], axis=1)
     sums = np.concatenate([total[:, :0:-1], 0 * total[:, :1], total[:, 1:]], axis=1)
     return counts, sums
@@ -209,6 +207,16 @@ def _laplace(scales: NDArray[np.float64]) -> Tables:
     return from_counts(np.where(p > 1e-5, p, 0), floor=0)
 
 
+def column_entropy(values: NDArray[np.float32]) -> float:
+    """Mean entropy (bits) of columns `[C, N]`, in steps, rounded with the dead zone that is typical at low rates.
+
+    With Miller and Madow's correction: N tokens show fewer symbols than there are.
+    """
+    columns, tokens = values.shape
+    bits, shown = _fitting_kernels().entropy(values)
+    return float(bits / columns + (shown - columns) / (2 * np.log(2) * tokens * columns))
+
+
 def warm_up() -> None:
     """Compile the quantiser's loop, or load it from numba's cache."""
     _kernel()
@@ -217,20 +225,49 @@ def warm_up() -> None:
 @cache
 def _kernel() -> Callable[..., int]:
     """The compiled loop over columns; ESCAPED marks what has no symbol. Returns how many there are."""
-    import numba
     from numba import types
 
-    def array(dtype: Any, ndim: int, readonly: bool = True) -> Any:
-        return types.Array(dtype, ndim, "C", readonly=readonly)
-
-    signature = types.int64(
-        array(types.float32, 2), array(types.uint8, 1), array(types.uint8, 1), array(types.float32, 2),
-        array(types.int32, 1), array(types.uint8, 2, readonly=False), array(types.uint8, 2, readonly=False),
+    return _compiled(
+        _quantise,
+        types.int64(
+            _array("float32", 2), _array("uint8", 1), _array("uint8", 1), _array("float32", 2), _array("int32", 1),
+            _array("uint8", 2, readonly=False), _array("uint8", 2, readonly=False),
+        ),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _FittingKernels:
+    """Compiled loops that only calibration needs."""
+
+    tally: Callable[..., None]
+    entropy: Callable[..., tuple[float, int]]
+
+
+@cache
+def _fitting_kernels() -> _FittingKernels:
+    from numba import types
+
+    sums = _array("float64", 2, readonly=False)
+    return _FittingKernels(
+        _compiled(_tally, types.void(_array("uint8", 2), _array("float32", 2), sums, sums)),
+        _compiled(_column_entropy, types.Tuple((types.float64, types.int64))(_array("float32", 2))),
+    )
+
+
+def _array(dtype: str, ndim: int, readonly: bool = True) -> Any:
+    from numba import types
+
+    return types.Array(getattr(types, dtype), ndim, "C", readonly=readonly)
+
+
+def _compiled(function: Callable[..., Any], signature: Any) -> Any:
+    import numba
+
     try:
-        return numba.njit(signature, nogil=True, cache=True)(_quantise)
+        return numba.njit(signature, nogil=True, cache=True)(function)
     except RuntimeError:
-        return numba.njit(signature, nogil=True)(_quantise)
+        return numba.njit(signature, nogil=True)(function)
 
 
 def _quantise(values, class_of_column, shift_of_column, thresholds, support, symbols, fine):
@@ -272,3 +309,33 @@ def _quantise(values, class_of_column, shift_of_column, thresholds, support, sym
             else:
                 symbols[c, t] = 127 + magnitude
     return escaped
+
+
+def _tally(symbols, values, counts, sums):
+    columns, tokens = symbols.shape
+    for c in range(columns):
+        for t in range(tokens):
+            magnitude = min(abs(int(symbols[c, t]) - 127), 127)
+            counts[c, magnitude] += 1.0
+            sums[c, magnitude] += abs(values[c, t])
+
+
+def _column_entropy(values):
+    columns, tokens = values.shape
+    counts = np.zeros(1 << 16, np.int32)
+    symbols = np.empty(tokens, np.int32)
+    bits = 0.0
+    shown = 0
+    for c in range(columns):
+        for t in range(tokens):
+            v = values[c, t]
+            q = int(min(abs(v) + np.float32(0.4), np.float32(1e18))) & 32767  # what is beyond is spread out anyway
+            symbols[t] = 32768 + (q if v > 0 else -q)
+            counts[symbols[t]] += 1
+        for t in range(tokens):
+            n = counts[symbols[t]]
+            if n > 0:
+                bits -= n / tokens * math.log2(n / tokens)
+                shown += 1
+                counts[symbols[t]] = 0
+    return bits, shown

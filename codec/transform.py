@@ -44,8 +44,8 @@ class Rope:
             first, second = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
         else:
             first, second = keys[..., :half], keys[..., half : 2 * half]
-        turned = first * cos - second * sin
-        second.mul_(cos).add_(first * sin)
+        turned = (first * cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).addcmul_(first, sin)
         first.copy_(turned)
         return keys
 

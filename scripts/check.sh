@@ -9,4 +9,5 @@ ruff format --check . || status=1
 mypy || status=1
 python scripts/make_reference.py --check || status=1
 python scripts/draw_architecture.py --check || status=1
+python scripts/codec_results.py --check || status=1
 exit $status

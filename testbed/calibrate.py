@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from codec.transform import Rope
 
 Say = Callable[[str], None]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Gives the items of a sequence one by one and says how far it is; `progress.track` draws a bar."""
 TEXTS = Path(__file__).parent / "calibration"
 SHIPPED = TEXTS / "shipped"
 """Profiles and distortions of the bundled model, made by `scripts/ship.py`: the first run need not measure them."""
@@ -62,35 +64,52 @@ def make_codec(text: str, model: Model, say: Say = lambda line: None) -> Codec:
     return registry.make(name, settings, profile)
 
 
-def profile_of(codec_name: str, model: Model, say: Say = lambda line: None) -> Profile:
+def untracked(items: Sequence[Any], about: str) -> Iterable[Any]:
+    """A `Track` that says nothing."""
+    return items
+
+
+def profile_of(codec_name: str, model: Model, say: Say = lambda line: None, track: Track = untracked) -> Profile:
     """The model's profile for a codec: the one that was calibrated before, or a new one."""
     name = f"profiles/v{FORMAT}-{codec_name}-{model.fingerprint[:16]}.safetensors"
     if (known := _known(name)) is not None:
         return Profile.load(known)
     say(f"calibrating {codec_name} for {model.name}: {FIT_SAMPLES} contexts of {CONTEXT_TOKENS} tokens")
-    profile = calibrate(codec_name, model)
+    profile = calibrate(codec_name, model, track)
     write_whole(cache_dir() / name, profile.to_bytes())
     return profile
 
 
-def calibrate(codec_name: str, model: Model) -> Profile:
+def known_profile(sha256: str) -> Profile | None:
+    """The profile of this hash, if it came with kvstream or was calibrated on this machine."""
+    for folder in (SHIPPED, cache_dir()):
+        for file in sorted((folder / "profiles").glob("*.safetensors")):
+            if hashlib.sha256(file.read_bytes()).hexdigest() == sha256:
+                return Profile.load(file)
+    return None
+
+
+def calibrate(codec_name: str, model: Model, track: Track = untracked) -> Profile:
     """Fit a codec's profile to a model. Raises SpecError for a codec that has none."""
     facts = {"model": model.fingerprint, "model_name": model.name}
     fitted = list(samples(model, "fit", FIT_SAMPLES))
     if codec_name == "cachegen":
         from codec import cachegen
 
-        return cachegen.fit((calculate_kv(model, sample.context_ids) for sample in fitted), metadata=facts)
+        shown = track(fitted, "counting symbols")
+        return cachegen.fit((calculate_kv(model, sample.context_ids) for sample in shown), metadata=facts)
     if codec_name == "kvstream":
         from codec import kvstream
 
         rope = rope_of(model)
-        kv = [calculate_kv(model, sample.context_ids).to("cpu", torch.bfloat16) for sample in fitted]
-        return kvstream.fit(kv, rope=rope, sensitivity=sensitivity(model, fitted, rope), metadata=facts)
+        shown = track(fitted, "computing caches")
+        kv = [calculate_kv(model, sample.context_ids).to("cpu", torch.bfloat16) for sample in shown]
+        metric = sensitivity(model, fitted, rope, track)
+        return kvstream.fit(kv, rope=rope, sensitivity=metric, metadata=facts)
     raise SpecError(f"codec {codec_name} needs no calibration")
 
 
-def sensitivity(model: Model, fitted: Sequence[Sample], rope: Rope | None) -> Tensor:
+def sensitivity(model: Model, fitted: Sequence[Sample], rope: Rope | None, track: Track = untracked) -> Tensor:
     """What an error in the cache costs: `[L, 2, H, D, D]`, in the space of keys turned back to position 0 and values.
 
     For each sample, labels are drawn from the model's own predictions over the suffix; the mean outer product of the
@@ -99,7 +118,7 @@ def sensitivity(model: Model, fitted: Sequence[Sample], rope: Rope | None) -> Te
     """
     total: Tensor | None = None
     tokens = 0
-    for seed, sample in enumerate(fitted):
+    for seed, sample in enumerate(track(fitted, "measuring the sensitivity")):
         gradient = _gradient(model, calculate_kv(model, sample.context_ids), sample.suffix_ids, seed).float().cpu()
         for layer in range(len(gradient)):
             if rope is not None:
@@ -179,7 +198,9 @@ def distortions(model: Model, codec: Codec, chunk_tokens: int, say: Say = lambda
 
     Contexts are coded in chunks of `chunk_tokens`, all at the same level, and the tokens after them are scored.
     """
-    facts = json.dumps([FORMAT, codec.get_config(), model.fingerprint, chunk_tokens, CHECK_SAMPLES], sort_keys=True)
+    text = hashlib.sha256((TEXTS / "check.txt.xz").read_bytes()).hexdigest()
+    settings = [FORMAT, codec.get_config(), model.fingerprint, chunk_tokens, CHECK_SAMPLES, text]
+    facts = json.dumps(settings, sort_keys=True)
     name = f"distortions/{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
     if (known := _known(name)) is not None:
         return tuple(json.loads(known.read_text()))

@@ -7,19 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from codec.api import Codec
+from codec.errors import CodecError
 from testbed import calibrate, prepare
 from testbed.llm import Model, Question, calculate_kv, score
 
 CONTEXT = "docs"
 REPEATS = 3
+TORCHAC_COLUMNS = 64
 
 
-def measure(
-    model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measure(model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """One row a level: bits per element with everything but the profile counted, mean KL (nats) on held-out text,
     answers right, and elements a second of encoding and decoding one chunk (median of a few)."""
     (context,) = prepare.find_contexts([CONTEXT])
@@ -53,8 +54,32 @@ def measure(
     return rows
 
 
-def text(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as an aligned table."""
+def torchac(model: Model, chunk_tokens: int) -> dict[str, float] | None:
+    """Symbols a second on one core of torchac, the coder of CacheGen's public code, alone: no quantiser beside it. None
+    if it is not installed."""
+    from codec.cachegen import columns_first
+    from codec.entropy import arithmetic, torchac_reference
+    from codec.entropy.tables import column_counts
+    from codec.uniform import quantise
+
+    (context,) = prepare.find_contexts([CONTEXT])
+    rows = calculate_kv(model, model.encode(context.text.decode())[:chunk_tokens]).flatten(3)
+    symbols = columns_first(quantise(rows, rows.abs().amax(dim=3), 15))[:TORCHAC_COLUMNS]
+    cdfs = arithmetic.from_counts(column_counts(symbols, 32))
+    own = np.arange(len(symbols))
+    try:
+        streams = torchac_reference.encode_streams(symbols, own, cdfs)
+    except CodecError:
+        return None
+    times = {
+        "encode_per_s": _median_s(lambda: torchac_reference.encode_streams(symbols, own, cdfs)),
+        "decode_per_s": _median_s(lambda: torchac_reference.decode_streams(streams, own, cdfs, symbols.shape[1])),
+    }
+    return {name: symbols.size / seconds for name, seconds in times.items()}
+
+
+def text(rows: Sequence[dict[str, Any]], torchac: dict[str, float] | None) -> str:
+    """The rows as an aligned table, torchac's speed below."""
     heads = f"{'codec':<10} {'level':<14} {'bit/element':>11} {'KL (nats)':>9} {'answers':>7}"
     lines = [f"{heads} {'encode':>9} {'decode':>9}"]
     for row in rows:
@@ -64,7 +89,8 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['distortion']:>9.2g} {answers:>7} "
             f"{row['encode_per_s'] / 1e6:>5.0f} M/s {row['decode_per_s'] / 1e6:>5.0f} M/s"
         )
-    return "\n".join(lines)
+    speeds = f"{torchac['encode_per_s'] / 1e6:>5.0f} M/s {torchac['decode_per_s'] / 1e6:>5.0f} M/s" if torchac else ""
+    return "\n".join([*lines, f"{'torchac':<10} {'the coder alone, on one core':<46} {speeds or 'not installed'}"])
 
 
 def _bits(codec: Codec, kv: Tensor, level: int, chunk_tokens: int) -> float:
@@ -79,14 +105,19 @@ def _speed(codec: Codec, part: Tensor, level: int) -> tuple[float, float]:
     span = range(part.shape[2])
     data = codec.encode(part, level, positions=span)
     codec.decode(data)
-    times: list[tuple[float, float]] = []
+    return (
+        _median_s(lambda: codec.encode(part, level, positions=span)),
+        _median_s(lambda: codec.decode(data)),
+    )
+
+
+def _median_s(work: Callable[[], Any]) -> float:
+    times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        codec.encode(part, level, positions=span)
-        middle = time.perf_counter()
-        codec.decode(data)
-        times.append((middle - start, time.perf_counter() - middle))
-    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _right(

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from testbed.experiment import Experiment
     from testbed.results import Row
+
+
+def track(items: Sequence[Any], about: str) -> Iterable[Any]:
+    """The items, with a bar and the time left on a terminal's standard error; nothing is said in a pipe."""
+    if not sys.stderr.isatty():
+        return items
+    from rich import progress
+    from rich.console import Console
+
+    return progress.track(items, about, console=Console(stderr=True), transient=True)
 
 
 class Progress:

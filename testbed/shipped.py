@@ -1,6 +1,6 @@
 """What comes with kvstream already encoded and measured: manifests and compute times of the shipped contexts.
 
-Made by `scripts/ship_manifests.py` from the bundled model; the simulator and the lab need neither torch nor the model.
+Made by `scripts/ship.py` from the bundled model; the simulator and the lab need neither torch nor the model.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_every_page_is_in_the_index():
     assert [name for name in missing if "/solutions/" not in name] == []
 
 
-@pytest.mark.parametrize("generator", ["make_reference", "draw_architecture"])
+@pytest.mark.parametrize("generator", ["make_reference", "draw_architecture", "codec_results"])
 def test_generated_files_are_current(generator, capsys):
     assert script(generator).main(["--check"]) == 0, capsys.readouterr().out
 

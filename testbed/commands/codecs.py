@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import SpecError
 
@@ -18,6 +18,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     commands = codec.add_subparsers(dest="codec_command", metavar="COMMAND", required=True)
 
     listed = commands.add_parser("list", help="every codec")
+    listed.add_argument("--json", action="store_true", help="print as JSON")
     listed.set_defaults(run=list_command)
 
     encode = commands.add_parser("encode", help="encode one chunk of a context's KV cache into a file")
@@ -37,6 +38,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     inspect = commands.add_parser("inspect", help="what an encoded chunk holds, section by section")
     inspect.add_argument("file", help="an encoded chunk")
+    inspect.add_argument("--codec", help="the codec with settings that wrote it (default: what the chunk says)")
+    inspect.add_argument("--profile", metavar="FILE", help="the profile it needs (default: found by its hash)")
     inspect.add_argument("--json", action="store_true", help="print as JSON")
     inspect.set_defaults(run=inspect_command)
 
@@ -50,8 +53,15 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     bench.add_argument("codecs", nargs="*", default=["kvstream", "cachegen", "artifact", "uniform"])
     bench.add_argument("--model", default="bundled", help="folder or name of a causal language model")
     bench.add_argument("--chunk-tokens", type=int, default=256, help="tokens a chunk (default: 256)")
+    bench.add_argument("--figure", metavar="FILE", help="draw rate against distortion: SVG, PNG or PDF")
     bench.add_argument("--json", action="store_true", help="print as JSON")
     bench.set_defaults(run=bench_command)
+
+    insight = commands.add_parser("insight", help="the CacheGen paper's three observations, measured on a model")
+    insight.add_argument("model", help="folder or name of a causal language model, or 'bundled'")
+    insight.add_argument("--figure", metavar="FILE", help="draw them: SVG, PNG or PDF")
+    insight.add_argument("--json", action="store_true", help="print as JSON")
+    insight.set_defaults(run=insight_command)
 
 
 def _codec_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +80,19 @@ def list_command(args: argparse.Namespace) -> int:
 
     from codec import registry
 
-    for name in registry.names():
-        cls = registry.codec_class(name)
-        module = inspect.getmodule(cls)
-        about = (inspect.getdoc(module) or "").split("\n")[0]
-        print(f"{name:<10} {'calibrated ' if cls.needs_profile else '           '} {about}")
+    found = [
+        {
+            "name": name,
+            "calibrated": cls.needs_profile,
+            "about": (inspect.getdoc(inspect.getmodule(cls)) or "").split("\n")[0],
+        }
+        for name, cls in ((name, registry.codec_class(name)) for name in registry.names())
+    ]
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for row in found:
+        print(f"{row['name']:<10} {'calibrated ' if row['calibrated'] else '           '} {row['about']}")
     return 0
 
 
@@ -112,26 +130,47 @@ def decode_command(args: argparse.Namespace) -> int:
 
 
 def inspect_command(args: argparse.Namespace) -> int:
-    from codec import container
+    from codec import container, registry
+    from codec.profile import Profile
+    from testbed import calibrate
+    from testbed.plugs import codec_spec
 
-    facts = container.inspect(Path(args.file).read_bytes())
-    if args.json:
-        print(json.dumps(facts, indent=1))
-        return 0
-    for key, value in facts.items():
-        if key == "sections":
-            for tag, size in value.items():
-                print(f"  section {tag}: {size} bytes, {size * 8 / facts['total_bytes'] / 8:.1%} of the chunk")
-        else:
-            print(f"{key}: {value}")
+    data = Path(args.file).read_bytes()
+    facts = container.inspect(data)
+    name, settings = codec_spec(args.codec or facts["codec"])
+    needed = facts["profile_sha256"]
+    profile = Profile.load(args.profile) if args.profile else needed and calibrate.known_profile(needed)
+    if profile is not None or needed is None:
+        facts = registry.make(name, settings, profile).describe(data)
+    print(json.dumps(facts, indent=1) if args.json else _described(facts))
+    if profile is None and needed is not None and not args.json:
+        print(f"bits by layer and entropy need profile {needed[:12]}: give it with --profile")
     return 0
 
 
+def _described(facts: dict[str, Any]) -> str:
+    """A chunk's facts as lines of text."""
+    lines = []
+    for key, value in facts.items():
+        if key == "sections":
+            lines += [f"  section {t}: {size} bytes, {size / facts['total_bytes']:.1%}" for t, size in value.items()]
+        elif key == "bits_by_layer":
+            lines.append("coded symbols, bit per element:")
+            lines.append(f"  {'layer':<6} {'keys':>7} {'values':>7}")
+            lines += [f"  {layer:<6} {keys:>7.3f} {values:>7.3f}" for layer, (keys, values) in enumerate(value)]
+        elif key == "ideal_bits_per_element":
+            over = facts["bits_per_element"] / value - 1
+            lines.append(f"entropy of the coder's model: {value:.4f} bit per element; the chunk takes {over:+.1%}")
+        else:
+            lines.append(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    return "\n".join(lines)
+
+
 def calibrate_command(args: argparse.Namespace) -> int:
-    from testbed import calibrate
+    from testbed import calibrate, progress
 
     model = _model(args.model)
-    profile = calibrate.profile_of(args.codec, model, print)
+    profile = calibrate.profile_of(args.codec, model, print, progress.track)
     print(f"profile {profile.sha256} of {args.codec} for {model.name}: {len(profile.to_bytes())} bytes")
     if args.output:
         Path(args.output).write_bytes(profile.to_bytes())
@@ -140,8 +179,27 @@ def calibrate_command(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    from testbed import codec_bench
+    from testbed import codec_bench, codec_figures
 
-    rows = codec_bench.measure(_model(args.model), args.codecs, args.chunk_tokens, lambda line: None)
-    print(json.dumps(rows, indent=1) if args.json else codec_bench.text(rows))
+    if args.figure:
+        codec_figures.check_path(Path(args.figure))
+    model = _model(args.model)
+    rows = codec_bench.measure(model, args.codecs, args.chunk_tokens, lambda line: None)
+    torchac = codec_bench.torchac(model, args.chunk_tokens)
+    body = {"levels": rows, "torchac": torchac}
+    print(json.dumps(body, indent=1) if args.json else codec_bench.text(rows, torchac))
+    if args.figure:
+        codec_figures.rate_distortion(rows, Path(args.figure))
+    return 0
+
+
+def insight_command(args: argparse.Namespace) -> int:
+    from testbed import codec_figures, insight, progress
+
+    if args.figure:
+        codec_figures.check_path(Path(args.figure))
+    found = insight.measure(_model(args.model), progress.track)
+    print(json.dumps(found.to_json(), indent=1) if args.json else insight.text(found))
+    if args.figure:
+        codec_figures.insight(found, Path(args.figure))
     return 0

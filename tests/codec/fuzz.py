@@ -5,16 +5,20 @@
 
 One input is a codec, a way to harm a chunk that it wrote, and the bytes for that. Checksums are made right again, so
 that what lies behind them is reached. Whatever comes out must be a `CodecError` or finite values; anything else, a
-crash or a hang included, is a finding. """
+crash or a hang included, is a finding. So is more than a gigabyte of memory, of which there is no more to have.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
+import resource
 import struct
 import sys
 import time
 import zlib
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -141,16 +145,51 @@ def fuzz_profile(choice: int, rest: bytes) -> None:
         return
 
 
+def absurd_claims() -> int:
+    """Every codec's chunks with headers that claim absurd shapes, checksums right: how many of them were refused."""
+    refused = 0
+    shapes = (1, 7, 4_096, 65_535, 65_536, (1 << 32) - 1)
+    for name in CODECS:
+        whole = chunk_of(name, 0)
+        for claim in itertools.product((None, *shapes), repeat=4):
+            forged = bytearray(whole)
+            for index, value in enumerate(claim):
+                if value is not None:
+                    struct.pack_into("<I", forged, 64 + 4 * index, value)
+            if forged == whole:
+                continue
+            end = 84 + 16 * struct.unpack_from("<I", forged, 80)[0]
+            struct.pack_into("<I", forged, end, zlib.crc32(forged[:end]))
+            try:
+                codec_of(name).decode(bytes(forged))
+            except CodecError:
+                refused += 1
+    return refused
+
+
+def limit_memory(further_bytes: int) -> None:
+    """Let this process have so much more address space than it has now; beyond, allocations fail."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + further_bytes, resource.RLIM_INFINITY))
+
+
 def random_input(draw: random.Random) -> bytes:
     return draw.randbytes(3 + draw.choice((1, 2, 3, 4, 8, 16, 64, 300)))
 
 
 def main() -> None:
+    if "--absurd" in sys.argv:
+        for name in CODECS:
+            codec_of(name).decode(chunk_of(name, 0))
+        limit_memory(64 << 20)
+        print(absurd_claims())
+        return
     if "--atheris" in sys.argv:
         sys.argv.remove("--atheris")
         atheris.Setup(sys.argv, one_input)
         atheris.Fuzz()
         return
+    limit_memory(1 << 30)
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     draw = random.Random(time.time_ns())
     end, done = time.monotonic() + seconds, 0

@@ -1,0 +1,116 @@
+"""Figures of the codec commands: rate against distortion of a bench, and the three panels of an insight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from testbed.errors import MachineError, SpecError
+from testbed.report.style import INK, scheme_style
+from testbed.trace_view import FIGURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from testbed.insight import Insight
+
+COLOURS = {"keys": "#0b7abf", "keys, RoPE undone": "#0f9b76", "values": "#c97a00"}
+
+
+def check_path(path: Path) -> None:
+    """Raise SpecError for a file that is no figure, before anything is measured."""
+    if path.suffix.lower() not in FIGURES:
+        raise SpecError(f"{path}: a figure is one of {', '.join(FIGURES)}; name the file so")
+
+
+def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One line a codec, one point a level, hollow where an answer was wrong. Rows as `codec_bench.measure` gives."""
+    with _figure(path, (7.6, 4.0)) as figure:
+        axes = figure.subplots()
+        for codec in dict.fromkeys(row["codec"] for row in rows):
+            own = [row for row in rows if row["codec"] == codec]
+            style = scheme_style({"scheme": codec, "policy": codec})
+            bits, kl = [r["bits_per_element"] for r in own], [r["distortion"] for r in own]
+            axes.plot(bits, kl, color=style.colour, linewidth=1.3, zorder=2)
+            axes.plot([], [], color=style.colour, marker=style.marker, linewidth=1.3, label=codec)
+            for row, x, y in zip(own, bits, kl, strict=True):
+                whole = row["answers_right"] == row["answers"]
+                face = style.colour if whole else "white"
+                axes.plot(x, y, marker=style.marker, markersize=7, color=style.colour, markerfacecolor=face, zorder=3)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.set_xlabel("bit per element, all in but the profile")
+        axes.set_ylabel("distortion (nats of KL)")
+        arrow = {"arrowstyle": "->", "color": INK}
+        axes.annotate("better", (0.03, 0.04), (0.12, 0.16), "axes fraction", arrowprops=arrow)
+        axes.grid()
+        axes.legend(title="hollow: a wrong answer", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def insight(found: Insight, path: Path) -> None:
+    """The three observations side by side."""
+    with _figure(path, (11.5, 3.9)) as figure:
+        locality, sensitivity, entropy = figure.subplots(1, 3)
+        for name, deltas in found.deltas.items():
+            for ratios, dash in ((deltas.to_anchor, "-"), (deltas.to_previous, ":")):
+                ordered = np.sort(ratios)
+                share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
+                locality.plot(ordered, share, dash, color=COLOURS[name])
+            locality.plot([], [], color=COLOURS[name], label=name)
+        for dash, label in (("-", "to the anchor of ten"), (":", "to the token before")):
+            locality.plot([], [], dash, color=INK, label=label)
+        locality.axvline(1, color=INK, linewidth=0.8)
+        locality.set_xscale("log", base=2)
+        locality.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        locality.set_xlabel("variance of originals / of deltas")
+        locality.set_ylabel("channels (%)")
+        locality.set_title("1 deltas pay right of the line", loc="left")
+        locality.legend(fontsize="x-small", loc="lower right")
+
+        layers = np.arange(len(found.sensitivity))
+        keys, values = np.array(found.sensitivity).T
+        for offset, kl, name in ((-0.2, keys, "keys"), (0.2, values, "values")):
+            sensitivity.bar(layers + offset, kl, 0.4, color=COLOURS[name], label=name)
+        sensitivity.set_yscale("log")
+        sensitivity.xaxis.get_major_locator().set_params(integer=True)
+        sensitivity.set_xlabel("layer")
+        sensitivity.set_ylabel("KL of rounding it alone (nats)")
+        sensitivity.set_title("2 layers differ", loc="left")
+        sensitivity.legend(fontsize="small")
+
+        names = list(found.entropy)
+        at = np.arange(len(names))
+        for offset, side, kind in ((-0.2, 0, "keys"), (0.2, 1, "values")):
+            bits = [found.entropy[name][side] for name in names]
+            bars = entropy.barh(at + offset, bits, 0.4, color=COLOURS[kind])
+            entropy.bar_label(bars, fmt="%.2f", padding=2, fontsize="x-small")
+        entropy.set_yticks(at, names)
+        entropy.invert_yaxis()
+        entropy.set_xlim(0, 1.15 * max(max(pair) for pair in found.entropy.values()))
+        entropy.set_xlabel("entropy (bit per element)")
+        entropy.set_title("3 what a value has in common", loc="left")
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure to draw on, written to `path` afterwards. Raises SpecError, MachineError without seaborn."""
+    from testbed.report.figures import theme
+
+    check_path(path)
+    try:
+        with theme():
+            from matplotlib import pyplot
+
+            figure = pyplot.figure(figsize=size)
+            yield figure
+            figure.savefig(path, dpi=160)
+            pyplot.close(figure)
+    except ModuleNotFoundError as error:
+        raise MachineError(f"figures need {error.name}; install it with: pip install 'kvstream[run]'") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot write this figure ({error.strerror or error})") from None

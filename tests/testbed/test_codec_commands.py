@@ -1,0 +1,101 @@
+"""`kvstream codec ...` on a tiny model of random weights: what is printed adds up, what is drawn exists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch, from the extra [run]")
+pytest.importorskip("transformers", reason="needs transformers, from the extra [run]")
+
+from codec import kvstream, registry  # noqa: E402
+from testbed import calibrate, codec_figures, insight  # noqa: E402
+from testbed.cli import main  # noqa: E402
+from testbed.errors import SpecError  # noqa: E402
+from tests.codec.synthetic import synthetic_kv  # noqa: E402
+
+if TYPE_CHECKING:
+    from testbed.llm import Model
+
+KV = synthetic_kv(3, 300, 2, 8, seed=4)
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Model) -> insight.Insight:
+    sample = calibrate.Sample(tuple(i * 37 % 256 for i in range(120)), tuple(range(20)))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(calibrate, "samples", lambda model, split, count: [sample] * count)
+    try:
+        return insight.measure(tiny_model, contexts=2)
+    finally:
+        patch.undo()
+
+
+def test_insight_has_three_answers(found: insight.Insight) -> None:
+    assert list(found.deltas) == ["keys", "keys, RoPE undone", "values"]
+    assert all(len(deltas.to_anchor) == 3 * 2 * 16 for deltas in found.deltas.values())
+    assert len(found.sensitivity) == 3
+    assert min(kl for pair in found.sensitivity for kl in pair) > 0
+    for side in (0, 1):
+        together, best = (found.entropy[name][side] for name in ("one distribution", "by layer and channel"))
+        assert 0 < best < together < 8
+    plain = json.loads(json.dumps(found.to_json()))
+    assert 0 <= plain["deltas"]["values"]["to_anchor"]["above_1"] <= 1
+    assert "RoPE undone" in insight.text(found)
+
+
+def test_deltas_of_noise_and_of_a_slow_walk_differ() -> None:
+    """Independent tokens: deltas have twice the variance. A slow walk: far less."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, 5000, 1, 4), generator=draw)
+    deltas = insight._deltas([noise])
+    assert np.allclose(deltas.to_previous, 0.5, rtol=0.1)
+    assert np.allclose(deltas.to_anchor, 0.5, rtol=0.1)
+    assert min(insight._deltas([noise.cumsum(dim=1)]).to_anchor) > 20
+
+
+def test_entropy_is_that_of_a_known_distribution() -> None:
+    draw = np.random.default_rng(0)
+    assert insight._entropy(draw.integers(0, 8, (4, 50_000)).astype(np.uint8)) == pytest.approx(3, abs=0.01)
+    assert insight._entropy(np.zeros((2, 10), np.uint8)) == 0
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_figures_are_written(found: insight.Insight, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("seaborn", reason="figures need seaborn, from the extra [run]")
+    row = {"codec": "kvstream", "bits_per_element": 1.0, "distortion": 0.1, "answers": 4, "answers_right": 3}
+    codec_figures.rate_distortion([row, row | {"bits_per_element": 2.0, "answers_right": 4}], tmp_path / f"r.{suffix}")
+    codec_figures.insight(found, tmp_path / f"i.{suffix}")
+    assert all(file.stat().st_size > 5_000 for file in tmp_path.iterdir())
+    with pytest.raises(SpecError, match=r"r\.txt: a figure is one of"):
+        codec_figures.check_path(tmp_path / "r.txt")
+
+
+def test_inspect_tells_bits_by_layer_where_it_has_the_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate, "cache_dir", lambda: tmp_path)
+    profile = kvstream.fit([KV], target_bits=(1.2, 2.4))
+    data = registry.make("kvstream", {}, profile).encode(KV, 1, positions=range(300))
+    (tmp_path / "chunk").write_bytes(data)
+
+    def inspected(*options: str) -> dict[str, Any]:
+        assert main(["codec", "inspect", str(tmp_path / "chunk"), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert "bits_by_layer" not in inspected()
+    (tmp_path / "p").write_bytes(profile.to_bytes())
+    given = inspected("--profile", str(tmp_path / "p"))
+    assert np.shape(given["bits_by_layer"]) == (3, 2)
+    assert given["ideal_bits_per_element"] < given["bits_per_element"] == 8 * len(data) / KV.numel()
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "p").rename(tmp_path / "profiles" / "p.safetensors")
+    assert inspected() == given
+    assert main(["codec", "inspect", str(tmp_path / "chunk")]) == 0
+    said = capsys.readouterr().out
+    assert "layer     keys  values" in said
+    assert "entropy of the coder's model" in said
