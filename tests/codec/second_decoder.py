@@ -170,7 +170,7 @@ def kvstream(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
     L, T, H, D = chunk.shape
     classes, shifts = tensors["classes"][chunk.level], tensors["shifts"][chunk.level].tolist()
     symbols = coded(chunk.sections["coef"], [tensors["tables"][k] for k in classes], T, "rans")
-    steps = np.take_along_axis(tensors["values"][classes].astype(np.float64), symbols, axis=1)
+    steps = np.take_along_axis(tensors["values"][classes].astype(np.float16).astype(np.float64), symbols, axis=1)
     wide = [c for c in range(len(shifts)) if shifts[c]]
     if wide:
         even = [np.array([1024 >> shifts[c]] * (1 << shifts[c])) for c in wide]
