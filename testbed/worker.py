@@ -93,7 +93,6 @@ class Worker:
         longest = max(questions, key=lambda q: len(q.prompt_ids) + len(q.answer_ids))
         asked = len(longest.prompt_ids) + len(longest.answer_ids)
         self.compute.reserve(manifest.tokens + max(asked, SIDE_BY_SIDE_TOKENS))
-        self.compute.buffers(manifest)
         return measure_costs(
             self.compute,
             manifest,
