@@ -55,11 +55,10 @@ class Step:
     end_s: float
     token: int | None = None
     """The first output token of a prefill."""
-    busy_s: float = 0.0
-    """Of decoding: what it took in all, without waiting for bytes."""
-    copy_start_s: float | None = None
-    copy_end_s: float | None = None
-    """From the first to the last byte's copy to the device; None where none is needed."""
+    pieces: tuple[tuple[float, float], ...] = ()
+    """Of decoding piece by piece: when each began and ended. The last is what was left when all bytes were here."""
+    copies: tuple[tuple[float, float], ...] = ()
+    """The same of copying to the device; empty where none is needed."""
 
 
 class Compute:
@@ -199,10 +198,9 @@ class Compute:
         inflow.runs.append((begin, end))
         self.lanes.reach(end)
         when = self.lanes.when
-        step = Step(when(inflow.runs[0][0]), when(end), busy_s=sum(when(b) - when(a) for a, b in inflow.runs))
-        if inflow.mirror is None:
-            return step
-        return replace(step, copy_start_s=when(inflow.copies[0][1]), copy_end_s=when(inflow.copies[-1][2]))
+        pieces = tuple((when(a), when(b)) for a, b in inflow.runs)
+        copies = () if inflow.mirror is None else tuple((when(a), when(b)) for _, a, b in inflow.copies)
+        return Step(pieces[0][0], pieces[-1][1], pieces=pieces if len(pieces) > 2 else (), copies=copies)
 
     def recompute(self, chunk: int, data: memoryview) -> Step:
         """Compute a chunk's KV from its token ids; everything before it is in the cache. Raises CodecError."""
@@ -314,7 +312,7 @@ def _decode(compute: Compute, chunk: int, level: int, data: bytes) -> Step:
         step = compute.decode(inflow)
     finally:
         compute.landing.release(inflow)
-    return step if step.copy_start_s is None else replace(step, start_s=step.copy_start_s)
+    return replace(step, start_s=step.copies[0][0]) if step.copies else step
 
 
 def _median_s(step: Callable[..., Step], *arguments: Any) -> float:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
 from codec.targets import DTYPES
+from testbed import random_model
 from testbed.errors import SpecError
 from testbed.manifest import KVShape
 
@@ -126,7 +127,8 @@ class Model:
     def load(
         cls, source: str | Path | None = None, *, device: torch.device | str = "cpu", dtype: str | None = None
     ) -> Model:
-        """Load from a folder (no network is used) or by name; None or 'bundled' takes the bundled model.
+        """Load from a folder (no network is used) or by name; None or 'bundled' takes the bundled model, and
+        `random:mistral-7b` builds one of that size with random weights (`testbed.random_model`).
 
         On a CPU the default dtype is float32: it is exact and about as fast as bfloat16 there; elsewhere the dtype in
         which the weights are stored. Raises SpecError for a missing folder and for models whose cache is not one
@@ -134,6 +136,8 @@ class Model:
         """
         source = bundled_model_path() if source in (None, "bundled") else source
         assert source is not None
+        if str(source).startswith(random_model.PREFIX):
+            return random_model.build(str(source).removeprefix(random_model.PREFIX), device, dtype)
         folder = _folder(source)
         transformers_logging.disable_progress_bar()
         on_cpu = torch.device(device).type == "cpu"

@@ -197,6 +197,9 @@ class _Run:
     def _now_s(self) -> float:
         return time.monotonic() - self._zero_s
 
+    def _since_zero(self, spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(start_s - self._zero_s, end_s - self._zero_s) for start_s, end_s in spans]
+
     def _fail(self, error: BaseException) -> None:
         if not self._finished.done():
             self._finished.set_exception(error)
@@ -328,15 +331,12 @@ class _Run:
         except CodecError as error:
             self._session.on_failed(chunk, str(error), self._now_s())
         else:
-            copied = None
-            if step.copy_start_s is not None and step.copy_end_s is not None:
-                copied = step.copy_start_s - self._zero_s, step.copy_end_s - self._zero_s
             self._session.on_computed(
                 chunk,
                 step.start_s - self._zero_s,
                 step.end_s - self._zero_s,
-                busy_s=step.busy_s or None,
-                copy_s=copied,
+                pieces_s=self._since_zero(step.pieces),
+                copies_s=self._since_zero(step.copies),
             )
             if self._session.done:
                 self._finished.set_result(step)

@@ -8,7 +8,7 @@ which. The driver calls `poll` after every event, carries out the work it return
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -92,11 +92,10 @@ class ChunkRecord:
     last_byte_s: float | None = None
     decode_start_s: float | None = None
     decode_end_s: float | None = None
-    busy_s: float | None = None
-    """What decoding took in all: less than from its start to its end where pieces are decoded as they arrive."""
-    copy_start_s: float | None = None
-    copy_end_s: float | None = None
-    """First and last copy of its bytes to the device; None where none is needed."""
+    pieces_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of each piece's decoding, where pieces are decoded as they arrive."""
+    copies_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of each copy to the device, where there is one."""
     reason: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
     """Why the policy's own answer was not used; None when it was."""
@@ -333,11 +332,10 @@ class Session:
         start_s: float,
         end_s: float,
         *,
-        busy_s: float | None = None,
-        copy_s: tuple[float, float] | None = None,
+        pieces_s: Sequence[tuple[float, float]] = (),
+        copies_s: Sequence[tuple[float, float]] = (),
     ) -> None:
-        """Decoding or recomputing of `chunk` is done; PREFILL means the first token is out. `copy_s` are the first and
-        last moment of its copies to the device."""
+        """Decoding or recomputing of `chunk` is done; PREFILL means the first token is out."""
         if chunk == PREFILL:
             self._ttft_s = end_s
             return
@@ -345,8 +343,7 @@ class Session:
         record = self._chunks[chunk]
         record.decode_start_s = start_s
         record.decode_end_s = end_s
-        record.busy_s = end_s - start_s if busy_s is None else busy_s
-        record.copy_start_s, record.copy_end_s = copy_s or (None, None)
+        record.pieces_s, record.copies_s = tuple(pieces_s), tuple(copies_s)
         self._uncomputed -= 1
 
     def on_failed(self, chunk: int, why: str, now_s: float) -> None:

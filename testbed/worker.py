@@ -41,6 +41,7 @@ from typing import IO, Any
 from codec.errors import CodecError
 from policies.api import Forecast
 from policies.errors import PolicyError
+from testbed import gemv
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
 from testbed.emulator.clock import be_punctual
@@ -64,6 +65,7 @@ class Worker:
         self.compute = Compute(model)
         self.store = store
         self._costs: dict[str, Costs] = {}
+        self._load: gemv.GemvLoop | None = None
 
     async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command. Raises what REFUSALS lists."""
@@ -107,6 +109,7 @@ class Worker:
         questions = self.store.questions(context)
         index = int(command.get("question", 0)) % len(questions)
         policy = make_policy(str(command["policy"]))
+        load = self._begin_load() if command.get("load") else None
         try:
             async with Client(str(command["url"])) as client:
                 fetched = await fetch_session(
@@ -131,10 +134,21 @@ class Worker:
                 )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
+        finally:
+            rounds = [] if load is None else load.stop()
         result = {"ok": True, "status": "ok", **session_json(fetched)}
+        if rounds:
+            # to the last decoding, before the prompt's prefill
+            result["load"] = gemv.slowdown(rounds, fetched.zero_s, fetched.zero_s + fetched.prefill_start_s)
         if command.get("evaluate", True):
             result |= await asyncio.wrap_future(self.compute.submit(self._judge, context, index, fetched))
         return result
+
+    def _begin_load(self) -> gemv.GemvLoop:
+        if self._load is None:
+            self._load = gemv.GemvLoop(self.compute.model.device)
+        self._load.start()
+        return self._load
 
     def _judge(self, context: str, index: int, fetched: Fetched) -> dict[str, Any]:
         """All questions over the cache that arrived, against the exact cache."""
