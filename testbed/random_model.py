@@ -14,6 +14,7 @@ import torch
 
 from testbed import synthetic
 from testbed.errors import SpecError
+from testbed.manifest import KVShape
 
 if TYPE_CHECKING:
     from testbed.llm import Model
@@ -53,6 +54,18 @@ def config_of(name: str) -> Any:
     )
 
 
+def shape_for(name: str, dtype: str = "bfloat16") -> tuple[str, KVShape, int, float]:
+    """Fingerprint, cache shape, vocabulary and rotary base of the model, without building it."""
+    model = synthetic.shape_of(name)
+    shape = KVShape(model["layers"], model["kv_heads"], model["head_dim"], dtype)
+    return _fingerprint(name, dtype), shape, model["vocabulary"], model["rope_theta"]
+
+
+def _fingerprint(name: str, dtype: str) -> str:
+    facts = {"random": name, "dtype": dtype, "shape": synthetic.shape_of(name)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def build(name: str, device: torch.device | str, dtype: str | None = None) -> Model:
     """The model, made on the device. Raises SpecError for an unknown one and for one that its memory cannot hold."""
     from transformers import AutoModelForCausalLM
@@ -63,13 +76,10 @@ def build(name: str, device: torch.device | str, dtype: str | None = None) -> Mo
     wanted = dtype or "bfloat16"
     if wanted not in DTYPES:
         raise SpecError(f"dtype {wanted!r} is unknown; use one of {', '.join(DTYPES)}")
-    facts = json.dumps({"random": name, "config": config.to_dict(), "dtype": wanted}, sort_keys=True, default=str)
     torch.manual_seed(0)
     try:
         with torch.device(device):
             network = AutoModelForCausalLM.from_config(config, dtype=DTYPES[wanted]).eval()
     except torch.OutOfMemoryError as error:
         raise SpecError(f"the memory of {device} does not hold {name}: {str(error).splitlines()[0]}") from error
-    return Model(
-        network, ByteTokenizer(), f"{name}, random weights (timing only)", hashlib.sha256(facts.encode()).hexdigest()
-    )
+    return Model(network, ByteTokenizer(), f"{name}, random weights (timing only)", _fingerprint(name, wanted))

@@ -125,10 +125,13 @@ class Stage:
                 self._folder / "sender.log",
             )
             stack.callback(self.sender.close)
+            # a model on a GPU must hold its cache in the type that was encoded
+            dtype = next(iter(self._prepared.manifests.values())).kv.dtype
             self.receiver = Process(
                 "receiver",
                 lambda argv, **options: network.popen(network.receiver, argv, **options),
-                ["-m", "testbed.receiver", "--store", store, "--model", self._prepared.model, "--device", self._device],
+                ["-m", "testbed.receiver", "--store", store, "--model", self._prepared.model]
+                + ["--device", self._device, "--dtype", dtype],
                 self._folder / "receiver.log",
             )
             stack.callback(self.receiver.close)

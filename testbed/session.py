@@ -92,15 +92,15 @@ class ChunkRecord:
     last_byte_s: float | None = None
     decode_start_s: float | None = None
     decode_end_s: float | None = None
-    pieces_s: tuple[tuple[float, float], ...] = ()
-    """Start and end of each piece's decoding, where pieces are decoded as they arrive."""
-    copies_s: tuple[tuple[float, float], ...] = ()
-    """Start and end of each copy to the device, where there is one."""
     reason: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
     """Why the policy's own answer was not used; None when it was."""
     attempts: int = 0
     received_bytes: int = 0
+    pieces_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of each piece's decoding, where pieces are decoded as they arrive."""
+    copies_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of each copy to the device, where there is one."""
 
 
 @dataclass(frozen=True)
