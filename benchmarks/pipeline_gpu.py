@@ -2,12 +2,12 @@
 
     scripts/gpu_machine.sh run KIT python benchmarks/pipeline_gpu.py --out benchmarks/results/h200-pipeline.json
 
-A context of 9,490 tokens in 7 chunks in the shape of Mistral-7B's cache goes over a link of the machine's own. Its bytes
-are really encoded and decoded; what they encode is synthetic KV with the statistics of the bundled model's
+A context of 9,490 tokens in 7 chunks in the shape of Mistral-7B's cache goes over a link of the machine's own. Its
+bytes are really encoded and decoded; what they encode is synthetic KV with the statistics of the bundled model's
 (testbed.lookalike), and the model has random weights (`--model` takes real ones): times, not answers. A row is the
 median of several sessions at one rate: TTFT, and what it is at the least, the bytes that crossed the bottleneck at
-layer 2 over its capacity, plus the prompt's prefill with nothing beside it. `hidden` is the part of copying and decoding
-that was over when the last byte came. `--small` is a look at the script on a small model, also without a GPU.
+layer 2 over its capacity, plus the prompt's prefill with nothing beside it. `hidden` is the part of copying and
+decoding that was over when the last byte came. `--small` is a look at the script on a small model, also without a GPU.
 """
 
 from __future__ import annotations
@@ -171,7 +171,6 @@ def decoding(store: Store, device: str) -> dict[str, Any]:
         found["gpu_s"] = sum(e.self_device_time_total for e in kernels if e not in copies) / 1e6
         found["gpu_copy_s"] = sum(e.self_device_time_total for e in copies) / 1e6
         found["kernels"] = {e.key[:60]: [e.count, e.self_device_time_total / 1e6] for e in kernels}
-    del cache
     return found
 
 
@@ -269,7 +268,9 @@ def numbers(
     first_byte_s = min(chunk["first_byte_s"] for chunk in chunks)
     ready_s = max(chunk["decode_end_s"] for chunk in chunks)
     decoded = [chunk for chunk in chunks if chunk["level"] != "text"]
-    pieces = [span for chunk in decoded for span in chunk["pieces_s"] or [(chunk["decode_start_s"], chunk["decode_end_s"])]]
+    pieces = [
+        span for chunk in decoded for span in chunk["pieces_s"] or [(chunk["decode_start_s"], chunk["decode_end_s"])]
+    ]
     copies = [span for chunk in decoded for span in chunk["copies_s"]]
     busy_s = sum(end - start for start, end in [*pieces, *copies])
     late_s = sum(end - max(start, last_byte_s) for start, end in [*pieces, *copies] if end > last_byte_s)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,13 @@ from codec import container, registry
 from codec.errors import CodecError
 from codec.profile import Profile
 from policies.api import TEXT, LevelOrText
+from testbed.captured import CapturedPrefill
 from testbed.errors import SpecError
 from testbed.landing import Inflow, Landing
 from testbed.lanes import Mark, lanes_of
 from testbed.llm import KVCache, Model, Question, Score, extend_kv, first_token, generate_with_kv, score
 from testbed.manifest import Manifest
+from testbed.paged import PagedCache
 from testbed.session import Costs
 from testbed.store import token_ids
 
@@ -64,8 +65,11 @@ class Step:
 class Compute:
     """One model, its cache, and the codecs in use. Every method runs in the caller's thread unless submitted."""
 
-    def __init__(self, model: Model, *, places: int | None = None) -> None:
-        """`places` bounds the encodings that are held at a time; by default PLACES on a CUDA device, all on a CPU."""
+    def __init__(self, model: Model, *, places: int | None = None, paged: bool = False) -> None:
+        """`places` bounds the encodings that are held at a time; by default PLACES on a CUDA device, all on a CPU.
+        `paged` decodes into the blocks of a `PagedCache`, as for an engine; our model, which attends to one piece of
+        memory, then gets each chunk by a copy.
+        """
         self.model = model
         self.lanes = lanes_of(model.device)
         self.landing = Landing(self.lanes)
@@ -75,6 +79,9 @@ class Compute:
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str | None], Codec] = {}
         self._cache: KVCache | None = None
+        self._is_paged = paged
+        self._pages: PagedCache | None = None
+        self._captured: dict[tuple[int, int], CapturedPrefill] = {}
         self._manifest: Manifest | None = None
         self._codec: Codec | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
@@ -103,15 +110,30 @@ class Compute:
     def reserve(self, tokens: int) -> None:
         """Room for a context and its prompt, with its pages touched and every old value gone."""
         if self._cache is None or self._cache.capacity < tokens:
+            self._captured.clear()
             self._cache = self.model.new_cache(tokens)
+            self._pages = PagedCache(self.model.kv, tokens, self.model.device) if self._is_paged else None
+        self._poison()
+
+    def capture(self, context_tokens: int, prompt_tokens: int) -> None:
+        """Make the prefill of such prompts one graph, where the device and the model allow it; `reserve` before."""
+        key = context_tokens, prompt_tokens
+        if self._cache is None or self.model.device.type != "cuda" or key in self._captured:
+            return
+        # a model that does something no graph can hold is run as ever
+        with suppress(RuntimeError):
+            self._captured[key] = CapturedPrefill(self.model, self._cache, *key)
         self._cache.poison()
-        self.lanes.set_clock()
 
     def forget(self) -> None:
         """Make sure that nothing of an earlier session can be used."""
         self._manifest = None
-        if self._cache is not None:
-            self._cache.poison()
+        self._poison()
+
+    def _poison(self) -> None:
+        for memory in (self._cache, self._pages):
+            if memory is not None:
+                memory.poison()
         self.lanes.set_clock()
 
     def open(self, manifest: Manifest, extra_tokens: int, *, overlap: bool = True) -> None:
@@ -177,7 +199,9 @@ class Compute:
             if inflow.decoder is None:
                 info = manifest.chunks[inflow.chunk]
                 check_chunk(inflow.view[:stop], info.start, inflow.level)
-                inflow.decoder = codec.decoder(cache.view(info.start, info.stop), device=self.model.device)
+                view = cache.view(info.start, info.stop)
+                target = view if self._pages is None else self._pages.target(info.start, info.stop)
+                inflow.decoder = codec.decoder(target, device=self.model.device)
             if stop > start:
                 mirror = None if inflow.mirror is None else inflow.mirror[start:stop]
                 inflow.decoder.feed(inflow.view[start:stop], mirror)
@@ -191,9 +215,13 @@ class Compute:
         if inflow.error is not None:
             raise inflow.error
         assert inflow.decoder is not None
+        manifest, _, cache = self._ready()
+        info = manifest.chunks[inflow.chunk]
         begin = self.lanes.mark("decode")
         with self.lanes.on("decode"):
             inflow.decoder.finish()
+            if self._pages is not None:
+                self._pages.copy_to(cache.view(info.start, info.stop), info.start)
         end = self.lanes.mark("decode")
         inflow.runs.append((begin, end))
         self.lanes.reach(end)
@@ -220,7 +248,12 @@ class Compute:
         manifest, _, cache = self._ready()
         with self._modelling() as begin:
             cache.length = manifest.tokens
-            token = first_token(self.model, cache, prompt_ids)
+            captured = self._captured.get((manifest.tokens, len(prompt_ids)))
+            if captured is None:
+                token = first_token(self.model, cache, prompt_ids)
+            else:
+                self.model.check_ids(prompt_ids)
+                token = captured(prompt_ids)
         return self._step(begin, token)
 
     @contextmanager

@@ -6,6 +6,7 @@ costs others. A round is captured as one graph, so that launching it takes the p
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
@@ -90,7 +91,7 @@ class GemvLoop:
                     marks[-3].synchronize()
         marks[-1].synchronize()
         ends = [zero_s + zero.elapsed_time(mark) / 1e3 for mark in marks]
-        self._rounds = [Round(start_s, end_s) for start_s, end_s in zip(ends, ends[1:], strict=False)]
+        self._rounds = [Round(start_s, end_s) for start_s, end_s in itertools.pairwise(ends)]
 
 
 def slowdown(rounds: list[Round], start_s: float, end_s: float) -> dict[str, float]:

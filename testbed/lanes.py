@@ -1,9 +1,9 @@
 """The in-order queues of the device that computes, and its clock: one code path for a CPU and a CUDA device.
 
-Work is put `on` a lane; `mark` notes a moment of a lane, `after` lets a lane wait for a mark of another, `reach` lets the
-calling thread wait for one, and `when` says at what CLOCK_MONOTONIC it was. On a CPU all of it happens in the calling
-thread, in order, so a mark is the time at which it is made. On a CUDA device lanes are streams and marks are events:
-putting work on a lane waits for nothing, and times are the device's own.
+Work is put `on` a lane; `mark` notes a moment of a lane, `after` lets a lane wait for a mark of another, `reach` lets
+the calling thread wait for one, and `when` says at what CLOCK_MONOTONIC it was. On a CPU all of it happens in the
+calling thread, in order, so a mark is the time at which it is made. On a CUDA device lanes are streams and marks are
+events: putting work on a lane waits for nothing, and times are the device's own.
 """
 
 from __future__ import annotations

@@ -205,14 +205,23 @@ class Model:
         cache.length = context
         return list(logits.split(lengths.tolist()))
 
-    @torch.inference_mode()
-    def _run(self, cache: KVCache, token_ids: Sequence[int], end: int, **arguments: Any) -> Tensor:
+    def next_token(self, cache: KVCache, ids: Tensor) -> Tensor:
+        """Append tokens int64 `[1, N]` that are on the device: the most likely next one, still there."""
+        output = self.network(input_ids=ids, past_key_values=cache.hugging_face, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float().argmax()  # type: ignore[no-any-return]
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise SpecError for no tokens, and for what is none of this model's."""
         if not token_ids:
             raise SpecError("no tokens were given to the model")
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self.vocabulary:
             bad = low if low < 0 else high
             raise SpecError(f"token id {bad} is outside the vocabulary of {self.vocabulary}; is it another model's?")
+
+    @torch.inference_mode()
+    def _run(self, cache: KVCache, token_ids: Sequence[int], end: int, **arguments: Any) -> Tensor:
+        self.check_ids(token_ids)
         if end > self.positions:
             raise SpecError(f"{end} tokens are more than the {self.positions} positions of {self.name}")
         ids = torch.tensor([list(token_ids)], device=self.device)

@@ -246,5 +246,7 @@ def facts(manifest: Manifest, source: Source) -> dict[str, Any]:
         "bits_per_element_of_the_real_cache": source.bits_per_element,
         "tokens": manifest.tokens,
         "chunks": len(manifest.chunks),
-        "bytes": {level.name: sum(c.sizes_bytes[i] for c in manifest.chunks) for i, level in enumerate(manifest.levels)},
+        "bytes": {
+            level.name: sum(c.sizes_bytes[i] for c in manifest.chunks) for i, level in enumerate(manifest.levels)
+        },
     }

@@ -47,7 +47,7 @@ from testbed.compute import Compute, measure_costs, set_threads
 from testbed.emulator.clock import be_punctual
 from testbed.errors import SpecError
 from testbed.guard import TimedAsk
-from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, mean_kl
+from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, Question, mean_kl
 from testbed.plugs import make_policy
 from testbed.receiver import Fetched, Limits, fetch_session
 from testbed.session import Costs, SessionFailed, SessionRecord
@@ -72,6 +72,8 @@ class Worker:
         match command.get("cmd"):
             case "prepare":
                 contexts = [str(context) for context in command["contexts"]]
+                # at once for all, because what is captured on a cache goes with it
+                self.compute.reserve(max(map(self._room, contexts), default=0))
                 return {"ok": True, "costs": {context: asdict(await self.prepare(context)) for context in contexts}}
             case "session":
                 return await self.session(command)
@@ -92,15 +94,21 @@ class Worker:
             assert manifest.profile is not None
             self.compute.add_profile(self.store.profile(manifest.profile))
         questions = self.store.questions(context)
-        longest = max(questions, key=lambda q: len(q.prompt_ids) + len(q.answer_ids))
-        asked = len(longest.prompt_ids) + len(longest.answer_ids)
-        self.compute.reserve(manifest.tokens + max(asked, SIDE_BY_SIDE_TOKENS))
+        longest = max(questions, key=_length)
+        self.compute.reserve(self._room(context))
+        for length in sorted({len(question.prompt_ids) for question in questions}):
+            self.compute.capture(manifest.tokens, length)
         return measure_costs(
             self.compute,
             manifest,
             lambda chunk, level: self.store.get_kv(chunk_id(context, chunk), level),
             longest.prompt_ids,
         )
+
+    def _room(self, context: str) -> int:
+        """Tokens of a context and of what is asked after it."""
+        asked = max(map(_length, self.store.questions(context)))
+        return self.store.manifest(context).tokens + max(asked, SIDE_BY_SIDE_TOKENS)
 
     async def session(self, command: dict[str, Any]) -> dict[str, Any]:
         """One session, and afterwards what its cache was worth."""
@@ -160,6 +168,10 @@ class Worker:
             "answers": len(questions),
             "measured_kl": mean_kl(self.store.reference(context), score.log_probs),
         }
+
+
+def _length(question: Question) -> int:
+    return len(question.prompt_ids) + len(question.answer_ids)
 
 
 def session_json(fetched: Fetched) -> dict[str, Any]:

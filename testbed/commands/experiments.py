@@ -171,7 +171,13 @@ def resolve(args: argparse.Namespace) -> Experiment:
     if args.workload and not base.workload:
         changes |= {"contexts": (synthetic.CONTEXT,), "traces": (synthetic.TRACE,), "repetitions": 100}
         changes["chunk_tokens"] = synthetic.CHUNK_TOKENS
-    for option, field in (("model", "model"), ("device", "device"), ("workload", "workload"), ("seed", "seed"), ("name", "name")):
+    for option, field in (
+        ("model", "model"),
+        ("device", "device"),
+        ("workload", "workload"),
+        ("seed", "seed"),
+        ("name", "name"),
+    ):
         if getattr(args, option) is not None:
             changes[field] = getattr(args, option)
     for option, field in (("context", "contexts"), ("trace", "traces"), ("link", "links")):

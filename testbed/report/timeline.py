@@ -74,9 +74,7 @@ def timeline(material: Material) -> Figure | None:
     return figure
 
 
-def spans_of(
-    chunk: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]
-) -> dict[str, Sequence[tuple[float, float]]]:
+def spans_of(chunk: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[tuple[float, float]]]:
     """[lane]: when it was at work on a chunk. A transfer counts from the end of the one before it."""
     if chunk["last_byte_s"] is None:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 
 from policies.api import TEXT  # noqa: E402
 from testbed import landing  # noqa: E402
+from testbed.compute import Compute  # noqa: E402
 from testbed.gemv import GemvLoop, slowdown  # noqa: E402
 from testbed.lanes import lanes_of  # noqa: E402
 from testbed.llm import calculate_kv  # noqa: E402
@@ -57,6 +59,16 @@ def test_text_is_recomputed_beside(kitchen: Kitchen) -> None:
     torch.testing.assert_close(kitchen.arrived(), exact, atol=2e-2, rtol=2e-2)
 
 
+def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen) -> None:
+    paged = replace(kitchen, compute=Compute(kitchen.model, paged=True))
+    try:
+        paged.compute.reserve(pipeline.TOKENS + 64)
+        paged.run(Plan(LEVEL))
+        paged.check((LEVEL,) * N_CHUNKS)
+    finally:
+        paged.compute.close()
+
+
 def test_damage_leaves_the_context_alive(kitchen: Kitchen) -> None:
     record = kitchen.run(Plan(LEVEL), change=pipeline.damage(1)).record
     assert [chunk.attempts for chunk in record.chunks] == [1, 1, 2, 1, 1, 1]
@@ -87,3 +99,13 @@ def test_a_load_beside_nothing_is_not_slowed() -> None:
     rounds = loop.stop()
     middle = rounds[len(rounds) // 2].start_s
     assert abs(slowdown(rounds, middle, rounds[-1].end_s)["slowdown"]) < 0.05
+
+
+def test_a_captured_prefill_gives_the_same_token(kitchen: Kitchen) -> None:
+    kitchen.run(Plan(LEVEL))
+    eager = kitchen.compute.prefill(list(pipeline.PROMPT))
+    kitchen.compute.capture(pipeline.TOKENS, len(pipeline.PROMPT))
+    assert kitchen.compute._captured
+    assert kitchen.run(Plan(LEVEL)).token == eager.token
+    assert kitchen.compute.prefill(list(pipeline.PROMPT)).token == eager.token
+    kitchen.check((LEVEL,) * N_CHUNKS)

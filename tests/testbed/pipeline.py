@@ -127,16 +127,19 @@ def make(path: Path, device: str, **settings: Any) -> Kitchen:
 
 
 def damage(times: int, start: int = 2 * CHUNK_TOKENS) -> Callable[[bytes], bytes]:
-    """Flip a bit behind the header of the chunk that begins at a token, so many times."""
-    left = times
+    """Flip a bit in what follows the header of the chunk that begins at a token, so many times."""
+    left, tail, is_next = times, b"", False
 
     def change(data: bytes) -> bytes:
-        nonlocal left
-        at = data.find(b"KVST")
-        if left and 0 <= at < len(data) - 600 and data[at + 56 : at + 64] == start.to_bytes(8, "little"):
-            left -= 1
-            place = len(data) - 1
-            return data[:place] + bytes([data[place] ^ 1])
+        nonlocal left, tail, is_next
+        if is_next:
+            left, is_next = left - 1, False
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        seen = tail + data
+        at = seen.find(b"KVST")
+        tail = seen[-63:]
+        if left and at >= 0 and seen[at + 56 : at + 64] == start.to_bytes(8, "little"):
+            is_next, tail = True, b""
         return data
 
     return change

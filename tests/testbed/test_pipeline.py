@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ pytest.importorskip("torch", reason="needs torch, from the extra [run]")
 import torch
 
 from codec.kvstream import KVStream
-from policies.api import TEXT
+from policies.api import TEXT, Choice, Observation
 from testbed import landing
-from testbed.compute import PLACES
+from testbed.compute import PLACES, Compute
 from testbed.errors import SpecError
 from testbed.gemv import GemvLoop, Round, slowdown
 from testbed.landing import Landing
@@ -43,7 +44,7 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kitchen]:
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Chunks are decoded in pieces of 2 KB; gives the number of bytes of each piece."""
     seen: list[int] = []
-    monkeypatch.setattr(KVStream, "decodes_pieces", lambda self, device: True)
+    monkeypatch.setattr(Compute, "decodes_pieces", property(lambda self: True))
     monkeypatch.setattr(landing, "PIECE_BYTES", 2048)
     decoder = KVStream.decoder
 
@@ -66,7 +67,7 @@ def test_the_cache_that_arrives_is_the_one_that_was_sent(kitchen: Kitchen) -> No
 
 
 def test_pieces_are_decoded_as_they_come(kitchen: Kitchen, in_pieces: list[int]) -> None:
-    record = kitchen.run(Plan(LEVEL), rate_bps=2e7).record
+    record = kitchen.run(Plan(LEVEL), rate_bps=4e6).record
     kitchen.check((LEVEL,) * N_CHUNKS)
     sizes = [chunk.bytes for chunk in record.chunks]
     assert sum(in_pieces) == sum(sizes)
@@ -102,12 +103,12 @@ def test_a_slow_decoder_holds_the_link_back(kitchen: Kitchen, monkeypatch: pytes
 def test_texts_take_no_place(kitchen: Kitchen) -> None:
     """Four texts wait for the first chunk, which has a place although all of them are here before it."""
 
-    class Backwards(Plan):
-        def choose(self, obs: Any) -> Any:
-            choice = super().choose(obs)
-            return type(choice)(choice.level, obs.remaining[-1])
+    class Backwards:
+        def choose(self, obs: Observation) -> Choice:
+            chunk = obs.remaining[-1]
+            return Choice(TEXT if chunk >= 2 else LEVEL, chunk)
 
-    record = kitchen.run(Backwards((LEVEL, LEVEL, TEXT, TEXT, TEXT, TEXT))).record
+    record = kitchen.run(Backwards()).record
     assert record.levels == (LEVEL, LEVEL, TEXT, TEXT, TEXT, TEXT)
     assert not bool(kitchen.arrived().isnan().any())
 
@@ -125,6 +126,18 @@ def test_damage_is_fetched_again_and_then_fails_the_session(
         kitchen.run(Plan(LEVEL), change=pipeline.damage(3))
     kitchen.run(Plan(LEVEL))
     kitchen.check((LEVEL,) * N_CHUNKS)
+
+
+def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen) -> None:
+    paged = replace(kitchen, compute=Compute(kitchen.model, paged=True))
+    try:
+        paged.compute.reserve(pipeline.TOKENS + 64)
+        paged.run(Plan((LEVEL, TEXT, LEVEL, TEXT, LEVEL, LEVEL)))
+        assert not bool(paged.arrived().isnan().any())
+        paged.run(Plan(LEVEL))
+        paged.check((LEVEL,) * N_CHUNKS)
+    finally:
+        paged.compute.close()
 
 
 def test_places_come_back(kitchen: Kitchen) -> None:
