@@ -208,7 +208,7 @@ class Model:
     def next_token(self, cache: KVCache, ids: Tensor) -> Tensor:
         """Append tokens int64 `[1, N]` that are on the device: the most likely next one, still there."""
         output = self.network(input_ids=ids, past_key_values=cache.hugging_face, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1].float().argmax()  # type: ignore[no-any-return]
+        return output.logits[0, -1].float().argmax()
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raise SpecError for no tokens, and for what is none of this model's."""

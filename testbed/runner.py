@@ -130,8 +130,10 @@ class Stage:
             self.receiver = Process(
                 "receiver",
                 lambda argv, **options: network.popen(network.receiver, argv, **options),
-                ["-m", "testbed.receiver", "--store", store, "--model", self._prepared.model]
-                + ["--device", self._device, "--dtype", dtype],
+                [
+                    *("-m", "testbed.receiver", "--store", store, "--model", self._prepared.model),
+                    *("--device", self._device, "--dtype", dtype),
+                ],
                 self._folder / "receiver.log",
             )
             stack.callback(self.receiver.close)

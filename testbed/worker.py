@@ -107,8 +107,8 @@ class Worker:
 
     def _room(self, context: str) -> int:
         """Tokens of a context and of what is asked after it."""
-        asked = max(map(_length, self.store.questions(context)))
-        return self.store.manifest(context).tokens + max(asked, SIDE_BY_SIDE_TOKENS)
+        tokens = self.store.manifest(context).tokens
+        return tokens + max(SIDE_BY_SIDE_TOKENS, *map(_length, self.store.questions(context)))
 
     async def session(self, command: dict[str, Any]) -> dict[str, Any]:
         """One session, and afterwards what its cache was worth."""

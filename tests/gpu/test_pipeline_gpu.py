@@ -1,4 +1,4 @@
-"""The whole pipeline with the receiver on a CUDA device: what lands there is what the CPU decodes from the same bytes."""
+"""The whole pipeline with the receiver on a CUDA device: what lands there is what the CPU decodes from the bytes."""
 
 from __future__ import annotations
 
