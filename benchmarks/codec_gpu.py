@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import gpu_chunk
 from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton, sections
 from codec.entropy import device as shared
 from codec.entropy.tables import laplace_family
@@ -55,7 +56,10 @@ class Table:
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE.type == "cuda" else 1
 
     def add(self, name: str, work: Callable[[], Any], **facts: Any) -> None:
-        seconds = median_s(work)
+        """A row of device time."""
+        self.wall(name, median_s(work), **facts)
+
+    def wall(self, name: str, seconds: float, **facts: Any) -> None:
         gigabytes = 2 * self.elements / 1e9
         row = {
             "name": name,
@@ -98,23 +102,13 @@ def rows_for(bits: float, columns: int, per_block: int, rng: np.random.Generator
     return np.sort(rows.reshape(-1, per_block), axis=1).ravel().astype(np.uint16)
 
 
-def packed_lengths(data: bytes, columns: int, tokens: int, unit_bytes: int) -> tuple[Tensor, Tensor, int]:
-    """What `device.stream_offsets` takes, from a section."""
-    layout = sections.layout(data, columns, tokens, unit_bytes)
-    first = np.cumsum(layout.widths, dtype=np.int32) - layout.widths
-    groups = torch.from_numpy(np.stack([layout.shortest.astype(np.int32), layout.widths, first])).to(DEVICE)
-    deltas = np.zeros((layout.units_at - layout.deltas_at) // 4 + 1, np.int32)
-    deltas[:-1] = layout.data[layout.deltas_at : layout.units_at].view("<i4")
-    return groups, torch.from_numpy(deltas).to(DEVICE), layout.streams
-
-
 def decode_row(
     table: Table, name: str, coder: Any, model: Any, data: bytes, expected: Tensor, unit_bytes: int, **facts: Any
 ) -> None:
     """Unpack lengths, decode, dequantise into `[blocks, T, W]`; checked first, on a poisoned output."""
     tokens, columns = expected.shape
     streams = coder.upload(data, model, tokens)
-    lengths = packed_lengths(data, columns, tokens, unit_bytes)
+    lengths = gpu_chunk.packed_lengths(data, columns, tokens, unit_bytes, DEVICE)
     scale = torch.rand(columns).numpy() + 0.5
     how = coder.reconstruction(model, tokens, values=np.arange(32, dtype=np.float32)[None] - 16, scale=scale)
     width = facts.pop("per_block")
@@ -212,6 +206,8 @@ def main() -> None:
             symbols.T, m, reference_segment), segment_tokens=reference_segment)  # fmt: skip
 
     missing = nvcomp_row(table, symbols)
+    del symbols, out
+    gpu_chunk.rows(table, blocks // 2 or 1, *((8, 128) if not arguments.small else (2, 32)), tokens, DEVICE)
     if missing:
         print(f"nvCOMP left out: {missing}")
     if arguments.out:

@@ -180,15 +180,21 @@ class Codec(ABC):
 
     def _open(self, data: bytes | bytearray | memoryview | Tensor) -> Chunk:
         """Parse a chunk and check that it is this codec's, of its profile, and in proportion."""
-        chunk = container.parse(data)
-        header = chunk.header
+        return self.check(container.parse(data))
+
+    def check(self, chunk: Chunk) -> Chunk:
+        """The chunk, if it is this codec's, of its profile, and in proportion. Raises CodecError."""
+        self.check_header(chunk.header)
+        self._check_chunk(chunk)
+        return chunk
+
+    def check_header(self, header: Header) -> None:
+        """Raises CodecError unless this codec with this profile wrote what has this header."""
         if header.codec_id != self.codec_id:
             raise CodecError(f"chunk was written by codec {header.codec_id}, this is {self.codec_id}")
         if header.profile_sha256 != self.profile_sha256:
             raise CodecError(f"chunk needs profile {header.profile_sha256}, this codec has {self.profile_sha256}")
         self._check_level(header.level)
-        self._check_chunk(chunk)
-        return chunk
 
     def _describe(self, chunk: Chunk) -> dict[str, Any]:
         """What `describe` adds for this codec."""

@@ -106,6 +106,74 @@ def pack(header: Header, sections: Mapping[str, bytes | memoryview]) -> bytes:
     return b"".join([head, table, _CRC.pack(zlib.crc32(table, zlib.crc32(head))), *sections.values()])
 
 
+class Arrival:
+    """A chunk whose bytes are still coming. Its header is checked as soon as it is whole, its sections at the end."""
+
+    def __init__(self) -> None:
+        self.header: Header | None = None
+        self.received = 0
+        self._views: list[memoryview] = []
+        self._sections: dict[str, tuple[int, int, int]] = {}
+        self._total = 0
+        self._running: list[int] = []
+
+    def feed(self, view: memoryview) -> None:
+        """The next bytes, in memory that stays as it is. Raises CodecError as soon as they cannot be a chunk."""
+        before = self.received
+        self._views.append(view)
+        self.received += len(view)
+        if self.header is None:
+            beginning = self.joined() if len(self._views) > 1 else view
+            if len(beginning) < _HEADER.size + _CRC.size or len(beginning) < _head_bytes(beginning):
+                if beginning[: len(MAGIC)] != MAGIC[: len(beginning)]:
+                    raise CodecError("not an encoded chunk: it begins with other bytes; fetch the chunk again")
+                return
+            self.header, table, offset = _parse_head(beginning)
+            for tag, crc, length in table:
+                self._sections[tag] = (offset, length, crc)
+                offset += length
+            _check_header(self.header, sum(length for _, _, length in table))
+            self._total = offset
+            self._running = [0] * len(table)
+            before, view = 0, beginning
+        if self.received > self._total:
+            raise CodecError(f"{self.received - self._total} bytes follow the end of the chunk; fetch the chunk again")
+        for index, (at, length, _) in enumerate(self._sections.values()):
+            first, last = max(at, before), min(at + length, before + len(view))
+            if first < last:
+                self._running[index] = zlib.crc32(view[first - before : last - before], self._running[index])
+
+    def section(self, tag: str) -> tuple[int, int]:
+        """Where a section begins in the chunk, and its length. Raises CodecError if the header names none such."""
+        if tag not in self._sections:
+            raise CodecError(f"chunk has no section '{tag}'; it was written by another codec")
+        return self._sections[tag][:2]
+
+    def part(self, start: int, length: int) -> memoryview:
+        """Some of the bytes that came, without a copy where they came in one piece."""
+        pieces, before = [], 0
+        for view in self._views:
+            first, last = max(start, before), min(start + length, before + len(view))
+            if first < last:
+                pieces.append(view[first - before : last - before])
+            before += len(view)
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+
+    def joined(self) -> memoryview:
+        return self.part(0, self.received)
+
+    def finish(self) -> Chunk:
+        """The chunk, as `parse` gives it. Raises CodecError as `parse` does."""
+        if self.header is None or self.received < self._total:
+            raise CodecError(f"chunk is truncated: it ends after {self.received} bytes; fetch the chunk again")
+        found: dict[str, memoryview] = {}
+        for (tag, (at, length, crc)), running in zip(self._sections.items(), self._running, strict=True):
+            if running != crc:
+                raise CodecError(f"section '{tag}' at offset {at} is damaged (checksum); fetch the chunk again")
+            found[tag] = self.part(at, length)
+        return Chunk(self.header, found, self.received)
+
+
 def parse(data: bytes | bytearray | memoryview | Tensor) -> Chunk:
     """Check and split a chunk. Raises CodecError; never reads what it has not checked, never copies a section."""
     view = as_memoryview(data)
@@ -168,6 +236,12 @@ def as_memoryview(data: bytes | bytearray | memoryview | Tensor) -> memoryview:
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise CodecError(f"encoded data must be a flat uint8 tensor, not {data.dtype} of shape {tuple(data.shape)}")
     return memoryview(data.detach().cpu().contiguous().numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def _head_bytes(view: memoryview) -> int:
+    """Bytes of the header, the section table and their checksum; what a header claims too many sections for is left
+    to `_parse_head`."""
+    return int(_HEADER.size + min(_HEADER.unpack_from(view)[-1], MAX_SECTIONS) * _SECTION.size + _CRC.size)
 
 
 def _parse_head(view: memoryview) -> tuple[Header, list[tuple[str, int, int]], int]:

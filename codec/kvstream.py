@@ -14,22 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.api import Codec, Level
+from codec.api import Codec, Decoder, Level
 from codec.container import Chunk, Header
 from codec.entropy import escapes, rans
 from codec.entropy.tables import PROB_SCALE, Tables
 from codec.errors import CodecError
 from codec.profile import Profile
 from codec.quantize import ALPHABET, MAX_SHIFT, Classes, design
-from codec.targets import CacheTarget
+from codec.targets import CacheTarget, KVTarget
 from codec.transform import Rope, analyse, synthesise
+
+if TYPE_CHECKING:
+    from codec.kvstream_triton import DeviceModel
 
 TARGET_BITS = (0.3, 0.5, 0.8, 1.2, 1.8, 2.6, 3.6)
 """Default ladder: bits per element that the levels' steps are chosen for, smallest first."""
@@ -44,6 +48,8 @@ UNIFORM = Tables(
     ]).astype(np.uint16)
 )  # fmt: skip
 """Tables of the further bits of wide columns: table k - 1 has 2^k symbols."""
+SEGMENT_TOKENS = 512
+"""A longer chunk's columns are cut into streams of this many tokens, so that a few layers of it fill a GPU."""
 _SAMPLE_TOKENS = 3_000
 
 
@@ -61,14 +67,17 @@ class KVStream(Codec):
         if found.codec_id != self.codec_id:
             raise CodecError(f"profile is for codec {found.codec_id}, not {self.codec_id}: calibrate again")
         layers, heads, dim = (found.number(name) for name in ("layers", "heads", "head_dim"))
-        self._shape = (layers, heads, dim)
+        self.shape = (layers, heads, dim)
         columns = layers * 2 * heads * dim
-        self._mean = torch.tensor(found.tensor("mean", np.float32, (layers, 2, heads, dim)))
-        basis = torch.tensor(found.tensor("basis", np.float16, (layers, 2, heads, dim, dim))).float()
-        self._basis = basis * torch.tensor(found.tensor("scale", np.float32, (layers, 2, heads)))[..., None, None]
-        self._rope = rope_of_profile(found)
+        self.mean = torch.tensor(found.tensor("mean", np.float32, (layers, 2, heads, dim)))
+        self.stored_basis = torch.tensor(found.tensor("basis", np.float16, (layers, 2, heads, dim, dim)))
+        self.scale = torch.tensor(found.tensor("scale", np.float32, (layers, 2, heads)))
+        self._basis = self.stored_basis.float() * self.scale[..., None, None]
+        self.rope = rope_of_profile(found)
         frequencies = found.tensor("tables", np.uint16, (None, ALPHABET))
-        self._classes = Classes(Tables(frequencies), found.tensor("values", np.float32, frequencies.shape))
+        # Rounded to what a GPU's matrix units take without rounding: all decoders then have the same operands.
+        values = found.tensor("values", np.float32, frequencies.shape).astype(np.float16).astype(np.float32)
+        self.classes = Classes(Tables(frequencies), values)
         self._steps = found.tensor("steps", np.float32, (None,))
         self._class_of_column = found.tensor("classes", np.uint8, (len(self._steps), columns))
         self._shift_of_column = found.tensor("shifts", np.uint8, self._class_of_column.shape)
@@ -77,7 +86,7 @@ class KVStream(Codec):
             or not (self._steps > 0).all()
             or int(self._class_of_column.max()) >= len(frequencies)
             or int(self._shift_of_column.max()) > MAX_SHIFT
-            or not self._classes.whole[self._class_of_column[self._shift_of_column > 0]].all()
+            or not self.classes.whole[self._class_of_column[self._shift_of_column > 0]].all()
         ):
             raise CodecError(f"profile {found.sha256[:12]} has impossible steps, classes or shifts; calibrate again")
         names = found.metadata.get("levels")
@@ -86,7 +95,32 @@ class KVStream(Codec):
         self.levels = tuple(
             Level(str(name), {"step": float(step)}) for name, step in zip(names, self._steps, strict=True)
         )
-        self._inverse: Tensor | None = None
+        self._on_device: dict[torch.device, DeviceModel] = {}
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """float32 `[L, 2, H, D, D]`: what maps a value without its mean to its coefficients."""
+        try:
+            return torch.linalg.inv(self._basis.double()).float()
+        except torch.linalg.LinAlgError as error:
+            raise CodecError("the profile holds a basis that cannot be inverted; calibrate again") from error
+
+    def step(self, level: int) -> float:
+        return float(self._steps[level])
+
+    def columns(self, level: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Class and shift of every column, in the order (layer, K or V, head, coefficient)."""
+        return self._class_of_column[level], self._shift_of_column[level]
+
+    def on_device(self, device: torch.device) -> DeviceModel:
+        """The profile on a GPU, kept there. Raises CodecError where Triton is missing."""
+        if device not in self._on_device:
+            try:
+                from codec.kvstream_triton import DeviceModel
+            except ImportError as error:
+                raise CodecError(f"coding on {device} needs Triton, which is not installed: pip install triton") from error
+            self._on_device[device] = DeviceModel(self, device)
+        return self._on_device[device]
 
     def _describe(self, chunk: Chunk) -> dict[str, Any]:
         header = chunk.header
@@ -94,7 +128,7 @@ class KVStream(Codec):
         coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
         words = np.diff(coded.offsets).reshape(coded.segments, header.layers, 2, -1).sum(axis=(0, 3))
         patches = self._patches(chunk)
-        symbols = rans.decode(chunk.section("coef"), own, self._classes.tables, len(own), header.tokens)
+        symbols = rans.decode(chunk.section("coef"), own, self.classes.tables, len(own), header.tokens)
         ideal = self._ideal_bits(header.level, symbols, patches.fine, chunk.section("escs"))
         return {
             "bits_by_layer": (16 * words / (header.elements / header.layers / 2)).tolist(),
@@ -113,47 +147,53 @@ class KVStream(Codec):
     def _ideal_bits(
         self, level: int, symbols: NDArray[np.uint8], fine: NDArray[np.uint8], escaped: memoryview
     ) -> float:
-        cost = self._classes.tables.cost_bits[self._class_of_column[level][:, None], symbols]
+        cost = self.classes.tables.cost_bits[self._class_of_column[level][:, None], symbols]
         further = int(self._shift_of_column[level].sum(dtype=np.int64)) * fine.shape[1]
         return float(cost.sum() + further + 8 * escaped.nbytes)
 
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
         self._check_shape(header)
+        if kv.is_cuda:
+            from codec import kvstream_triton
+
+            return kvstream_triton.encode(self.on_device(kv.device), kv, level, header.positions, SEGMENT_TOKENS)
         symbols, fine, escaped = self._symbols(kv, level, header.positions)
-        own, shift = self._class_of_column[level], self._shift_of_column[level]
+        own, shift = self.columns(level)
         return {
-            "coef": rans.encode(symbols, own, self._classes.tables),
-            "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM) if len(fine) else b"",
             "escs": escaped.tobytes(),
+            "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM, segment_tokens=SEGMENT_TOKENS) if len(fine) else b"",
+            "coef": rans.encode(symbols, own, self.classes.tables, segment_tokens=SEGMENT_TOKENS),
         }
 
     def _symbols(
         self, kv: Tensor, level: int, positions: range
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
         """Symbols `[columns, T]`, further bits of wide columns `[W, T]`, escapes."""
-        if self._inverse is None:
-            try:
-                self._inverse = torch.linalg.inv(self._basis.double()).float()
-            except torch.linalg.LinAlgError as error:
-                raise CodecError("the profile holds a basis that cannot be inverted; calibrate again") from error
-        layers, heads, dim = self._shape
+        layers, heads, dim = self.shape
         coefficients = torch.empty((layers, 2, heads, dim, len(positions)))
         for layer, side in np.ndindex(layers, 2):
             coefficients[layer, side] = analyse(
-                kv, layer, side, self._mean[layer, side], self._inverse[layer, side], self._rope, positions
+                kv, layer, side, self.mean[layer, side], self.inverse[layer, side], self.rope, positions
             )
         values = coefficients.flatten(0, 3).mul_(1 / float(self._steps[level])).numpy()
-        return self._classes.quantise(values, self._class_of_column[level], self._shift_of_column[level])
+        return self.classes.quantise(values, self._class_of_column[level], self._shift_of_column[level])
 
     def _check_chunk(self, chunk: Chunk) -> None:
-        self._check_shape(chunk.header)
         chunk.section("coef")
         chunk.section("escs")
         chunk.section("fine", None if self._shift_of_column[chunk.header.level].any() else 0)
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
         header = chunk.header
-        layers, heads, dim = self._shape
+        if target.device.type == "cuda":
+            from codec import kvstream_triton
+
+            model = self.on_device(target.device)
+            escaped = escapes.parse(chunk.section("escs"), self._class_of_column.shape[1], header.tokens)
+            parts = {"coef": chunk.section("coef"), "fine": chunk.section("fine"), "escs": escaped}
+            kvstream_triton.decode(model, header.level, header.positions, parts, target)
+            return
+        layers, heads, dim = self.shape
         own = self._class_of_column[header.level]
         coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
         patches = self._patches(chunk)
@@ -167,16 +207,30 @@ class KVStream(Codec):
                 part = coded.part(segment, low, low + columns)
                 first = segment * coded.segment_tokens
                 rans.decode_dequantised(
-                    part, own[low : low + columns], self._classes.tables, columns, part.tokens,
-                    coefficients[:, first : first + part.tokens], values=self._classes.values,
+                    part, own[low : low + columns], self.classes.tables, columns, part.tokens,
+                    coefficients[:, first : first + part.tokens], values=self.classes.values,
                 )  # fmt: skip
             patches.apply(coefficients, low)
             for side in (0, 1):
                 values = synthesise(
-                    blocks[side], layer, side, self._mean[layer, side], self._basis[layer, side] * step,
-                    self._rope, header.positions,
+                    blocks[side], layer, side, self.mean[layer, side], self._basis[layer, side] * step,
+                    self.rope, header.positions,
                 )  # fmt: skip
                 target.write(layer, side, values.to(target.device))
+
+    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu") -> Decoder:
+        if not self.decodes_pieces(device):
+            return super().decoder(out, device=device)
+        from codec.kvstream_triton import StreamingDecoder
+
+        return StreamingDecoder(self, out, device)
+
+    def decodes_pieces(self, device: torch.device | str) -> bool:
+        return torch.device(device).type == "cuda"
+
+    def check_header(self, header: Header) -> None:
+        super().check_header(header)
+        self._check_shape(header)
 
     def _patches(self, chunk: Chunk) -> Patches:
         header = chunk.header
@@ -190,8 +244,8 @@ class KVStream(Codec):
 
     def _check_shape(self, header: Header) -> None:
         shape = (header.layers, header.heads, header.head_dim)
-        if shape != self._shape:
-            raise CodecError(f"the cache has (layers, heads, head_dim) {shape}, the profile's model {self._shape}")
+        if shape != self.shape:
+            raise CodecError(f"the cache has (layers, heads, head_dim) {shape}, the profile's model {self.shape}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -18,12 +20,49 @@ from codec.errors import CodecError
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a target's elements lie in memory, for kernels that write them themselves.
+
+    Element (l, s, t, h, d) lies `a(t) + h * head_stride + d * dim_stride` elements behind the address `bases[2 l + s]`;
+    a(t) is `token_at[t]` where that is given, else `t * token_stride`.
+    """
+
+    bases: Tensor
+    """int64 `[L * 2]`, addresses, on the target's device."""
+    token_at: Tensor | None
+    """int64 `[T]`, on the target's device."""
+    token_stride: int
+    head_stride: int
+    dim_stride: int
+    aligned: bool
+    """Every head of every token begins at a multiple of 16 bytes and is contiguous."""
+
+    @classmethod
+    def of(cls, first: Tensor, addresses: Sequence[int], token_at: Tensor | None = None) -> Placement:
+        """`first` is `[T, H, D]`, layer 0's keys; the others, at their addresses, have its strides. With `token_at`, its
+        first dimension is what that stands for."""
+        item = first.element_size()
+        token_stride, head_stride, dim_stride = first.stride()
+        steps = [head_stride] if token_at is not None else [head_stride, token_stride]
+        aligned = dim_stride == 1 and not any(number % 16 for number in [*addresses, *(item * step for step in steps)])
+        if token_at is not None:
+            aligned = aligned and not bool((token_at * item % 16).any())
+        bases = torch.tensor(addresses, dtype=torch.int64).to(first.device)
+        return cls(bases, token_at, token_stride, head_stride, dim_stride, aligned)
+
+
 class CacheTarget(ABC):
     """A destination of shape `[L, 2, T, H, D]`."""
 
     shape: tuple[int, int, int, int, int]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where kernels may write, or None: then all goes through `write`."""
+        return None
 
     @abstractmethod
     def write(self, layer: int, kv: int, values: Tensor) -> None:
@@ -50,6 +89,12 @@ class StridedTarget(CacheTarget):
 
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         self.tensor[layer, kv].copy_(saturate(values, self.dtype))
+
+    @cached_property
+    def placement(self) -> Placement:
+        tensor = self.tensor
+        layer, side, *_ = (stride * tensor.element_size() for stride in tensor.stride())
+        return Placement.of(tensor[0, 0], [tensor.data_ptr() + i * layer + k * side for i in range(len(tensor)) for k in (0, 1)])
 
 
 class HuggingFaceTarget(CacheTarget):
@@ -92,6 +137,13 @@ class HuggingFaceTarget(CacheTarget):
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         destination = self._layers[layer][kv][0, :, self._tokens]
         destination.copy_(saturate(values, self.dtype).permute(1, 0, 2))
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        views = [side[0, :, self._tokens].permute(1, 0, 2) for layer in self._layers for side in layer]
+        if len({view.stride() for view in views}) > 1:
+            return None
+        return Placement.of(views[0], [view.data_ptr() for view in views])
 
     def dynamic_cache(self) -> Any:
         """A `transformers.DynamicCache` over the target's own tensors (no copy), when they are exactly full."""
@@ -141,6 +193,15 @@ class PagedTarget(CacheTarget):
 
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         self._layers[layer][kv][self._block, self._slot] = saturate(values, self.dtype).to(self.dtype)
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        views = [side for layer in self._layers for side in layer]
+        if len({view.stride() for view in views}) > 1:
+            return None
+        block_stride, slot_stride, *_ = views[0].stride()
+        token_at = self._block * block_stride + self._slot * slot_stride
+        return Placement.of(views[0][0], [view.data_ptr() for view in views], token_at)
 
 
 def as_target(out: KVTarget) -> CacheTarget:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codec.entropy import sections
-from codec.entropy.sections import Data
+from codec.entropy.sections import Data, Layout
 from codec.errors import CodecError
 
 MAX_UNITS = 1 << 31
@@ -67,12 +67,18 @@ def upload(data: Data, columns: int, tokens: int, unit_bytes: int, device: torch
     # One spare word of zeros: kernels read ahead.
     host = np.zeros(-(-len(layout.data) // 4) + 1, np.uint32)
     host.view(np.uint8)[: len(layout.data)] = layout.data
-    section = torch.from_numpy(host.view(np.int32)).to(device)
+    return on_device(torch.from_numpy(host.view(np.uint8)).to(device), layout, columns, tokens)
+
+
+def on_device(section: Tensor, layout: Layout, columns: int, tokens: int) -> DeviceStreams:
+    """Streams of a section whose bytes lie, or will lie, in `section`: uint8 on a device, whole words, four zeros
+    behind them. Its lengths must be there."""
+    words = section.view(torch.int32)
     first_delta = np.cumsum(layout.widths, dtype=np.int32) - layout.widths
-    groups = torch.from_numpy(np.stack([layout.shortest.astype(np.int32), layout.widths, first_delta])).to(device)
-    offsets = stream_offsets(groups, section[layout.deltas_at // 4 :], layout.streams)
-    payload = section[layout.units_at // 4 :]
-    return DeviceStreams(payload, offsets, layout.units, columns, tokens, layout.segment_tokens)
+    host = np.stack([layout.shortest.astype(np.int32), layout.widths, first_delta])
+    groups = torch.from_numpy(host).to(section.device)
+    offsets = stream_offsets(groups, words[layout.deltas_at // 4 :], layout.streams)
+    return DeviceStreams(words[layout.units_at // 4 :], offsets, layout.units, columns, tokens, layout.segment_tokens)
 
 
 def stream_offsets(groups: Tensor, deltas: Tensor, streams: int) -> Tensor:

@@ -42,17 +42,23 @@ class DeviceTables:
     slots: Tensor
     """uint8 `[K, 1024]`: the symbol of each slot."""
     entries: Tensor
-    """int64 `[K, S]`: frequency, start in the upper half."""
+    """int64 `[K, S]`: frequency (16 bits), start (16 bits), what the symbol stands for (a float32)."""
 
     @property
     def columns(self) -> int:
         return len(self.rows)
 
 
-def to_device(tables: Tables, table_of_column: NDArray[Any], device: torch.device | str = "cuda") -> DeviceTables:
-    """Copy tables to a device. Raises CodecError for a column that names none of them."""
+def to_device(
+    tables: Tables, table_of_column: NDArray[Any], device: torch.device | str = "cuda",
+    values: NDArray[np.float32] | None = None,
+) -> DeviceTables:  # fmt: skip
+    """Copy tables to a device. `values` float32 `[K, S]` is what symbols stand for, for kernels that `advance` gives
+    it. Raises CodecError for a column that names none of the tables."""
     rows = sections.table_rows(table_of_column, tables.count, len(table_of_column))
-    entries = tables.frequencies.astype(np.int64) | (tables.starts.astype(np.int64) << 32)
+    entries = tables.frequencies.astype(np.int64) | (tables.starts.astype(np.int64) << 16)
+    if values is not None:
+        entries |= np.ascontiguousarray(values).view(np.uint32).astype(np.int64) << 32
     return DeviceTables(
         rows=torch.from_numpy(rows.astype(np.int32)).to(device),
         slots=torch.from_numpy(tables.slots).to(device),
@@ -148,6 +154,39 @@ def launch_encode(symbols: Tensor, tables: DeviceTables, segment_tokens: int) ->
 
 
 @triton.jit
+def begin(payload, at, end):
+    """State, words read ahead and place of streams that begin at `at`.
+
+    Words are read ahead in aligned pairs, the next one always in the lower half.
+    """
+    state = tl.zeros_like(at).to(tl.uint32)
+    for _ in tl.static_range(2):
+        pair = tl.load(payload + (at >> 1)).to(tl.uint32, bitcast=True)
+        word = (pair >> ((at & 1) * 16).to(tl.uint32)) & 0xFFFF
+        state = tl.where(at < end, (state << 16) | word, state)
+        at = tl.minimum(at + 1, end)
+    ahead = tl.load(payload + (at >> 1)).to(tl.uint32, bitcast=True) >> ((at & 1) * 16).to(tl.uint32)
+    return state, ahead, at
+
+
+@triton.jit
+def advance(state, ahead, at, end, payload, slots, entries):
+    """One symbol of each stream, its entry, and the streams' state, words read ahead and place after it."""
+    slot = state & 1023
+    symbol = tl.load(slots + slot.to(tl.int32)).to(tl.int32)
+    entry = tl.load(entries + symbol)
+    low = entry.to(tl.uint32)
+    state = (low & 0xFFFF) * (state >> 10) + (slot - (low >> 16))
+    need = (state < 65536) & (at < end)
+    state = tl.where(need, (state << 16) | (ahead & 0xFFFF), state)
+    ahead = tl.where(need, ahead >> 16, ahead)
+    at += need.to(tl.int32)
+    kept = ahead.to(tl.int32, bitcast=True)
+    ahead = tl.load(payload + (at >> 1), mask=need & ((at & 1) == 0), other=kept).to(tl.uint32, bitcast=True)
+    return symbol, entry, state, ahead, at
+
+
+@triton.jit
 def _decode(
     payload, offsets, rows, slots, entries, damaged,
     values, scale, offset, token_scale, out,
@@ -172,28 +211,11 @@ def _decode(
     factors = token_scale + (column // columns_a_group) * tokens
     to = places(column, segment, segment_tokens, out, width, block_stride, token_stride, lane_stride)
 
-    state = tl.zeros([BLOCK], tl.uint32)
-    for _ in tl.static_range(2):
-        pair = tl.load(payload + (at >> 1)).to(tl.uint32, bitcast=True)
-        word = (pair >> ((at & 1) * 16).to(tl.uint32)) & 0xFFFF
-        state = tl.where(at < end, (state << 16) | word, state)
-        at = tl.minimum(at + 1, end)
-    # Words are read ahead in aligned pairs, the next one always in the lower half.
-    ahead = tl.load(payload + (at >> 1)).to(tl.uint32, bitcast=True) >> ((at & 1) * 16).to(tl.uint32)
-
+    state, ahead, at = begin(payload, at, end)
     first = segment * segment_tokens
     last = tl.minimum(first + segment_tokens, tokens)
     for t in range(first, last):
-        slot = state & 1023
-        symbol = tl.load(slots + slot.to(tl.int32)).to(tl.int32)
-        entry = tl.load(entries + symbol)
-        state = entry.to(tl.uint32) * (state >> 10) + (slot - (entry >> 32).to(tl.uint32))
-        need = (state < 65536) & (at < end)
-        state = tl.where(need, (state << 16) | (ahead & 0xFFFF), state)
-        ahead = tl.where(need, ahead >> 16, ahead)
-        at += need.to(tl.int32)
-        kept = ahead.to(tl.int32, bitcast=True)
-        ahead = tl.load(payload + (at >> 1), mask=need & ((at & 1) == 0), other=kept).to(tl.uint32, bitcast=True)
+        symbol, _, state, ahead, at = advance(state, ahead, at, end, payload, slots, entries)
         factor = tl.load(factors + t) if SCALED else 1.0
         y = reconstruct(symbol, base, values, slope, shift, factor, KIND, SCALED)
         tl.store(to, y.to(out.dtype.element_ty))
@@ -228,7 +250,8 @@ def _encode(
         source -= token_stride
         known = symbol < N_SYMBOLS
         entry = tl.load(entries + symbol, mask=known, other=0)
-        frequency = entry.to(tl.uint32)
+        low = entry.to(tl.uint32)
+        frequency = low & 0xFFFF
         wrong |= frequency == 0
         frequency = tl.maximum(frequency, 1)
         full = (state >> 22) >= frequency
@@ -236,7 +259,7 @@ def _encode(
         tl.store(to + at, (state & 0xFFFF).to(tl.int16), mask=full)
         state = tl.where(full, state >> 16, state)
         quotient = state // frequency
-        state = (quotient << 10) + (state - quotient * frequency) + (entry >> 32).to(tl.uint32)
+        state = (quotient << 10) + (state - quotient * frequency) + (low >> 16)
     for _ in tl.static_range(2):
         left = state > 0
         at -= left.to(tl.int32)

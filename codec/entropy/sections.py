@@ -166,10 +166,32 @@ def segment_length(tokens: int, segment_tokens: int | None) -> int:
     return min(tokens, segment_tokens)
 
 
-def layout(data: Data, columns: int, tokens: int, unit_bytes: int) -> Layout:
-    """Check a section's header against its bytes. Raises CodecError."""
+def lengths_bytes(data: Data, columns: int, tokens: int) -> int | None:
+    """How many bytes of a section hold its header and all lengths, or None while `data`, its beginning, is too short
+    to tell. Raises CodecError."""
     _check_size(columns, tokens)
     view = _as_array(data)
+    if len(view) < _HEADER.size:
+        return None
+    segment_tokens, _ = _HEADER.unpack_from(view.data)
+    if not 1 <= segment_tokens <= min(tokens, MAX_SEGMENT_TOKENS):
+        raise CodecError(
+            f"coded section claims segments of {segment_tokens} tokens for {tokens}; fetch the chunk again"
+        )
+    groups = -(-columns * -(-tokens // segment_tokens) // GROUP)
+    widths_at = _HEADER.size + 2 * groups
+    if len(view) < widths_at + groups:
+        return None
+    widths = view[widths_at : widths_at + groups]
+    return (widths_at + groups + 3) // 4 * 4 + 4 * int(widths.sum(dtype=np.int64))
+
+
+def layout(data: Data, columns: int, tokens: int, unit_bytes: int, total: int | None = None) -> Layout:
+    """Check a section's header against its bytes, of which `data` may be the beginning, with all lengths, and `total`
+    then says how many there are. Raises CodecError."""
+    _check_size(columns, tokens)
+    view = _as_array(data)
+    total = len(view) if total is None else total
     if len(view) < _HEADER.size + 2:
         raise CodecError(f"coded section is truncated: {len(view)} bytes; fetch the chunk again")
     segment_tokens, units = _HEADER.unpack_from(view.data)
@@ -188,25 +210,31 @@ def layout(data: Data, columns: int, tokens: int, unit_bytes: int) -> Layout:
     units_at = deltas_at + 4 * int(widths.sum(dtype=np.int64))
     if (
         int(widths.max()) > 16
-        or len(view) != units_at + unit_bytes * units + 2
+        or total != units_at + unit_bytes * units + 2
         or view[widths_at + groups : deltas_at].any()
     ):
-        raise CodecError(f"coded section has {len(view)} bytes, its header says otherwise; fetch the chunk again")
+        raise CodecError(f"coded section has {total} bytes, its header says otherwise; fetch the chunk again")
     return Layout(view, n, segment_tokens, units, shortest, widths, deltas_at, units_at)
 
 
 def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
     """Check a section's header and lengths against its bytes. Raises CodecError."""
     found = layout(data, columns, tokens, unit_bytes)
-    offsets = np.empty(found.streams + 1, np.int64)
-    deltas = found.data[found.deltas_at : found.units_at]
-    if _kernels().unpack(found.shortest, found.widths, deltas, offsets) != found.units:
-        raise CodecError("coded section's stream lengths do not add up; fetch the chunk again")
+    offsets = stream_offsets(found)
     # Compiled code wants aligned units, and four bytes at least. The copy of a section that lies at an odd address is
     # small beside decoding.
     tail = found.data[found.units_at :] if found.units else np.zeros(4, np.uint8)
     payload = np.require(tail.view(f"<u{unit_bytes}"), requirements=["A", "C"])
     return Streams(payload, offsets, columns, tokens, found.segment_tokens)
+
+
+def stream_offsets(found: Layout) -> NDArray[np.int64]:
+    """int64 `[N + 1]`: each stream's first unit, then the end of the last. Raises CodecError if they do not add up."""
+    offsets = np.empty(found.streams + 1, np.int64)
+    deltas = found.data[found.deltas_at : found.units_at]
+    if _kernels().unpack(found.shortest, found.widths, deltas, offsets) != found.units:
+        raise CodecError("coded section's stream lengths do not add up; fetch the chunk again")
+    return offsets
 
 
 def assemble(lengths: NDArray[np.int64], segment_tokens: int, units: list[NDArray[Any]]) -> bytes:

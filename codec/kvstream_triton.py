@@ -1,0 +1,714 @@
+"""`codec.kvstream` on a GPU: both directions of the transform around the rANS kernels, in Triton.
+
+Decoding has two steps. The first decodes every stream and writes coefficients into the very places of the target that
+the values will take: as float16 where the target's elements have 16 bits, which is exact, since reconstruction values
+are float16 and the high parts of wide columns are seven bits times a power of two. The second takes a tile of tokens
+of one head at a time, multiplies it with the head's basis on the matrix units (float16 operands, float32 sums), adds
+the further bits of wide columns and escapes as terms of their own, then scale, mean and RoPE in float32, and writes
+the values over the coefficients. So no second copy of the cache exists, whatever the target's layout.
+
+A head's dimensions are kept as two halves, the first and the second of each rotary pair, so that rotating them is
+elementwise. Importing this module imports Triton; its kernels also run in Triton's interpreter (`entropy.device`).
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# Triton gives kernels their types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codec.api import Decoder
+from codec.container import Arrival, Header
+from codec.entropy import device as shared
+from codec.entropy import escapes, rans_triton, sections
+from codec.entropy.device import DeviceStreams
+from codec.entropy.escapes import RECORD
+from codec.entropy.rans_triton import DeviceTables, advance, begin
+from codec.errors import CodecError
+from codec.kvstream import UNIFORM, KVStream
+from codec.quantize import HALF as MIDDLE
+from codec.quantize import LARGEST_ESCAPE
+from codec.targets import CacheTarget, KVTarget, Placement, StridedTarget, as_target
+
+DECODE_LANES = 128
+_DECODE_WARPS = 4
+"""Streams a program decodes: four warps, so that the number of programs a multiprocessor holds is no limit."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts a head's tokens: `tiles` tiles of `block` tokens a program of `warps` warps."""
+
+    block: int
+    tiles: int
+    warps: int
+    stages: int
+
+
+SYNTHESIS = Tiling(block=64, tiles=4, warps=4, stages=1)
+ANALYSIS = Tiling(block=64, tiles=4, warps=4, stages=1)
+_MOST_BYTES_AN_ELEMENT = 8
+"""A symbol takes a word at most; a stream of one symbol, two more and its length."""
+_ESCAPES_A_CHUNK = 4_096
+_EXACT_SHIFT = 4
+"""127 * 2^4 + 2^3 < 2^11: with so many further bits every coefficient is an integer that float16 has."""
+"""Escapes that the encoder makes room for at first."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceLevel:
+    """What depends on the level: each column's table and shift."""
+
+    tables: DeviceTables
+    unit: Tensor
+    """float32 `[C]`: 2^shift."""
+    shift: Tensor
+    """int32 `[C]`."""
+    factor: Tensor
+    """float32 `[L * 2 * H]`: what products with the stored basis are to be multiplied with."""
+    wide: int
+    """0: no column is wide; 1: whole coefficients fit float16 exactly; 2: they do not."""
+    wide_half: Tensor
+    """int32 `[W]`: what is taken off its further bits."""
+    wide_index: Tensor
+    """int32 `[C]`: which of the wide columns a column is; -1 for the others."""
+    fine: DeviceTables | None
+    """Tables of the further bits, None where no column is wide."""
+
+
+class DeviceModel:
+    """A codec's profile on one device. Levels are copied when they are first used."""
+
+    def __init__(self, codec: KVStream, device: torch.device) -> None:
+        self.codec, self.device = codec, device
+        layers, heads, dim = codec.shape
+        self.layers, self.heads, self.dim = layers, heads, dim
+        rope = codec.rope
+        first, second = _halves(dim, 2 * rope.inv_freq.shape[1] if rope else 0, bool(rope and rope.interleaved))
+        self.contiguous = bool((first == np.arange(len(first))).all() and (second == np.arange(len(second)) + len(first)).all())
+        self.half = len(first)
+        self.half_block = max(16, triton.next_power_of_2(self.half))
+        self.dim_block = max(16, triton.next_power_of_2(dim))
+        self.dims = torch.from_numpy(np.stack([first, second]).astype(np.int32)).to(device)
+        pairs = layers * 2 * heads
+        both = torch.from_numpy(np.concatenate([first, second]))
+        rows = codec.stored_basis.view(pairs, dim, dim)[:, both].unflatten(1, (2, self.half))
+        # [pair, half, coefficient, dimension], padded with zeros.
+        self.basis = torch.zeros((pairs, 2, self.dim_block, self.half_block), dtype=torch.float16)
+        self.basis[:, :, :dim, : self.half] = rows.transpose(2, 3)
+        self.basis = self.basis.to(device)
+        self.mean = torch.zeros((pairs, 2, self.half_block))
+        self.mean[:, :, : self.half] = codec.mean.view(pairs, dim)[:, both].unflatten(1, (2, self.half))
+        self.mean = self.mean.to(device)
+        self._both = both
+        self._levels: dict[int, DeviceLevel] = {}
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Layers that rotate alike share a table of cosines and sines.
+        frequencies = rope.inv_freq if rope else torch.zeros((layers, 0))
+        distinct, self._rope_of_layer = torch.unique(frequencies, dim=0, return_inverse=True)
+        self._frequencies = torch.zeros((len(distinct), self.half_block))
+        self._frequencies[:, : distinct.shape[1]] = distinct
+        self._frequencies = self._frequencies.to(device)
+        self.rope_of_layer = self._rope_of_layer.to(torch.int32).to(device)
+
+    def level(self, level: int) -> DeviceLevel:
+        if level not in self._levels:
+            self._levels[level] = self._level(level)
+        return self._levels[level]
+
+    def _level(self, level: int) -> DeviceLevel:
+        codec, device = self.codec, self.device
+        own, shift = codec.columns(level)
+        wide = np.flatnonzero(shift)
+        index = np.full(len(own), -1, np.int32)
+        index[wide] = np.arange(len(wide))
+
+        def copy(array: NDArray[Any], dtype: Any) -> Tensor:
+            return torch.from_numpy(array.astype(dtype)).to(device)
+
+        some = wide if len(wide) else np.zeros(1, np.int64)
+        return DeviceLevel(
+            tables=rans_triton.to_device(codec.classes.tables, own, device, codec.classes.values),
+            unit=copy(np.exp2(shift), np.float32),
+            shift=copy(shift, np.int32),
+            factor=(codec.scale.flatten() * codec.step(level)).to(device),
+            wide=0 if not len(wide) else 1 if int(shift.max()) <= _EXACT_SHIFT else 2,
+            wide_half=copy((1 << shift[some].astype(np.int32)) >> 1, np.int32),
+            wide_index=copy(index, np.int32),
+            fine=rans_triton.to_device(UNIFORM, shift[wide] - 1, device) if len(wide) else None,
+        )
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work that runs beside what is launched afterwards, until `wait_for_beside`."""
+        if self._beside is None:
+            yield
+            return
+        self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def wait_for_beside(self) -> None:
+        if self._beside is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
+
+    def rotations(self, positions: range) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 `[R, T, D / 2]`, of the R ways in which layers rotate."""
+        at = torch.arange(positions.start, positions.stop, dtype=torch.float32, device=self.device)
+        angle = at[None, :, None] * self._frequencies[:, None, :]
+        return angle.cos(), angle.sin()
+
+    @cached_property
+    def inverse(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the encoder multiplies with: the inverse of the stored basis as a sum of two float16
+        `[pair, half, dimension, coefficient]`, padded with zeros, times a float32 `[pair]`."""
+        pairs = self.layers * 2 * self.heads
+        whole = self.codec.inverse.view(pairs, self.dim, self.dim) * self.codec.scale.view(pairs, 1, 1)
+        scale = whole.abs().amax(dim=(1, 2))
+        found = torch.zeros((pairs, 2, self.half_block, self.dim_block))
+        rows = (whole / scale[:, None, None])[:, :, self._both].unflatten(2, (2, self.half))
+        found[:, :, : self.half, : self.dim] = rows.permute(0, 2, 3, 1)
+        high = found.half()
+        return high.to(self.device), (found - high.float()).half().to(self.device), scale.to(self.device)
+
+
+def _halves(dim: int, rotary: int, interleaved: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The dimensions of a head as two halves; the first `rotary / 2` of each are the partners of rotary pairs."""
+    turned = np.arange(rotary)
+    rest = np.arange(rotary, dim)
+    pairs = (turned[::2], turned[1::2]) if interleaved else (turned[: rotary // 2], turned[rotary // 2 :])
+    if not rotary and dim % 2 == 0:
+        return rest[: dim // 2], rest[dim // 2 :]
+    middle = (len(rest) + 1) // 2
+    if len(rest) % 2:
+        raise CodecError(f"heads of {dim} dimensions, an odd number, cannot be decoded on a GPU; decode on the CPU")
+    return np.concatenate([pairs[0], rest[:middle]]), np.concatenate([pairs[1], rest[middle:]])
+
+
+class Job:
+    """One chunk's decoding into one target, launched step by step on the current stream."""
+
+    def __init__(self, model: DeviceModel, level: int, positions: range, target: CacheTarget) -> None:
+        self.model, self.positions, self.target = model, positions, target
+        self.level = model.level(level)
+        self.damaged = torch.zeros(1, dtype=torch.int32, device=model.device)
+        placement = target.placement
+        self._bits = torch.zeros((1, 1), dtype=torch.uint8, device=model.device)
+        self._bits_damaged: Tensor | None = None
+        self._values: Tensor | None = None
+        if placement is None:
+            # A target that only takes finished values: they are made beside it.
+            self._values = torch.empty(target.shape, dtype=target.dtype, device=model.device)
+            placement = StridedTarget(self._values).placement
+        self.placement: Placement = placement
+
+    def coefficients(self, streams: DeviceStreams, first_segment: int = 0, segments: int | None = None) -> None:
+        """Decode the streams of some segments into the target's places."""
+        model, level, placement = self.model, self.level, self.placement
+        segments = streams.segments - first_segment if segments is None else segments
+        programs = triton.cdiv(streams.columns, DECODE_LANES)
+        _coefficients[(segments * programs,)](
+            streams.payload, streams.offsets, level.tables.rows, level.tables.slots, level.tables.entries, level.unit,
+            self.damaged, placement.bases, self._token_at,
+            streams.units, streams.columns, streams.tokens, streams.segment_tokens, first_segment,
+            model.heads * model.dim, model.dim, placement.token_stride, placement.head_stride, placement.dim_stride,
+            TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype),
+            N_SYMBOLS=level.tables.entries.shape[1], BLOCK=DECODE_LANES,
+            num_warps=_DECODE_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def further_bits(self, streams: DeviceStreams) -> None:
+        """Decode the further bits of wide columns, beside what follows on the current stream: they are few, and take
+        as long as many."""
+        model, tables = self.model, self.level.fine
+        assert tables is not None
+        with model.beside():
+            self._bits = torch.empty((streams.tokens, streams.columns), dtype=torch.uint8, device=model.device)
+            how = rans_triton.reconstruction(tables, streams.tokens)
+            self._bits_damaged = rans_triton.launch_decode(streams, tables, how, self._bits)
+
+    def values(self, escaped: NDArray[Any]) -> None:
+        """Turn the coefficients into values, once those of all segments and the further bits are there."""
+        model, level, placement = self.model, self.level, self.placement
+        model.wait_for_beside()
+        bits = self._bits
+        first, place, token, value = self._escapes(escaped, bits)
+        cosine, sine = model.rotations(self.positions)
+        tokens = len(self.positions)
+        _synthesise[(model.layers * 2 * model.heads, triton.cdiv(tokens, SYNTHESIS.block * SYNTHESIS.tiles))](
+            placement.bases, self._token_at, model.basis, level.factor, model.mean, model.dims,
+            cosine, sine, model.rope_of_layer,
+            level.wide_index, level.wide_half, bits, first, place, token, value,
+            tokens, model.heads, model.dim, model.half, bits.shape[1],
+            placement.token_stride, placement.head_stride, placement.dim_stride,
+            TABLE=placement.token_at is not None, COEFFICIENT=_coefficient_type(self.target.dtype),
+            VALUE=_TYPES[self.target.dtype], CONTIGUOUS=model.contiguous,
+            ALIGNED=placement.aligned and model.half * self.target.dtype.itemsize % 16 == 0,
+            WIDE=level.wide, ESCAPES=len(escaped) > 0, DIM=model.dim_block, HALF=model.half_block,
+            BLOCK=SYNTHESIS.block, TILES=SYNTHESIS.tiles, num_warps=SYNTHESIS.warps, num_stages=SYNTHESIS.stages,
+        )  # fmt: skip
+        if self._bits_damaged is not None:
+            self.damaged = torch.maximum(self.damaged, self._bits_damaged)
+        if self._values is not None:
+            for layer in range(model.layers):
+                for side in (0, 1):
+                    self.target.write(layer, side, self._values[layer, side])
+
+    @property
+    def _token_at(self) -> Tensor:
+        return self.placement.bases if self.placement.token_at is None else self.placement.token_at
+
+    def _escapes(self, escaped: NDArray[Any], bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Escapes by head: where each head's begin, their coefficients, tokens and values in steps. What the streams
+        hold in their places is cleared."""
+        model, level, placement = self.model, self.level, self.placement
+        if not len(escaped):
+            return level.wide_index, level.wide_index, level.wide_index, level.factor
+        column = escaped["column"].astype(np.int64)
+        heads = np.arange(model.layers * 2 * model.heads + 1) * model.dim
+        parts = (
+            np.searchsorted(column, heads).astype(np.int32), column.astype(np.int32),
+            escaped["token"].astype(np.int32), escaped["value"].astype(np.float32),
+        )  # fmt: skip
+        first, columns, token, value = (torch.from_numpy(part).to(model.device) for part in parts)
+        _clear[(triton.cdiv(len(escaped), 128),)](
+            columns, token, level.wide_index, level.wide_half, bits, placement.bases, self._token_at, len(escaped),
+            model.heads * model.dim, model.dim, bits.shape[1],
+            placement.token_stride, placement.head_stride, placement.dim_stride,
+            TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype), BLOCK=128,
+        )  # fmt: skip
+        return first, columns % model.dim, token, value
+
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def _coefficient_type(dtype: torch.dtype) -> Any:
+    """The type in which coefficients wait in a target's places: of the same size."""
+    return tl.float32 if dtype == torch.float32 else tl.float16
+
+
+def decode(model: DeviceModel, level: int, positions: range, sections: dict[str, Any], target: CacheTarget) -> None:
+    """Decode a chunk's sections `coef`, `fine` and `escs` (escapes parsed) and wait for the device. Raises CodecError."""
+    job = Job(model, level, positions, target)
+    if job.level.fine is not None:
+        job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, len(positions)))
+    streams = rans_triton.upload(sections["coef"], job.level.tables, len(positions))
+    job.coefficients(streams)
+    job.values(sections["escs"])
+    shared.raise_if_damaged(job.damaged, streams)
+
+
+class StreamingDecoder(Decoder):
+    """Decodes a chunk's segments as they arrive; what is left after its last byte is one segment and the transform.
+
+    Checksums are computed on the host as bytes come; a stream that was decoded before its section proved damaged has
+    been decoded within bounds, and the chunk fails in `finish`.
+    """
+
+    def __init__(self, codec: KVStream, out: KVTarget, device: torch.device | str) -> None:
+        self._codec, self._out = codec, out
+        self._model = codec.on_device(torch.device(device))
+        self._arrival = Arrival()
+        self._job: Job | None = None
+        self._coef: Tensor | None = None
+        self._streams: DeviceStreams | None = None
+        self._ends: list[int] = []
+        self._segments = 0
+        self._has_bits = False
+        self._at = self._size = self._copied = 0
+
+    def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+        before = self._arrival.received
+        self._arrival.feed(view)
+        header = self._arrival.header
+        if header is None:
+            return
+        with torch.inference_mode():
+            if self._job is None:
+                self._begin(header)
+            self._further_bits(header)
+            self._copy(before, view, on_device)
+            if self._streams is None:
+                self._parse_lengths(header)
+            self._launch()
+
+    def finish(self) -> KVTarget:
+        chunk = self._codec.check(self._arrival.finish())
+        if self._job is None or self._streams is None or self._segments < len(self._ends):
+            raise CodecError("the chunk ended before its coded coefficients did; fetch it again")
+        header = chunk.header
+        with torch.inference_mode():
+            self._further_bits(header)
+            self._job.values(escapes.parse(chunk.section("escs"), self._streams.columns, header.tokens))
+        shared.raise_if_damaged(self._job.damaged, self._streams)
+        return self._out
+
+    def _begin(self, header: Header) -> None:
+        self._codec.check_header(header)
+        target = as_target(self._out)
+        if target.shape != header.shape:
+            raise CodecError(f"chunk has shape {header.shape}, the target {target.shape}")
+        self._job = Job(self._model, header.level, header.positions, target)
+        self._at, self._size = self._arrival.section("coef")
+        if self._size > _MOST_BYTES_AN_ELEMENT * header.elements + 64:
+            raise CodecError(f"section 'coef' claims {self._size} bytes for {header.elements} elements; fetch the chunk again")
+        # Whole words, and one of zeros behind them: kernels read ahead.
+        self._coef = torch.zeros(self._size // 4 * 4 + 8, dtype=torch.uint8, device=self._model.device)
+
+    def _further_bits(self, header: Header) -> None:
+        """Start on the further bits of wide columns as soon as they are there."""
+        assert self._job is not None
+        tables = self._job.level.fine
+        at, size = self._arrival.section("fine")
+        if tables is not None and not self._has_bits and at + size <= self._arrival.received:
+            self._has_bits = True
+            self._job.further_bits(rans_triton.upload(self._arrival.part(at, size), tables, header.tokens))
+
+    def _copy(self, before: int, view: memoryview, on_device: Tensor | None) -> None:
+        """What of these bytes belongs to the coded coefficients goes to its place on the device."""
+        assert self._coef is not None
+        first, last = max(self._at, before), min(self._at + self._size, before + len(view))
+        if first >= last:
+            return
+        part = slice(first - before, last - before)
+        if on_device is None:
+            source = torch.from_numpy(np.array(view[part]))
+        else:
+            source = on_device[part]
+        self._coef[first - self._at : last - self._at].copy_(source, non_blocking=True)
+        self._copied = last - self._at
+
+    def _parse_lengths(self, header: Header) -> None:
+        """Once they are there: where every stream lies, and where each segment ends."""
+        assert self._coef is not None and self._job is not None
+        beginning = self._arrival.part(self._at, self._copied)
+        columns = self._job.level.tables.columns
+        needed = sections.lengths_bytes(beginning, columns, header.tokens)
+        if needed is None or needed > self._copied:
+            return
+        layout = sections.layout(beginning, columns, header.tokens, 2, self._size)
+        offsets = sections.stream_offsets(layout)
+        self._ends = (layout.units_at + 2 * offsets[columns::columns]).tolist()
+        self._streams = shared.on_device(self._coef, layout, columns, header.tokens)
+
+    def _launch(self) -> None:
+        """Decode the segments that are there and were not decoded yet."""
+        if self._streams is None or self._job is None:
+            return
+        ready = self._segments
+        while ready < len(self._ends) and self._ends[ready] <= self._copied:
+            ready += 1
+        if ready > self._segments:
+            self._job.coefficients(self._streams, self._segments, ready - self._segments)
+            self._segments = ready
+
+
+def encode(model: DeviceModel, kv: Tensor, level: int, positions: range, segment_tokens: int) -> dict[str, Any]:
+    """Sections of a chunk `[L, 2, T, H, D]` on the model's device, as `codec.kvstream` makes them; `escs` as records.
+
+    Where a value lies on the threshold between two symbols, sums in another order may choose the other one.
+    """
+    symbols, fine, escaped = launch_quantise(model, kv, level, positions)
+    found = model.level(level)
+    return {
+        "coef": rans_triton.encode(symbols.T, found.tables, segment_tokens=segment_tokens),
+        "fine": rans_triton.encode(fine.T, found.fine, segment_tokens=segment_tokens) if found.fine else b"",
+        "escs": escaped.tobytes(),
+    }
+
+
+def launch_quantise(
+    model: DeviceModel, kv: Tensor, level: int, positions: range
+) -> tuple[Tensor, Tensor, NDArray[Any]]:
+    """Symbols uint8 `[T, C]`, further bits uint8 `[T, W]`, escapes (waits for the device to count them)."""
+    found, codec, tokens = model.level(level), model.codec, len(positions)
+    columns = model.layers * 2 * model.heads * model.dim
+    symbols = torch.empty((tokens, columns), dtype=torch.uint8, device=model.device)
+    fine = torch.empty((tokens, found.fine.columns if found.fine else 1), dtype=torch.uint8, device=model.device)
+    thresholds = torch.from_numpy(codec.classes.thresholds).to(model.device)
+    support = torch.from_numpy(codec.classes.support).to(model.device)
+    cosine, sine = model.rotations(positions)
+    high, low, scale = model.inverse
+    room = _ESCAPES_A_CHUNK
+    while True:
+        count = torch.zeros(1, dtype=torch.int32, device=model.device)
+        places = torch.empty((2, room), dtype=torch.int32, device=model.device)
+        steps = torch.empty(room, dtype=torch.float32, device=model.device)
+        _analyse[(model.layers * 2 * model.heads, triton.cdiv(tokens, ANALYSIS.block * ANALYSIS.tiles))](
+            kv, high, low, scale, found.factor, model.mean, model.dims, cosine, sine, model.rope_of_layer,
+            found.tables.rows, found.shift, found.wide_index, thresholds, support,
+            symbols, fine, count, places, steps,
+            tokens, model.heads, model.dim, model.half, columns, fine.shape[1], room, *kv.stride(),
+            THRESHOLDS=thresholds.shape[1], MIDDLE=MIDDLE, WIDE=found.fine is not None,
+            DIM=model.dim_block, HALF=model.half_block, BLOCK=ANALYSIS.block, TILES=ANALYSIS.tiles,
+            num_warps=ANALYSIS.warps, num_stages=ANALYSIS.stages,
+        )  # fmt: skip
+        n = int(count.item())
+        if n <= room:
+            break
+        room = n
+    column, token = places[:, :n].cpu().numpy()
+    values = np.rint(steps[:n].cpu().numpy())
+    if n and not np.abs(values).max() <= LARGEST_ESCAPE:  # so written, NaN is refused too
+        raise CodecError(
+            f"the cache holds a value {np.abs(values).max():g} steps from what the profile was calibrated on, more "
+            f"than the {LARGEST_ESCAPE} that can be coded; take a lower level, or codec raw"
+        )
+    escaped = np.empty(n, RECORD)
+    order = np.lexsort((token, column))
+    escaped["column"], escaped["token"], escaped["value"] = column[order], token[order], values[order]
+    return symbols, fine, escaped
+
+
+@triton.jit
+def _at(token_at, t, mask, token_stride, TABLE: tl.constexpr):
+    """Element offsets of tokens."""
+    if TABLE:
+        return tl.load(token_at + t, mask=mask, other=0)
+    else:
+        return t.to(tl.int64) * token_stride
+
+
+@triton.jit
+def _coefficients(
+    payload, offsets, rows, slots, entries, unit, damaged, bases, token_at,
+    units, columns, tokens, segment_tokens, first_segment,
+    width, dim, token_stride, head_stride, dim_stride,
+    TABLE: tl.constexpr, ELEMENT: tl.constexpr, N_SYMBOLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    programs = tl.cdiv(columns, BLOCK)
+    segment = first_segment + tl.program_id(0) // programs
+    # Lanes beyond the last column repeat it and store the same values: no mask in the loop.
+    column = tl.minimum((tl.program_id(0) % programs) * BLOCK + tl.arange(0, BLOCK), columns - 1)
+    stream = segment * columns + column
+    end = tl.minimum(tl.maximum(tl.load(offsets + stream + 1), 0), units)
+    at = tl.minimum(tl.maximum(tl.load(offsets + stream), 0), end)
+    row = tl.load(rows + column)
+    slots += row * 1024
+    entries += row * N_SYMBOLS
+    factor = tl.load(unit + column)
+    place = column % width
+    to = tl.load(bases + column // width).to(tl.pointer_type(ELEMENT))
+    to += (place // dim).to(tl.int64) * head_stride + (place % dim).to(tl.int64) * dim_stride
+    first = segment * segment_tokens
+    last = tl.minimum(first + segment_tokens, tokens)
+    if not TABLE:
+        to += first.to(tl.int64) * token_stride
+    state, ahead, at = begin(payload, at, end)
+    for t in range(first, last):
+        _, entry, state, ahead, at = advance(state, ahead, at, end, payload, slots, entries)
+        value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) * factor
+        if TABLE:
+            tl.store(to + tl.load(token_at + t), value.to(ELEMENT))
+        else:
+            tl.store(to, value.to(ELEMENT))
+            to += token_stride
+    number = tl.max(tl.where((state != 0) | (at != end), stream + 1, 0))
+    if number > 0:
+        tl.atomic_max(damaged, number)
+
+
+@triton.jit
+def _clear(
+    column, token, wide_index, wide_half, bits, bases, token_at, n, width, dim, wide, token_stride, head_stride,
+    dim_stride, TABLE: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Zero the coefficients in the places of escapes: the high part in the target, the further bits apart."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    some = e < n
+    c = tl.load(column + e, mask=some, other=0)
+    t = tl.load(token + e, mask=some, other=0)
+    place = c % width
+    to = tl.load(bases + c // width).to(tl.pointer_type(ELEMENT)) + _at(token_at, t, some, token_stride, TABLE)
+    to += (place // dim).to(tl.int64) * head_stride + (place % dim).to(tl.int64) * dim_stride
+    tl.store(to, tl.zeros([BLOCK], ELEMENT), mask=some)
+    index = tl.load(wide_index + c, mask=some, other=-1)
+    has = index >= 0
+    tl.store(bits + t.to(tl.int64) * wide + index, tl.load(wide_half + index, mask=has).to(tl.uint8), mask=has)
+
+
+@triton.jit
+def _synthesise(
+    bases, token_at, basis, factor, mean, dims, cosine, sine, rope_of_layer,
+    wide_index, wide_half, bits, escape_first, escape_place, escape_token, escape_value,
+    tokens, heads, dim, half, wide, token_stride, head_stride, dim_stride,
+    TABLE: tl.constexpr, COEFFICIENT: tl.constexpr, VALUE: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr, ESCAPES: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Values from coefficients, in place, of one head's keys or values: `TILES` tiles of `BLOCK` tokens.
+
+    WIDE 0: no column has further bits; 1: they fit a float16 together with the high part; 2: they are a term apart.
+    """
+    pair = tl.program_id(0)
+    block = pair // heads
+    k = tl.arange(0, DIM)
+    j = tl.arange(0, HALF)
+    base = tl.load(bases + block)
+    offset = (pair % heads).to(tl.int64) * head_stride
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+        offset = tl.multiple_of(offset, 8)
+    source = base.to(tl.pointer_type(COEFFICIENT)) + offset
+    to = base.to(tl.pointer_type(VALUE)) + offset
+    if CONTIGUOUS:
+        first = j
+        second = half + j
+        if ALIGNED:
+            second = tl.max_contiguous(tl.multiple_of(second, 8), HALF)
+    else:
+        first = tl.load(dims + j, mask=j < half, other=0)
+        second = tl.load(dims + half + j, mask=j < half, other=0)
+    rows = basis + pair.to(tl.int64) * (2 * DIM * HALF) + j[None, :]
+    basis_a = tl.load(rows + k[:, None] * HALF)
+    basis_b = tl.load(rows + (DIM + k[:, None]) * HALF)
+    scale = tl.load(factor + pair)
+    mean_a = tl.load(mean + pair * (2 * HALF) + j)[None, :]
+    mean_b = tl.load(mean + pair * (2 * HALF) + HALF + j)[None, :]
+    if WIDE > 0:
+        index = tl.load(wide_index + pair * dim + k, mask=k < dim, other=-1)
+        centre = tl.load(wide_half + index, mask=index >= 0, other=0)
+    for tile in range(TILES):
+        t = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        there = t < tokens
+        at = _at(token_at, t, there, token_stride, TABLE)
+        if ALIGNED:
+            at = tl.multiple_of(at, 8)
+        c = tl.load(source + at[:, None] + k[None, :] * dim_stride, mask=there[:, None] & (k < dim)[None, :],
+                    other=0.0).to(tl.float16)  # fmt: skip
+        if WIDE > 0:
+            extra = there[:, None] & (index >= 0)[None, :]
+            low = tl.load(bits + t[:, None].to(tl.int64) * wide + index[None, :], mask=extra, other=0).to(tl.int32)
+            low = tl.where(extra, low - centre[None, :], 0).to(tl.float16)
+            if WIDE == 1:
+                c = c + low
+        a = tl.dot(c, basis_a)
+        b = tl.dot(c, basis_b)
+        if WIDE == 2:
+            a = tl.dot(low, basis_a, a)
+            b = tl.dot(low, basis_b, b)
+        if ESCAPES:
+            for e in range(tl.load(escape_first + pair), tl.load(escape_first + pair + 1)):
+                place = tl.load(escape_place + e)
+                hit = tl.where(t == tl.load(escape_token + e), tl.load(escape_value + e), 0.0)[:, None]
+                a += hit * tl.load(rows + place * HALF).to(tl.float32)
+                b += hit * tl.load(rows + (DIM + place) * HALF).to(tl.float32)
+        a = a * scale + mean_a
+        b = b * scale + mean_b
+        if block % 2 == 0:
+            row = (tl.load(rope_of_layer + block // 2) * tokens + t).to(tl.int64) * HALF
+            angle = row[:, None] + j[None, :]
+            cos = tl.load(cosine + angle, mask=there[:, None], other=1.0)
+            sin = tl.load(sine + angle, mask=there[:, None], other=0.0)
+            x = a * cos - b * sin
+            b = b * cos + a * sin
+            a = x
+        if VALUE == tl.float16:
+            a = tl.minimum(tl.maximum(a, -65504.0), 65504.0)
+            b = tl.minimum(tl.maximum(b, -65504.0), 65504.0)
+        # Every warp has read its coefficients before any of them is overwritten.
+        tl.debug_barrier()
+        stored = there[:, None] & (j < half)[None, :]
+        tl.store(to + at[:, None] + first[None, :] * dim_stride, a.to(VALUE), mask=stored)
+        tl.store(to + at[:, None] + second[None, :] * dim_stride, b.to(VALUE), mask=stored)
+
+
+@triton.jit
+def _analyse(
+    kv, high_part, low_part, inverse_scale, factor, mean, dims, cosine, sine, rope_of_layer,
+    rows, shifts, wide_index, thresholds, support,
+    symbols, fine, count, places, steps,
+    tokens, heads, dim, half, columns, wide, room,
+    layer_stride, side_stride, token_stride, head_stride, dim_stride,
+    THRESHOLDS: tl.constexpr, MIDDLE: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Symbols of one head's keys or values: `TILES` tiles of `BLOCK` tokens.
+
+    Values and the inverse basis are each the sum of two float16 numbers, of whose products the smallest is left out:
+    as good as float32.
+    """
+    pair = tl.program_id(0)
+    block = pair // heads
+    k = tl.arange(0, DIM)
+    j = tl.arange(0, HALF)
+    real = k < dim
+    first = tl.load(dims + j, mask=j < half, other=0)
+    second = tl.load(dims + half + j, mask=j < half, other=0)
+    source = kv + (block // 2).to(tl.int64) * layer_stride + (block % 2).to(tl.int64) * side_stride
+    source += (pair % heads).to(tl.int64) * head_stride
+    matrix = pair.to(tl.int64) * (2 * DIM * HALF) + j[:, None] * DIM + k[None, :]
+    high_a = tl.load(high_part + matrix)
+    high_b = tl.load(high_part + matrix + HALF * DIM)
+    low_a = tl.load(low_part + matrix)
+    low_b = tl.load(low_part + matrix + HALF * DIM)
+    mean_a = tl.load(mean + pair * (2 * HALF) + j)[None, :]
+    mean_b = tl.load(mean + pair * (2 * HALF) + HALF + j)[None, :]
+    per_step = 1.0 / tl.load(factor + pair)
+    scale = tl.load(inverse_scale + pair)
+    column = pair * dim + k
+    own = tl.load(rows + column, mask=real, other=0)
+    largest = tl.load(support + own)[None, :]
+    for tile in range(TILES):
+        t = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        there = t < tokens
+        inside = there[:, None] & (j < half)[None, :]
+        here = source + t[:, None].to(tl.int64) * token_stride
+        a = tl.load(here + first[None, :] * dim_stride, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(here + second[None, :] * dim_stride, mask=inside, other=0.0).to(tl.float32)
+        if block % 2 == 0:
+            row = (tl.load(rope_of_layer + block // 2) * tokens + t).to(tl.int64) * HALF
+            angle = row[:, None] + j[None, :]
+            cos = tl.load(cosine + angle, mask=there[:, None], other=1.0)
+            sin = tl.load(sine + angle, mask=there[:, None], other=0.0)
+            x = a * cos + b * sin
+            b = b * cos - a * sin
+            a = x
+        a = (a - mean_a) * per_step
+        b = (b - mean_b) * per_step
+        a_high = a.to(tl.float16)
+        b_high = b.to(tl.float16)
+        v = tl.dot((a - a_high.to(tl.float32)).to(tl.float16), high_a)
+        v = tl.dot((b - b_high.to(tl.float32)).to(tl.float16), high_b, v)
+        v = tl.dot(a_high, low_a, v)
+        v = tl.dot(b_high, low_b, v)
+        v = tl.dot(a_high, high_a, v)
+        v = tl.dot(b_high, high_b, v) * scale
+        size = tl.abs(v)
+        # A threshold lies within a step below its symbol: one comparison tells the symbol.
+        ceiling = tl.minimum(size, 127.5).to(tl.int32) + 1
+        threshold = tl.load(thresholds + own[None, :] * THRESHOLDS + ceiling)
+        magnitude = tl.where(size >= 128.0, 128, ceiling - (size < threshold).to(tl.int32))
+        symbol = tl.where(v < 0, -magnitude, magnitude)
+        written = there[:, None] & real[None, :]
+        if WIDE:
+            shift = tl.load(shifts + column, mask=real, other=0)[None, :]
+            q = tl.where(size < 1e6, tl.floor(v + 0.5), 1073741824.0).to(tl.int32)
+            unit = (1 << shift) >> 1
+            symbol = tl.where(shift > 0, (q + unit) >> shift, symbol)
+            index = tl.load(wide_index + column, mask=real, other=-1)[None, :]
+            beyond = (symbol > largest) | (symbol < -largest)
+            low = tl.where(beyond, 0, q - (symbol << shift) + unit)
+            tl.store(fine + t[:, None].to(tl.int64) * wide + index, low.to(tl.uint8), mask=written & (index >= 0))
+        beyond = written & ((symbol > largest) | (symbol < -largest) | (v != v))
+        tl.store(symbols + t[:, None].to(tl.int64) * columns + column[None, :],
+                 tl.where(beyond, MIDDLE, MIDDLE + symbol).to(tl.uint8), mask=written)  # fmt: skip
+        if tl.max(tl.max(beyond.to(tl.int32), axis=1), axis=0) > 0:
+            number = tl.atomic_add(count + tl.zeros([BLOCK, DIM], tl.int32), 1, mask=beyond)
+            kept = beyond & (number < room)
+            tl.store(places + number, tl.zeros([BLOCK, DIM], tl.int32) + column[None, :], mask=kept)
+            tl.store(places + room + number, tl.zeros([BLOCK, DIM], tl.int32) + t[:, None], mask=kept)
+            tl.store(steps + number, v, mask=kept)
