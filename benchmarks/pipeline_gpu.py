@@ -250,7 +250,9 @@ class Bench:
             "evaluate": False,
             **settings,
         }
+        before = [cpu_s(process.pid) for process in (self._sender, self._receiver)]
         answer = self._receiver.ask(command, 120.0)
+        after = [cpu_s(process.pid) for process in (self._sender, self._receiver)]
         if answer["status"] != "ok":
             self.shaper.finish()
             return {"failed": answer["error"]}
@@ -259,9 +261,15 @@ class Bench:
         verdict = fidelity.judge(measured, trace)
         costs = self.costs[lookalike.context_of(codec)]
         found = numbers(record, answer, costs["prefill_s"], verdict.delivered_bytes, rate)
+        found |= {"sender_thread_s": after[0] - before[0], "network_thread_s": after[1] - before[1]}
         found |= {"fidelity_ok": verdict.ok, "fidelity": list(verdict.reasons), "starved": verdict.starved}
         found |= {f"gemv_{key}": value for key, value in answer.get("load", {}).items()}
         return found | ({"record": record, "link": measured.rows()} if keep else {})
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds that a process's first thread, the one with the network, has run."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def numbers(
@@ -299,6 +307,7 @@ def numbers(
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """The kept session as the report draws it: link, copies, decoding and the model over time."""
+    from testbed.report.figures import theme
     from testbed.report.material import Material
     from testbed.report.timeline import timeline
 
@@ -315,9 +324,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         "deadline_s": record["deadline_s"],
     }
     cell = {"row": row, "chunks": record["chunks"], "link": session["link"]}
-    figure = timeline(Material({}, {}, {}, cell))
-    assert figure is not None
-    figure.savefig(path, dpi=160)
+    with theme():
+        figure = timeline(Material({}, {}, {}, cell))
+        assert figure is not None
+        figure.savefig(path, dpi=160)
 
 
 if __name__ == "__main__":
