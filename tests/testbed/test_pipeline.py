@@ -122,7 +122,7 @@ def test_damage_is_fetched_again_and_then_fails_the_session(
     record = kitchen.run(Plan(LEVEL), change=pipeline.damage(1)).record
     assert [chunk.attempts for chunk in record.chunks] == [1, 1, 2, 1, 1, 1]
     kitchen.check((LEVEL,) * N_CHUNKS)
-    with pytest.raises(SessionFailed, match=r"chunk 2 failed 3 times, last: .*damaged"):
+    with pytest.raises(SessionFailed, match=r"chunk 2 failed 3 times, last: "):
         kitchen.run(Plan(LEVEL), change=pipeline.damage(3))
     kitchen.run(Plan(LEVEL))
     kitchen.check((LEVEL,) * N_CHUNKS)
