@@ -57,7 +57,7 @@ class Tiling:
     stages: int
 
 
-SYNTHESIS = Tiling(block=64, tiles=4, warps=4, stages=1)
+SYNTHESIS = Tiling(block=64, tiles=4, warps=8, stages=1)
 ANALYSIS = Tiling(block=64, tiles=4, warps=4, stages=1)
 _MOST_BYTES_AN_ELEMENT = 8
 """A symbol takes a word at most; a stream of one symbol, two more and its length."""
@@ -114,9 +114,10 @@ class DeviceModel:
         self.mean = self.mean.to(device)
         self._both = both
         self._levels: dict[int, DeviceLevel] = {}
+        self.no_bits = torch.zeros((1, 1), dtype=torch.uint8, device=device)
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Layers that rotate alike share a table of cosines and sines.
-        frequencies = rope.inv_freq if rope else torch.zeros((layers, 0))
+        frequencies = rope.inv_freq if rope else torch.zeros((layers, 1))
         distinct, self._rope_of_layer = torch.unique(frequencies, dim=0, return_inverse=True)
         self._frequencies = torch.zeros((len(distinct), self.half_block))
         self._frequencies[:, : distinct.shape[1]] = distinct
@@ -205,7 +206,9 @@ class Job:
         self.level = model.level(level)
         self.damaged = torch.zeros(1, dtype=torch.int32, device=model.device)
         placement = target.placement
-        self._bits = torch.zeros((1, 1), dtype=torch.uint8, device=model.device)
+        self._bits = model.no_bits
+        with model.beside():
+            self._rotations = model.rotations(positions)
         self._bits_damaged: Tensor | None = None
         self._values: Tensor | None = None
         if placement is None:
@@ -245,7 +248,7 @@ class Job:
         model.wait_for_beside()
         bits = self._bits
         first, place, token, value = self._escapes(escaped, bits)
-        cosine, sine = model.rotations(self.positions)
+        cosine, sine = self._rotations
         tokens = len(self.positions)
         _synthesise[(model.layers * 2 * model.heads, triton.cdiv(tokens, SYNTHESIS.block * SYNTHESIS.tiles))](
             placement.bases, self._token_at, model.basis, level.factor, model.mean, model.dims,
@@ -326,7 +329,7 @@ class StreamingDecoder(Decoder):
         self._coef: Tensor | None = None
         self._streams: DeviceStreams | None = None
         self._ends: list[int] = []
-        self._segments = 0
+        self.segments_begun = 0
         self._has_bits = False
         self._at = self._size = self._copied = 0
 
@@ -347,7 +350,7 @@ class StreamingDecoder(Decoder):
 
     def finish(self) -> KVTarget:
         chunk = self._codec.check(self._arrival.finish())
-        if self._job is None or self._streams is None or self._segments < len(self._ends):
+        if self._job is None or self._streams is None or self.segments_begun < len(self._ends):
             raise CodecError("the chunk ended before its coded coefficients did; fetch it again")
         header = chunk.header
         with torch.inference_mode():
@@ -408,12 +411,12 @@ class StreamingDecoder(Decoder):
         """Decode the segments that are there and were not decoded yet."""
         if self._streams is None or self._job is None:
             return
-        ready = self._segments
+        ready = self.segments_begun
         while ready < len(self._ends) and self._ends[ready] <= self._copied:
             ready += 1
-        if ready > self._segments:
-            self._job.coefficients(self._streams, self._segments, ready - self._segments)
-            self._segments = ready
+        if ready > self.segments_begun:
+            self._job.coefficients(self._streams, self.segments_begun, ready - self.segments_begun)
+            self.segments_begun = ready
 
 
 def encode(model: DeviceModel, kv: Tensor, level: int, positions: range, segment_tokens: int) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""`codec.kvstream_triton` against the CPU codec: on a CUDA device where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from codec import container, kvstream, kvstream_triton  # noqa: E402
+from codec.api import Codec  # noqa: E402
+from codec.entropy import escapes, rans  # noqa: E402
+from codec.errors import CodecError  # noqa: E402
+from codec.targets import CacheTarget, HuggingFaceTarget, PagedTarget, as_target  # noqa: E402
+from codec.transform import Rope  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+T, START = 20, 100
+SHAPES = [
+    # layers, heads, dimensions, rotary dimensions, interleaved
+    (2, 2, 16, 16, False),
+    (1, 1, 32, 16, True),
+    (1, 2, 20, 12, False),
+    (1, 1, 16, 0, False),
+]
+
+
+def make(layers: int, heads: int, dim: int, rotary: int, interleaved: bool) -> tuple[kvstream.KVStream, Any]:
+    """A codec with levels that have no wide columns, some, and some too wide for one float16; a cache with spikes."""
+    draw = torch.Generator().manual_seed(dim + rotary)
+    shape = (layers, 2, 300, heads, dim)
+    mixing = torch.randn((layers, 2, heads, dim, dim), generator=draw) * torch.logspace(1, -1.5, dim)
+    kv = torch.einsum("lsthd,lshed->lsthe", torch.randn(shape, generator=draw), mixing / dim**0.5)
+    kv += 3 * torch.randn((layers, 2, 1, heads, dim), generator=draw)
+    rope = Rope(torch.rand((layers, rotary // 2), generator=draw), interleaved) if rotary else None
+    codec = kvstream.KVStream(profile=kvstream.fit([kv], rope=rope, target_bits=(0.8, 4.0, 7.5)))
+    chunk = kv[:, :, :T].clone()
+    chunk[0, 0, 3, 0, 1], chunk[0, 1, 7, -1, 2] = 40.0, -60.0
+    return codec, chunk
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def case(request: pytest.FixtureRequest) -> tuple[kvstream.KVStream, Any]:
+    return make(*request.param)
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvstream, "SEGMENT_TOKENS", 8)
+
+
+def on_device(codec: kvstream.KVStream, data: bytes, target: CacheTarget) -> None:
+    """Decode by the kernels, also where that is not what `decode` would do."""
+    chunk = codec._open(data)
+    header = chunk.header
+    parts = {tag: chunk.section(tag) for tag in ("coef", "fine")}
+    parts["escs"] = escapes.parse(chunk.section("escs"), len(codec.columns(header.level)[0]), header.tokens)
+    kvstream_triton.decode(codec.on_device(DEVICE), header.level, header.positions, parts, target)
+
+
+def assert_close(out: Any, wanted: Any) -> None:
+    """Within the larger of one unit in the last place and 2^-14 of the column's root mean square."""
+    spacing = torch.finfo(out.dtype).eps * wanted.abs()
+    rms = wanted.pow(2).mean(dim=2, keepdim=True).sqrt()
+    assert ((out.cpu().float() - wanted).abs() <= torch.maximum(spacing, rms * 2**-14)).all()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_decodes_as_the_cpu_does(case: tuple[kvstream.KVStream, Any], level: int) -> None:
+    codec, kv = case
+    data = codec.encode(kv, level, positions=range(START, START + T))
+    wanted = codec.decode(data, torch.empty(kv.shape))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        out = torch.full(kv.shape, torch.nan, dtype=dtype, device=DEVICE)
+        on_device(codec, data, as_target(out))
+        assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_encodes_as_the_cpu_does(case: tuple[kvstream.KVStream, Any], level: int) -> None:
+    """The same symbols, but for values that lie on a threshold to the last digit."""
+    codec, kv = case
+    positions = range(START, START + T)
+    model = codec.on_device(DEVICE)
+    symbols, _, escaped = kvstream_triton.launch_quantise(model, kv.to(DEVICE), level, positions)
+    chunk = codec._open(codec.encode(kv, level, positions=positions))
+    own = codec.columns(level)[0]
+    wanted = rans.decode(chunk.section("coef"), own, codec.classes.tables, len(own), T)
+    assert float((symbols.T.cpu().numpy() != wanted).mean()) < 0.002
+    assert len(escaped) == len(escapes.parse(chunk.section("escs"), len(own), T))
+    parts = kvstream_triton.encode(model, kv.to(DEVICE), level, positions, kvstream.SEGMENT_TOKENS)
+    values = codec.decode(container.pack(chunk.header, parts), torch.empty(kv.shape))
+    error, usual = (float((x - kv).pow(2).mean()) for x in (values, codec.decode(container.pack(chunk.header, chunk.sections))))
+    assert error == pytest.approx(usual, rel=0.02)
+
+
+def test_levels_are_of_all_kinds(case: tuple[kvstream.KVStream, Any]) -> None:
+    codec, kv = case
+    model = codec.on_device(DEVICE)
+    assert {model.level(level).wide for level in (0, 2)} == {0, 2}
+    data = codec.encode(kv, 1, positions=range(START, START + T))
+    assert len(codec._open(data).section("escs")) > 0
+
+
+@pytest.mark.parametrize("name", ["hugging face", "paged", "strided", "other"])
+def test_layouts(name: str) -> None:
+    codec, kv = make(*SHAPES[0])
+    layers, _, _, heads, dim = kv.shape
+    data = codec.encode(kv, 1, positions=range(START, START + T))
+
+    def target(device: Any) -> tuple[CacheTarget, list[Any]]:
+        if name == "hugging face":
+            pairs = [tuple(torch.zeros((1, heads, T + 9, dim), device=device) for _ in (0, 1)) for _ in range(layers)]
+            return HuggingFaceTarget(pairs, 5, T), [side for pair in pairs for side in pair]
+        if name == "paged":
+            blocks = [torch.zeros((2, 6, 8, heads, dim), device=device) for _ in range(layers)]
+            return PagedTarget(blocks, [3, 1, 0, 5, 2, 4], 3, T), blocks
+        memory = torch.zeros((T, heads, layers, 2, 2 * dim), device=device)
+        view = as_target(memory[..., ::2].permute(2, 3, 0, 1, 4))
+        return (view if name == "strided" else OnlyWrites(view)), [memory]
+
+    found, memory = target(DEVICE)
+    on_device(codec, data, found)
+    other, wanted = target("cpu")
+    codec.decode(data, other)
+    for mine, its in zip(memory, wanted, strict=True):
+        assert torch.allclose(mine.cpu(), its, rtol=1e-4, atol=1e-3)
+
+
+class OnlyWrites(CacheTarget):
+    """A target of somebody else's, which kernels know nothing of."""
+
+    def __init__(self, inner: CacheTarget) -> None:
+        self.inner, self.shape, self.dtype, self.device = inner, inner.shape, inner.dtype, inner.device
+
+    def write(self, layer: int, kv: int, values: Any) -> None:
+        self.inner.write(layer, kv, values)
+
+
+@pytest.mark.parametrize("piece", [7, 64, 1 << 20])
+def test_decodes_as_bytes_arrive(piece: int) -> None:
+    codec, kv = make(*SHAPES[0])
+    data = codec.encode(kv, 1, positions=range(START, START + T))
+    wanted = codec.decode(data, torch.empty(kv.shape))
+    out = torch.full(kv.shape, torch.nan, device=DEVICE)
+    decoder = kvstream_triton.StreamingDecoder(codec, out, DEVICE)
+    begun = []
+    for first in range(0, len(data), piece):
+        part = memoryview(data)[first : first + piece]
+        held = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(DEVICE) if first % 2 else None
+        decoder.feed(part, held)
+        begun.append(decoder.segments_begun)
+    assert decoder.finish() is out
+    assert_close(out, wanted)
+    assert begun == sorted(begun)
+    assert begun[-1] == 3
+    if piece < 100:
+        assert 1 in begun
+
+
+def test_damage_is_an_error_and_harmless() -> None:
+    codec, kv = make(*SHAPES[0])
+    data = codec.encode(kv, 1, positions=range(START, START + T))
+    out = torch.empty(kv.shape, device=DEVICE)
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 5
+    longer = torch.empty((2, 2, T + 1, 2, 16), device=DEVICE)
+    for hostile, target in ((bytes(flipped), out), (data[:-3], out), (data + b"x", out), (data[:50], out), (b"x" * 500, out),
+                            (data, longer)):  # fmt: skip
+        decoder = kvstream_triton.StreamingDecoder(codec, target, DEVICE)
+        with pytest.raises(CodecError):
+            decoder.feed(memoryview(hostile))
+            decoder.finish()
+    on_device(codec, data, as_target(out))
+    assert_close(out, codec.decode(data, torch.empty(kv.shape)))
+
+
+def test_streams_of_other_tables_are_found_out() -> None:
+    """Bytes that only the kernels can see are wrong: they stay in bounds and say so."""
+    codec, kv = make(*SHAPES[3])
+    low, high = (codec._open(codec.encode(kv, level, positions=range(T))) for level in (0, 1))
+    parts: dict[str, Any] = {"coef": low.section("coef"), "fine": high.section("fine"),
+                             "escs": escapes.parse(b"", 32, T)}  # fmt: skip
+    with pytest.raises(CodecError, match="is damaged or belongs to other tables"):
+        kvstream_triton.decode(codec.on_device(DEVICE), 1, range(T), parts, as_target(torch.empty(kv.shape, device=DEVICE)))
+
+
+def test_a_cuda_target_goes_through_the_kernels() -> None:
+    if DEVICE.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    codec, kv = make(*SHAPES[0])
+    data = codec.encode(kv.cuda(), 1, positions=range(T))
+    assert isinstance(codec, Codec)
+    assert codec.decodes_pieces("cuda")
+    assert_close(codec.decode(data, device="cuda"), codec.decode(data, torch.empty(kv.shape)))
