@@ -218,8 +218,10 @@ class Inbound:
     # --- answers
 
     def on_text(self, text: str) -> None:
-        answer = wire.parse_answer(text)
+        self._on_answer(wire.parse_answer(text))
         self._touch()
+
+    def _on_answer(self, answer: wire.Answer | wire.Cancelled) -> None:
         arrival = self._outstanding[0] if self._outstanding else None
         if arrival is None or answer.req != arrival.get.req:
             raise SpecError(f"an answer to request {answer.req} came out of turn")
@@ -257,7 +259,6 @@ class Inbound:
         return None if arrival.is_cancelled else arrival.target[arrival.received :]
 
     def on_landed(self, nbytes: int) -> None:
-        self._touch()
         arrival = self._outstanding[0]
         arrival.received += nbytes
         self.bytes += nbytes
@@ -265,6 +266,7 @@ class Inbound:
             self._outstanding.popleft()
         if not arrival.is_cancelled:
             self._listener.on_bytes(arrival)
+        self._touch()  # after what was done about them: meanwhile nothing could be seen to arrive
 
 
 async def _quietly(request: Coroutine[Any, Any, None]) -> None:
