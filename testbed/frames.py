@@ -20,6 +20,9 @@ MAX_TEXT_BYTES: Final = 4096
 HEADER_BYTES: Final = 10
 """The longest header of an unmasked frame. So much is read when one is awaited: more would be payload to be copied."""
 SINK_BYTES: Final = 1 << 16
+READ_BYTES: Final = 1 << 20
+"""Most bytes of one read: a dozen frames, whose headers are then closed up in memory. A read for each frame's header
+and one for its payload cost more than that."""
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
@@ -30,10 +33,10 @@ class Handler(Protocol):
         """A text message is here."""
 
     def on_frame(self, nbytes: int) -> None:
-        """A binary frame begins."""
+        """A binary frame begins; there must be place for all of it."""
 
-    def place(self, nbytes: int) -> memoryview | None:
-        """Where the next bytes of the frame go, at most `nbytes`; None if nobody wants them."""
+    def place(self) -> memoryview | None:
+        """Where the frame's next bytes go, and those of the frames after it; None if nobody wants them."""
 
     def on_landed(self, nbytes: int) -> None:
         """So many bytes are in their place now (or dropped)."""
@@ -69,8 +72,8 @@ class Frames(asyncio.BufferedProtocol):
         self._rest = 0
         """Payload bytes of the frame that are still to come."""
         self._message = bytearray()
-        self._lands = False
-        """Whether the next bytes of payload are read into the handler's place."""
+        self._target: memoryview | None = None
+        """The handler's place that is read into."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._transport.set_protocol(self)
 
@@ -112,25 +115,30 @@ class Frames(asyncio.BufferedProtocol):
     # --- from the event loop
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        self._lands = False
+        self._target = None
         if self._error is not None:
             return self._sink
         if not self._rest:
             return self._head[self._have :]
-        if self._opcode != BINARY:
-            return self._sink[: self._rest]
-        place = None if self._handler is None else self._handler.place(self._rest)
-        self._lands = place is not None
-        return self._sink[: self._rest] if place is None else place[: self._rest]
+        if self._opcode == BINARY and self._handler is not None:
+            self._target = self._handler.place()
+        # what is left of an answer on its way is more than its place, by its frames' headers: this reads no further
+        return self._sink[: self._rest] if self._target is None else self._target[:READ_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._error is not None:
             return
         try:
             if not self._rest:
-                self._on_head(nbytes)
+                begun, self._have = bytes(self._head[: self._have + nbytes]), 0
+                self._take(memoryview(begun))
+            elif self._target is None or self._handler is None:
+                self._take(self._sink[:nbytes])
             else:
-                self._on_payload(self._sink[:nbytes], nbytes)
+                data, landed = self._target[:nbytes], min(nbytes, self._rest)
+                self._rest -= landed
+                self._handler.on_landed(landed)
+                self._take(data[landed:])
         except Exception as error:
             self.fail(error)
 
@@ -149,22 +157,22 @@ class Frames(asyncio.BufferedProtocol):
 
     # --- frames
 
-    def _on_head(self, nbytes: int) -> None:
-        """Some bytes of a header, and perhaps of what follows it."""
-        self._have += nbytes
-        while self._have and not self._rest:
+    def _take(self, data: memoryview) -> None:
+        """Bytes that are not in their place; they may lie in the handler's memory, behind it."""
+        while len(data):
+            if self._rest:
+                part = data[: self._rest]
+                self._on_payload(part)
+                data = data[len(part) :]
+                continue
+            old, new = self._have, min(HEADER_BYTES - self._have, len(data))
+            self._head[old : old + new] = data[:new]
+            self._have += new
             length = self._parse_head()
             if length is None:
                 return
-            over = bytes(self._head[length : self._have])
             self._have = 0
-            taken = over[: self._rest]
-            if taken:
-                self._lands = False
-                self._on_payload(memoryview(taken), len(taken))
-            left = over[len(taken) :]
-            self._head[: len(left)] = left
-            self._have = len(left)
+            data = data[length - old :]
 
     def _parse_head(self) -> int | None:
         """Begin a frame; the length of its header, or None while that is not whole."""
@@ -189,25 +197,17 @@ class Frames(asyncio.BufferedProtocol):
             self._on_message()
         return length
 
-    def _on_payload(self, data: memoryview, nbytes: int) -> None:
-        self._rest -= nbytes
+    def _on_payload(self, data: memoryview) -> None:
+        self._rest -= len(data)
         if self._opcode != BINARY:
             self._message += data
             if not self._rest:
                 self._on_message()
-            return
-        handler = self._handler
-        if handler is None:
-            return
-        if not self._lands:
-            self._put(handler, data)
-        handler.on_landed(nbytes)
-
-    def _put(self, handler: Handler, data: memoryview) -> None:
-        """Bytes that were read together with a header, or that nobody wants."""
-        place = handler.place(len(data))
-        if place is not None:
-            place[: len(data)] = data
+        elif self._handler is not None:
+            place = self._handler.place()
+            if place is not None:
+                place[: len(data)] = data
+            self._handler.on_landed(len(data))
 
     def _on_message(self) -> None:
         data = bytes(self._message)

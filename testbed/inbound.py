@@ -253,7 +253,7 @@ class Inbound:
         if arrival is None or not arrival.is_open or nbytes > len(arrival.target) - arrival.received:
             raise SpecError("bytes came that nobody asked for")
 
-    def place(self, nbytes: int) -> memoryview | None:
+    def place(self) -> memoryview | None:
         arrival = self._outstanding[0]
         # a cancelled chunk's memory may already belong to its successor
         return None if arrival.is_cancelled else arrival.target[arrival.received :]
@@ -295,7 +295,7 @@ class _Padding:
         if self.received < 0:
             raise SessionFailed("the sender does not send padding (BINARY)")
 
-    def place(self, nbytes: int) -> memoryview | None:
+    def place(self) -> memoryview | None:
         return None
 
     def on_landed(self, nbytes: int) -> None:

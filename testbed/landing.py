@@ -20,8 +20,9 @@ from testbed.manifest import Manifest
 if TYPE_CHECKING:
     from codec.api import Decoder
 
-PIECE_BYTES: Final = 1 << 20
-"""A chunk is copied and decoded in pieces of about this size: 3 ms at 3 Gbit/s, and some 20 us of copying."""
+PIECE_BYTES: Final = 1 << 22
+"""A chunk is copied and decoded in pieces of about this size, 100 us of copying: what a chunk's segments come to at the
+paper's scale, so that smaller ones would only cost the host more."""
 ALIGNMENT: Final = 64
 """Places begin at such addresses, so that decoders read their words without copying."""
 
