@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_chunk
-from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton, sections
+from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton
 from codec.entropy import device as shared
 from codec.entropy.tables import laplace_family
 
@@ -55,9 +55,9 @@ class Table:
         self.rows: list[dict[str, Any]] = []
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE.type == "cuda" else 1
 
-    def add(self, name: str, work: Callable[[], Any], **facts: Any) -> None:
+    def add(self, name: str, work: Callable[[], Any], *, graph: bool = False, **facts: Any) -> None:
         """A row of device time."""
-        self.wall(name, median_s(work), **facts)
+        self.wall(name, median_s(work, graph), **facts)
 
     def wall(self, name: str, seconds: float, **facts: Any) -> None:
         gigabytes = 2 * self.elements / 1e9
@@ -73,8 +73,10 @@ class Table:
         print(f"{name:<44} {1e6 * seconds:>10.0f} us {row['fp16_gb_per_s']:>9.1f} GB/s  {extra}", flush=True)
 
 
-def median_s(work: Callable[[], Any]) -> float:
-    """Seconds of one run: the median over many, in device time."""
+def median_s(work: Callable[[], Any], graph: bool = False) -> float:
+    """Seconds of one run: the median over many, in device time; with `graph`, its launches replayed as one graph."""
+    if DEVICE.type == "cuda" and graph:
+        return float(triton.testing.do_bench_cudagraph(work, rep=100, return_mode="median")) / 1e3
     if DEVICE.type == "cuda":
         return float(triton.testing.do_bench(work, warmup=20, rep=100, return_mode="median")) / 1e3
     times = []
@@ -206,7 +208,6 @@ def main() -> None:
             symbols.T, m, reference_segment), segment_tokens=reference_segment)  # fmt: skip
 
     missing = nvcomp_row(table, symbols)
-    del symbols, out
     gpu_chunk.rows(table, blocks // 2 or 1, *((8, 128) if not arguments.small else (2, 32)), tokens, DEVICE)
     if missing:
         print(f"nvCOMP left out: {missing}")

@@ -1,5 +1,8 @@
 """The whole `kvstream` codec on a GPU, for `codec_gpu.py`: a chunk of Mistral-7B's shape, decoded and encoded.
 
+Decoding is timed as a graph of its launches, replayed, and beside that launched from Python, which takes longer than
+the device does.
+
 The profile is made, not calibrated: random orthonormal bases, and tables and reconstruction values of the bundled
 model's profile, given to columns so that a level has the bits per element that it names, most bits first within each
 head, as a KLT orders them. Symbols are drawn from the tables. So the work is that of a real chunk; the values mean
@@ -21,7 +24,7 @@ from codec import container, kvstream_triton
 from codec.container import Header
 from codec.entropy import device as shared
 from codec.entropy import escapes, rans_triton, sections
-from codec.kvstream import SEGMENT_TOKENS, UNIFORM, KVStream
+from codec.kvstream import SEGMENT_TOKENS, KVStream
 from codec.profile import Profile
 from codec.targets import PagedTarget, StridedTarget
 
@@ -83,7 +86,9 @@ def made_chunk(codec: KVStream, model: kvstream_triton.DeviceModel, level: int, 
     })  # fmt: skip
 
 
-def packed_lengths(data: bytes, columns: int, tokens: int, unit_bytes: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def packed_lengths(
+    data: bytes, columns: int, tokens: int, unit_bytes: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
     """What `device.stream_offsets` takes, from a section."""
     layout = sections.layout(data, columns, tokens, unit_bytes)
     first = np.cumsum(layout.widths, dtype=np.int32) - layout.widths
@@ -110,7 +115,7 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
 
         def work(target: Any, level: int = level, streams: Any = streams, fine: Any = fine,
                  groups: Any = groups, nothing: Any = nothing) -> Callable[[], Any]:  # fmt: skip
-            def decode() -> kvstream_triton.Job:
+            def once() -> kvstream_triton.Job:
                 shared.stream_offsets(groups[0], groups[1], groups[2])
                 job = kvstream_triton.Job(model, level, range(START, START + tokens), target)
                 if fine is not None:
@@ -119,7 +124,7 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
                 job.values(nothing)
                 return job
 
-            return decode
+            return once
 
         for dtype in (torch.float16, torch.bfloat16):
             out = torch.full((layers, 2, tokens, heads, dim), torch.nan, dtype=dtype, device=device)
@@ -127,9 +132,10 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
             shared.raise_if_damaged(decode().damaged, streams)
             check(out, wanted)
             kind = str(dtype).removeprefix("torch.")
-            table.add(f"kvstream decode to {kind}", decode, **facts)
+            table.add(f"kvstream decode to {kind}", decode, graph=True, **facts)
             if dtype is torch.float16:
                 job = decode()
+                table.add("  launched from Python each time", decode, **facts)
                 table.add("  of it rANS + dequantisation", lambda j=job, s=streams: j.coefficients(s), **facts)
                 table.add("  of it the transform", lambda j=job, n=nothing: j.values(n), **facts)
         paged = [torch.zeros((2, -(-tokens // 16) + 3, 16, heads, dim), dtype=torch.float16, device=device)
@@ -139,7 +145,7 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
         decode()
         taken = torch.stack(paged)[:, :, order.to(device)].flatten(2, 3)[:, :, :tokens]
         check(taken, wanted)
-        table.add("kvstream decode to paged float16", decode, **facts)
+        table.add("kvstream decode to paged float16", decode, graph=True, **facts)
         del taken, paged
 
         kv = codec.decode(data, torch.empty(wanted.shape, dtype=torch.float16, device=device), device=device)

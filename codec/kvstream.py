@@ -118,7 +118,9 @@ class KVStream(Codec):
             try:
                 from codec.kvstream_triton import DeviceModel
             except ImportError as error:
-                raise CodecError(f"coding on {device} needs Triton, which is not installed: pip install triton") from error
+                raise CodecError(
+                    f"coding on {device} needs Triton, which is not installed: pip install triton"
+                ) from error
             self._on_device[device] = DeviceModel(self, device)
         return self._on_device[device]
 
@@ -161,7 +163,9 @@ class KVStream(Codec):
         own, shift = self.columns(level)
         return {
             "escs": escaped.tobytes(),
-            "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM, segment_tokens=SEGMENT_TOKENS) if len(fine) else b"",
+            "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM, segment_tokens=SEGMENT_TOKENS)
+            if len(fine)
+            else b"",
             "coef": rans.encode(symbols, own, self.classes.tables, segment_tokens=SEGMENT_TOKENS),
         }
 

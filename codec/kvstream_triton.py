@@ -58,7 +58,7 @@ class Tiling:
 
 
 SYNTHESIS = Tiling(block=64, tiles=4, warps=8, stages=1)
-ANALYSIS = Tiling(block=64, tiles=4, warps=4, stages=1)
+ANALYSIS = Tiling(block=64, tiles=4, warps=8, stages=1)
 _MOST_BYTES_AN_ELEMENT = 8
 """A symbol takes a word at most; a stream of one symbol, two more and its length."""
 _ESCAPES_A_CHUNK = 4_096
@@ -97,7 +97,9 @@ class DeviceModel:
         self.layers, self.heads, self.dim = layers, heads, dim
         rope = codec.rope
         first, second = _halves(dim, 2 * rope.inv_freq.shape[1] if rope else 0, bool(rope and rope.interleaved))
-        self.contiguous = bool((first == np.arange(len(first))).all() and (second == np.arange(len(second)) + len(first)).all())
+        self.contiguous = bool(
+            (first == np.arange(len(first))).all() and (second == np.arange(len(second)) + len(first)).all()
+        )
         self.half = len(first)
         self.half_block = max(16, triton.next_power_of_2(self.half))
         self.dim_block = max(16, triton.next_power_of_2(dim))
@@ -170,6 +172,12 @@ class DeviceModel:
         at = torch.arange(positions.start, positions.stop, dtype=torch.float32, device=self.device)
         angle = at[None, :, None] * self._frequencies[:, None, :]
         return angle.cos(), angle.sin()
+
+    @cached_property
+    def thresholds(self) -> tuple[Tensor, Tensor]:
+        """The classes' thresholds float32 `[K, HALF + 2]` and largest magnitudes int32 `[K]`."""
+        classes = self.codec.classes
+        return torch.from_numpy(classes.thresholds).to(self.device), torch.from_numpy(classes.support).to(self.device)
 
     @cached_property
     def inverse(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,7 +312,7 @@ def _coefficient_type(dtype: torch.dtype) -> Any:
 
 
 def decode(model: DeviceModel, level: int, positions: range, sections: dict[str, Any], target: CacheTarget) -> None:
-    """Decode a chunk's sections `coef`, `fine` and `escs` (escapes parsed) and wait for the device. Raises CodecError."""
+    """Decode a chunk's sections `coef`, `fine` and `escs` (parsed), and wait for the device. Raises CodecError."""
     job = Job(model, level, positions, target)
     if job.level.fine is not None:
         job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, len(positions)))
@@ -367,7 +375,9 @@ class StreamingDecoder(Decoder):
         self._job = Job(self._model, header.level, header.positions, target)
         self._at, self._size = self._arrival.section("coef")
         if self._size > _MOST_BYTES_AN_ELEMENT * header.elements + 64:
-            raise CodecError(f"section 'coef' claims {self._size} bytes for {header.elements} elements; fetch the chunk again")
+            raise CodecError(
+                f"section 'coef' claims {self._size} bytes for {header.elements} elements; fetch the chunk again"
+            )
         # Whole words, and one of zeros behind them: kernels read ahead.
         self._coef = torch.zeros(self._size // 4 * 4 + 8, dtype=torch.uint8, device=self._model.device)
 
@@ -396,7 +406,8 @@ class StreamingDecoder(Decoder):
 
     def _parse_lengths(self, header: Header) -> None:
         """Once they are there: where every stream lies, and where each segment ends."""
-        assert self._coef is not None and self._job is not None
+        assert self._coef is not None
+        assert self._job is not None
         beginning = self._arrival.part(self._at, self._copied)
         columns = self._job.level.tables.columns
         needed = sections.lengths_bytes(beginning, columns, header.tokens)
@@ -437,12 +448,11 @@ def launch_quantise(
     model: DeviceModel, kv: Tensor, level: int, positions: range
 ) -> tuple[Tensor, Tensor, NDArray[Any]]:
     """Symbols uint8 `[T, C]`, further bits uint8 `[T, W]`, escapes (waits for the device to count them)."""
-    found, codec, tokens = model.level(level), model.codec, len(positions)
+    found, tokens = model.level(level), len(positions)
     columns = model.layers * 2 * model.heads * model.dim
     symbols = torch.empty((tokens, columns), dtype=torch.uint8, device=model.device)
     fine = torch.empty((tokens, found.fine.columns if found.fine else 1), dtype=torch.uint8, device=model.device)
-    thresholds = torch.from_numpy(codec.classes.thresholds).to(model.device)
-    support = torch.from_numpy(codec.classes.support).to(model.device)
+    thresholds, support = model.thresholds
     cosine, sine = model.rotations(positions)
     high, low, scale = model.inverse
     room = _ESCAPES_A_CHUNK
@@ -619,7 +629,7 @@ def _synthesise(
             x = a * cos - b * sin
             b = b * cos + a * sin
             a = x
-        if VALUE == tl.float16:
+        if tl.float16 == VALUE:
             a = tl.minimum(tl.maximum(a, -65504.0), 65504.0)
             b = tl.minimum(tl.maximum(b, -65504.0), 65504.0)
         # Every warp has read its coefficients before any of them is overwritten.

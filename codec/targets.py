@@ -40,8 +40,8 @@ class Placement:
 
     @classmethod
     def of(cls, first: Tensor, addresses: Sequence[int], token_at: Tensor | None = None) -> Placement:
-        """`first` is `[T, H, D]`, layer 0's keys; the others, at their addresses, have its strides. With `token_at`, its
-        first dimension is what that stands for."""
+        """`first` is `[T, H, D]`, layer 0's keys; the others, at their addresses, have its strides. With `token_at`,
+        its first dimension is what that stands for."""
         item = first.element_size()
         token_stride, head_stride, dim_stride = first.stride()
         steps = [head_stride] if token_at is not None else [head_stride, token_stride]
@@ -94,7 +94,9 @@ class StridedTarget(CacheTarget):
     def placement(self) -> Placement:
         tensor = self.tensor
         layer, side, *_ = (stride * tensor.element_size() for stride in tensor.stride())
-        return Placement.of(tensor[0, 0], [tensor.data_ptr() + i * layer + k * side for i in range(len(tensor)) for k in (0, 1)])
+        return Placement.of(
+            tensor[0, 0], [tensor.data_ptr() + i * layer + k * side for i in range(len(tensor)) for k in (0, 1)]
+        )
 
 
 class HuggingFaceTarget(CacheTarget):
