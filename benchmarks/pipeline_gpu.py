@@ -317,7 +317,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     row = {
         "scheme": f"level {LEVEL}",
         "codec": "kvstream",
-        "context": f"{found['contexts']['kvstream']['tokens']} tokens in Mistral-7B's shape",
+        "context": f"{found['contexts']['kvstream']['tokens']} tokens",
         "trace": f"{kept['rate_bps'] / 1e9:g} Gbit/s",
         "levels": record["levels"],
         "ttft_s": record["ttft_s"],
