@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The emulated link on a machine that has Linux and a GPU, but none of the network tools and no way to install them.
-#   scripts/gpu_machine.sh fetch KIT            here, once: the Debian packages and Python wheels it takes, into KIT
+#   scripts/gpu_machine.sh fetch KIT [3.12]     here, once: the Debian packages and Python wheels it takes, into KIT;
+#                                               for the Python that is there
 #   scripts/gpu_machine.sh run KIT COMMAND...   there: unpack KIT into a prefix of its own, and run COMMAND with it
 # Nothing outside the prefix (KVSTREAM_PREFIX, by default under TMPDIR) is written, nothing needs to be root to unpack.
 # torch, triton, numba, transformers and aiohttp must be there already.
@@ -9,12 +10,13 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 
 PACKAGES=(iproute2 libelf1 libbpf1 libmnl0 libcap2 libdb5.3 libxtables12 net-tools ethtool libbsd0 libmd0 mininet
     iptables libip4tc2 libip6tc2 libnfnetlink0 libnetfilter-conntrack3 libnftnl11)
-WHEELS=(mininet pyroute2 scapy)
+WHEELS=(mininet pyroute2 scapy isal)
 
 fetch() {
     mkdir -p "$1" && cd "$1"
     apt-get download -qq "${PACKAGES[@]}" 2> >(grep -v 'unsandboxed as root' >&2)
-    "${PYTHON:-python3}" -m pip download --quiet --no-deps --dest . -c "$ROOT/constraints.txt" "${WHEELS[@]}"
+    "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$2" \
+        --dest . -c "$ROOT/constraints.txt" "${WHEELS[@]}"
 }
 
 unpack() {
@@ -43,8 +45,8 @@ run() {
 }
 
 case ${1:-} in
-    fetch) fetch "${2:?give the folder to fetch into}" ;;
-    run) [ $# -ge 3 ] || { sed -n '2,5p' "$0" >&2; exit 2; }
+    fetch) fetch "${2:?give the folder to fetch into}" "${3:-3.12}" ;;
+    run) [ $# -ge 3 ] || { sed -n '2,6p' "$0" >&2; exit 2; }
         run "${@:2}" ;;
-    *) sed -n '2,5p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,6p' "$0" >&2; exit 2 ;;
 esac

@@ -14,6 +14,7 @@ from codec.profile import MAX_PROFILE_BYTES
 from policies.api import LevelOrText
 from testbed import wire
 from testbed.errors import SpecError
+from testbed.frames import Frames
 from testbed.manifest import Manifest
 from testbed.store import Store, checked_id, checked_sha256, chunk_id, encodings, level_of, split_chunk_id
 
@@ -123,19 +124,23 @@ class Client:
 
 
 class StreamConnection:
-    """A WebSocket and the connection that it alone uses."""
+    """A WebSocket and the connection that it alone uses. What arrives comes through `frames`."""
 
     def __init__(self, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._session = session
-        self.socket = socket
+        self._socket = socket
+        self.frames = Frames(socket)
 
     async def request(self, request: wire.Request) -> None:
-        await self.socket.send_str(wire.pack_request(request))
+        await self._socket.send_str(wire.pack_request(request))
 
     async def drop(self) -> None:
-        """Close; a sender that does not answer is waited for at most CLOSE_S."""
-        with suppress(OSError, aiohttp.ClientError):
-            await self.socket.close()
+        """Close; a sender that does not answer is waited for at most CLOSE_S, one in the middle of a frame is not."""
+        if self.frames.hand_back():
+            with suppress(OSError, aiohttp.ClientError):
+                await self._socket.close()
+        else:
+            self.frames.abort()
         await self._session.close()
 
 

@@ -2,18 +2,19 @@
 
 Work for a session happens in one `KVCache`. Steps are submitted to a single worker thread, so their order is the
 order of submission, and the event loop is never held: torch and numba release the interpreter lock in their kernels.
+On a CUDA device the thread launches and, at a step's end, waits for the device's own mark; copies go there from the
+event loop's thread, which waits for nothing. A codec that can then decodes pieces of a chunk as they arrive.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,13 @@ from codec import container, registry
 from codec.errors import CodecError
 from codec.profile import Profile
 from policies.api import TEXT, LevelOrText
+from testbed.captured import CapturedPrefill
 from testbed.errors import SpecError
+from testbed.landing import Inflow, Landing
+from testbed.lanes import Mark, lanes_of
 from testbed.llm import KVCache, Model, Question, Score, extend_kv, first_token, generate_with_kv, score
 from testbed.manifest import Manifest
+from testbed.paged import PagedCache
 from testbed.session import Costs
 from testbed.store import token_ids
 
@@ -38,30 +43,47 @@ the network's events by as much."""
 REPEATS = 5
 MAX_BYTES_PER_ELEMENT = 8
 MAX_OVERHEAD_BYTES = 1 << 20
-ALIGNMENT = 64
-"""Chunks begin at such addresses, so that decoders read their words without copying."""
+PLACES = 4
+"""Encodings that a CUDA device's receiver holds at most: two under way, one being decoded, one to spare. With all of
+them taken, none is asked for: a decoder that is slower than the link holds the link back, and not ever more memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished step; times on CLOCK_MONOTONIC, seconds. `token` is the first output token of a prefill."""
+    """A finished step; times on CLOCK_MONOTONIC, seconds."""
 
     start_s: float
     end_s: float
     token: int | None = None
+    """The first output token of a prefill."""
+    pieces: tuple[tuple[float, float], ...] = ()
+    """Of decoding piece by piece: when each began and ended. The last is what was left when all bytes were here."""
+    copies: tuple[tuple[float, float], ...] = ()
+    """The same of copying to the device; empty where none is needed."""
 
 
 class Compute:
     """One model, its cache, and the codecs in use. Every method runs in the caller's thread unless submitted."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, places: int | None = None, paged: bool = False) -> None:
+        """`places` bounds the encodings that are held at a time; by default PLACES on a CUDA device, all on a CPU.
+        `paged` decodes into the blocks of a `PagedCache`, as for an engine; our model, which attends to one piece of
+        memory, then gets each chunk by a copy.
+        """
         self.model = model
+        self.lanes = lanes_of(model.device)
+        self.landing = Landing(self.lanes)
+        self.places = 0
+        """Encodings of the open context that may be held at a time."""
+        self._places = PLACES if places is None and model.device.type == "cuda" else places
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str | None], Codec] = {}
         self._cache: KVCache | None = None
+        self._is_paged = paged
+        self._pages: PagedCache | None = None
+        self._captured: dict[tuple[int, int], CapturedPrefill] = {}
         self._manifest: Manifest | None = None
         self._codec: Codec | None = None
-        self._arena = memoryview(b"")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         # begun now, so that it does not inherit what the network's thread is later granted by the scheduler
         self._thread.submit(lambda: None).result()
@@ -88,17 +110,37 @@ class Compute:
     def reserve(self, tokens: int) -> None:
         """Room for a context and its prompt, with its pages touched and every old value gone."""
         if self._cache is None or self._cache.capacity < tokens:
+            self._captured.clear()
             self._cache = self.model.new_cache(tokens)
+            self._pages = PagedCache(self.model.kv, tokens, self.model.device) if self._is_paged else None
+        self._poison()
+
+    def capture(self, context_tokens: int, prompt_tokens: int) -> None:
+        """Make the prefill of such prompts one graph, where the device and the model allow it; `reserve` before."""
+        key = context_tokens, prompt_tokens
+        if self._cache is None or self.model.device.type != "cuda" or key in self._captured:
+            return
+        # a model that does something no graph can hold is run as ever
+        with suppress(RuntimeError):
+            self._captured[key] = CapturedPrefill(self.model, self._cache, *key)
         self._cache.poison()
 
     def forget(self) -> None:
         """Make sure that nothing of an earlier session can be used."""
         self._manifest = None
-        if self._cache is not None:
-            self._cache.poison()
+        self._poison()
 
-    def open(self, manifest: Manifest, extra_tokens: int) -> None:
-        """Get ready for the chunks of a context. Raises SpecError or CodecError if it is not this model's."""
+    def _poison(self) -> None:
+        for memory in (self._cache, self._pages):
+            if memory is not None:
+                memory.poison()
+        self.lanes.set_clock()
+
+    def open(self, manifest: Manifest, extra_tokens: int, *, overlap: bool = True) -> None:
+        """Get ready for the chunks of a context; without `overlap` all of it is held before any is decoded.
+
+        Raises SpecError or CodecError if it is not this model's.
+        """
         if manifest.model != self.model.fingerprint:
             raise SpecError(
                 f"context {manifest.context} was computed with model {manifest.model[:12]}, "
@@ -120,6 +162,14 @@ class Compute:
         if self._cache is None or self._cache.capacity < needed:
             self.reserve(needed)
         self._manifest = manifest
+        n = len(manifest.chunks)
+        self.places = min(self._places or n, n) if overlap else n
+        self.landing.open(manifest, self.places, mirrored=self.decodes_pieces)
+
+    @property
+    def decodes_pieces(self) -> bool:
+        """Whether the open context's chunks are decoded while they arrive."""
+        return self._ready()[1].decodes_pieces(self.model.device)
 
     def codec(self, manifest: Manifest) -> Codec:
         """The codec that a manifest describes, built once."""
@@ -129,47 +179,97 @@ class Compute:
             self._codecs[key] = registry.from_config(manifest.codec, profile)
         return self._codecs[key]
 
-    def buffers(self, manifest: Manifest) -> list[memoryview]:
-        """[chunk]: memory for any one encoding of it, in one allocation that is kept for the next session."""
-        starts = [0]
-        for info in manifest.chunks:
-            largest = max(*info.sizes_bytes, info.text_bytes)
-            starts.append(starts[-1] + -(-largest // ALIGNMENT) * ALIGNMENT)
-        if len(self._arena) < starts[-1]:
-            self._arena = memoryview(np.ones(starts[-1], dtype=np.uint8).data)  # ones: the pages are touched
-        return [self._arena[start:stop] for start, stop in itertools.pairwise(starts)]
-
     # --- steps of a session
 
-    def decode(self, chunk: int, level: int, data: memoryview) -> Step:
-        """Decode a chunk into the cache. Raises CodecError if its bytes are not this chunk at this level."""
+    def feed(self, inflow: Inflow) -> None:
+        """Decode what of a chunk is here and was not decoded yet. What is wrong with it fails `decode`."""
+        if inflow.is_dropped or inflow.error is not None:
+            return
+        try:
+            self._feed(inflow)
+        except Exception as error:
+            inflow.error = error
+
+    def _feed(self, inflow: Inflow) -> None:
         manifest, codec, cache = self._ready()
-        info = manifest.chunks[chunk]
-        start_s = time.monotonic()
-        check_chunk(data, info.start, level)
-        codec.decode(data, cache.view(info.start, info.stop), device=self.model.device)
-        return Step(start_s, self._end_s())
+        start, (stop, _, copied) = inflow.fed, inflow.copies[-1]
+        if start == stop and inflow.decoder is not None:
+            return  # an earlier call took this piece along
+        self.lanes.after("decode", copied)
+        begin = self.lanes.mark("decode")
+        with self.lanes.on("decode"):
+            if inflow.decoder is None:
+                info = manifest.chunks[inflow.chunk]
+                check_chunk(inflow.view[:stop], info.start, inflow.level)
+                view = cache.view(info.start, info.stop)
+                target = view if self._pages is None else self._pages.target(info.start, info.stop)
+                inflow.decoder = codec.decoder(target, device=self.model.device)
+            if stop > start:
+                mirror = None if inflow.mirror is None else inflow.mirror[start:stop]
+                inflow.decoder.feed(inflow.view[start:stop], mirror)
+        inflow.fed = stop
+        inflow.runs.append((begin, self.lanes.mark("decode")))
+
+    def decode(self, inflow: Inflow) -> Step:
+        """Decode (the rest of) a complete chunk into the cache. Raises CodecError if its bytes are not this chunk at
+        this level."""
+        self.feed(inflow)
+        if inflow.error is not None:
+            raise inflow.error
+        assert inflow.decoder is not None
+        manifest, _, cache = self._ready()
+        info = manifest.chunks[inflow.chunk]
+        begin = self.lanes.mark("decode")
+        with self.lanes.on("decode"):
+            inflow.decoder.finish()
+            if self._pages is not None:
+                self._pages.copy_to(cache.view(info.start, info.stop), info.start)
+        end = self.lanes.mark("decode")
+        inflow.runs.append((begin, end))
+        self.lanes.reach(end)
+        when = self.lanes.when
+        pieces = tuple((when(a), when(b)) for a, b in inflow.runs)
+        copies = () if inflow.mirror is None else tuple((when(a), when(b)) for _, a, b in inflow.copies)
+        return Step(pieces[0][0], pieces[-1][1], pieces=pieces if len(pieces) > 2 else (), copies=copies)
 
     def recompute(self, chunk: int, data: memoryview) -> Step:
         """Compute a chunk's KV from its token ids; everything before it is in the cache. Raises CodecError."""
         manifest, _, cache = self._ready()
         info = manifest.chunks[chunk]
-        start_s = time.monotonic()
         try:
             ids = token_ids(data, info.tokens)
-            cache.length = info.start
-            extend_kv(self.model, cache, ids)
+            with self._modelling() as begin:
+                cache.length = info.start
+                extend_kv(self.model, cache, ids)
         except SpecError as error:
             raise CodecError(f"text of chunk {chunk}: {error}") from error
-        return Step(start_s, self._end_s())
+        return self._step(begin)
 
     def prefill(self, prompt_ids: Sequence[int]) -> Step:
         """Run the prompt over the whole context; the first output token."""
         manifest, _, cache = self._ready()
-        start_s = time.monotonic()
-        cache.length = manifest.tokens
-        token = first_token(self.model, cache, prompt_ids)
-        return Step(start_s, self._end_s(), token)
+        with self._modelling() as begin:
+            cache.length = manifest.tokens
+            captured = self._captured.get((manifest.tokens, len(prompt_ids)))
+            if captured is None:
+                token = first_token(self.model, cache, prompt_ids)
+            else:
+                self.model.check_ids(prompt_ids)
+                token = captured(prompt_ids)
+        return self._step(begin, token)
+
+    @contextmanager
+    def _modelling(self) -> Iterator[Mark]:
+        """The model runs within, after everything that was decoded; gives the mark of its beginning."""
+        self.lanes.after("model", self.lanes.mark("decode"))
+        begin = self.lanes.mark("model")
+        with self.lanes.on("model"):
+            yield begin
+
+    def _step(self, begin: Mark, token: int | None = None) -> Step:
+        end = self.lanes.mark("model")
+        self.lanes.reach(end)
+        return Step(self.lanes.when(begin), self.lanes.when(end), token)
 
     def ask(self, questions: Sequence[Question]) -> Score:
         """Answers under the cache that arrived; after a session, not part of TTFT, so with every core."""
@@ -188,23 +288,18 @@ class Compute:
         cache.length = manifest.tokens
         return generate_with_kv(self.model, cache, prompt_ids, max_new_tokens)
 
-    def _end_s(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # a kernel that was only launched has not ended
-        return time.monotonic()
-
     def _ready(self) -> tuple[Manifest, Codec, KVCache]:
         if self._manifest is None or self._codec is None or self._cache is None:
             raise SpecError("no context is open")
         return self._manifest, self._codec, self._cache
 
 
-def check_chunk(data: memoryview, start: int, level: int) -> None:
-    """Raise CodecError unless encoded bytes are of the chunk at this position and of this level.
+def check_chunk(data: memoryview, start: int, level: LevelOrText) -> None:
+    """Raise CodecError unless encoded bytes begin like those of the chunk at this position and of this level.
 
     Otherwise a sender could answer with a well-formed chunk of another place, and the cache would be silently wrong.
     """
-    header = container.parse(data).header
+    header = container.parse_header(data)
     if (header.start, header.level) != (start, level):
         raise CodecError(
             f"asked for tokens from {start} at level {level}, got tokens from {header.start} at level {header.level}"
@@ -226,10 +321,7 @@ def measure_costs(
     decode_s: dict[int, tuple[float, ...]] = {}
     for index, chunk in enumerate(chunks):
         if chunk.tokens not in decode_s:
-            data = [bytearray(get(index, level)) for level in levels]
-            decode_s[chunk.tokens] = tuple(
-                _median_s(compute.decode, index, level, memoryview(data[level])) for level in levels
-            )
+            decode_s[chunk.tokens] = tuple(_median_s(_decode, compute, index, x, get(index, x)) for x in levels)
     # what lies before must be numbers, not NaN, whose arithmetic may take another time
     _, _, cache = compute._ready()
     cache.storage.normal_()
@@ -244,6 +336,18 @@ def measure_costs(
         recompute_s=tuple(_interpolate(points, c.start) * c.tokens for c in chunks),
         prefill_s=prefill_s,
     )
+
+
+def _decode(compute: Compute, chunk: int, level: int, data: bytes) -> Step:
+    """All of a chunk's bytes at once: from their copying on, where they are copied."""
+    inflow = compute.landing.take(chunk, level, len(data))
+    try:
+        inflow.view[:] = data
+        compute.landing.landed(inflow, len(data))
+        step = compute.decode(inflow)
+    finally:
+        compute.landing.release(inflow)
+    return replace(step, start_s=step.copies[0][0]) if step.copies else step
 
 
 def _median_s(step: Callable[..., Step], *arguments: Any) -> float:

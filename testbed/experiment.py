@@ -74,6 +74,8 @@ class Experiment:
     deadlines_s: tuple[float, ...]
     schemes: tuple[Scheme, ...]
     model: str = "bundled"
+    device: str = "cpu"
+    """Where the receiver decodes and runs the model: `cpu`, or a CUDA device such as `cuda`."""
     workload: str = ""
     """A synthetic workload instead of a model and contexts of ours: `mistral-7b,compute=a40` (testbed.synthetic)."""
     chunk_tokens: int = 256

@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import aiohttp
-from aiohttp import WSMsgType
 
 from policies.api import LevelOrText
 from testbed import wire
 from testbed.client import Client, StreamConnection
 from testbed.errors import SpecError
+from testbed.frames import Closed
 from testbed.session import SessionFailed
 
 RETRY_S = 0.1
+REFUSED = 1008
+"""The code of a WebSocket that is closed because of what its peer did."""
 PADDING_REST_S = 0.1
 """Padding is cut short so long before the start: what is queued on the way must have drained by then."""
 
@@ -78,7 +80,8 @@ class Inbound:
         self._connection: StreamConnection | None = None
         self._outstanding: deque[Arrival] = deque()
         self._next_req = 1  # request 0 is the padding before the session
-        self._stall: asyncio.Timeout | None = None
+        self._touched_s = 0.0
+        self._watcher: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.bytes = 0
         """Payload that arrived in all."""
@@ -186,34 +189,39 @@ class Inbound:
             self._send(arrival.get)
 
     async def _receive(self, connection: StreamConnection) -> None:
-        """Handle messages until the connection ends; raises when it does."""
-        async with asyncio.timeout(None) as stall:
-            self._stall = stall
-            self._touch()
-            try:
-                while True:
-                    message = await connection.socket.receive()
-                    if message.type is WSMsgType.BINARY:
-                        self._on_frame(message.data)
-                    elif message.type is WSMsgType.TEXT:
-                        self._on_header(wire.parse_answer(message.data))
-                    elif message.type is WSMsgType.CLOSE and message.data == 1008:
-                        raise SessionFailed(f"the sender refuses: {message.extra}")
-                    else:
-                        raise ConnectionError(f"the sender closed the stream ({message.type.name})")
-                    self._touch()
-            finally:
-                self._stall = None
+        """Handle what arrives until the connection ends; raises when it does."""
+        self._touch()
+        self._watch(connection)
+        try:
+            await connection.frames.serve(self)
+        except Closed as closed:
+            if closed.code == REFUSED:
+                raise SessionFailed(f"the sender refuses: {closed.reason}") from None
+            raise
+        finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
 
     def _touch(self) -> None:
         """Something arrived, or something new is awaited: the stall clock starts again."""
-        if self._stall is not None and not self._stall.expired():
-            awaited = bool(self._outstanding)
-            self._stall.reschedule(self._loop.time() + self._limits.stall_s if awaited else None)
+        self._touched_s = self._loop.time()
+
+    def _watch(self, connection: StreamConnection) -> None:
+        """Give the connection up when nothing has come for too long although something is outstanding."""
+        now_s = self._loop.time()
+        end_s = self._touched_s + self._limits.stall_s
+        if self._outstanding and now_s >= end_s:
+            connection.frames.fail(TimeoutError())
+            return
+        self._watcher = self._loop.call_at(max(end_s, now_s + RETRY_S), self._watch, connection)
 
     # --- answers
 
-    def _on_header(self, answer: wire.Answer | wire.Cancelled) -> None:
+    def on_text(self, text: str) -> None:
+        self._on_answer(wire.parse_answer(text))
+        self._touch()
+
+    def _on_answer(self, answer: wire.Answer | wire.Cancelled) -> None:
         arrival = self._outstanding[0] if self._outstanding else None
         if arrival is None or answer.req != arrival.get.req:
             raise SpecError(f"an answer to request {answer.req} came out of turn")
@@ -240,20 +248,25 @@ class Inbound:
         if not arrival.is_cancelled:
             self._listener.on_answer(arrival)
 
-    def _on_frame(self, data: bytes) -> None:
+    def on_frame(self, nbytes: int) -> None:
         arrival = self._outstanding[0] if self._outstanding else None
-        if arrival is None or not arrival.is_open or len(data) > len(arrival.target) - arrival.received:
+        if arrival is None or not arrival.is_open or nbytes > len(arrival.target) - arrival.received:
             raise SpecError("bytes came that nobody asked for")
-        stop = arrival.received + len(data)
-        if not arrival.is_cancelled:
-            # a cancelled chunk's memory may already belong to its successor
-            arrival.target[arrival.received : stop] = data
-        arrival.received = stop
-        self.bytes += len(data)
+
+    def place(self) -> memoryview | None:
+        arrival = self._outstanding[0]
+        # a cancelled chunk's memory may already belong to its successor
+        return None if arrival.is_cancelled else arrival.target[arrival.received :]
+
+    def on_landed(self, nbytes: int) -> None:
+        arrival = self._outstanding[0]
+        arrival.received += nbytes
+        self.bytes += nbytes
         if arrival.is_complete:
             self._outstanding.popleft()
         if not arrival.is_cancelled:
             self._listener.on_bytes(arrival)
+        self._touch()  # after what was done about them: meanwhile nothing could be seen to arrive
 
 
 async def _quietly(request: Coroutine[Any, Any, None]) -> None:
@@ -262,25 +275,54 @@ async def _quietly(request: Coroutine[Any, Any, None]) -> None:
         await request
 
 
+class _Padding:
+    """Takes padding in, and stops it when the session is near."""
+
+    def __init__(self, connection: StreamConnection, nbytes: int, start_s: float | None) -> None:
+        self._connection, self._nbytes, self._start_s = connection, nbytes, start_s
+        self.received = -1
+        self._cancelling: asyncio.Task[None] | None = None
+
+    def on_text(self, text: str) -> None:
+        if self.received < 0:
+            self.received = 0
+        elif self._cancelling is not None:
+            self._connection.frames.finish()
+        else:
+            raise SessionFailed("the sender does not send padding (TEXT)")
+
+    def on_frame(self, nbytes: int) -> None:
+        if self.received < 0:
+            raise SessionFailed("the sender does not send padding (BINARY)")
+
+    def place(self) -> memoryview | None:
+        return None
+
+    def on_landed(self, nbytes: int) -> None:
+        self.received += nbytes
+        if self.received >= self._nbytes:
+            self._connection.frames.finish()
+        elif self._cancelling is None and self._is_near():
+            self._cancelling = asyncio.create_task(_quietly(self._connection.request(wire.CancelRequest(0))))
+
+    def _is_near(self) -> bool:
+        return self._start_s is not None and time.monotonic() > self._start_s - PADDING_REST_S
+
+
 async def _pad(connection: StreamConnection, padding_bytes: int, stall_s: float, start_s: float | None) -> None:
     """Carry padding over a fresh connection until its congestion window has grown, but not into the session."""
+    padding = _Padding(connection, padding_bytes, start_s)
     await connection.request(wire.GetPadding(0, padding_bytes))
-    received = -1
-    is_cancelled = False
-    while received < padding_bytes:
-        try:
-            async with asyncio.timeout(stall_s):
-                message = await connection.socket.receive()
-        except TimeoutError:
-            raise SessionFailed(f"no byte for {stall_s:g} s before the session") from None
-        if message.type is WSMsgType.BINARY and received >= 0:
-            received += len(message.data)
-            if not is_cancelled and start_s is not None and time.monotonic() > start_s - PADDING_REST_S:
-                is_cancelled = True
-                await connection.request(wire.CancelRequest(0))
-        elif message.type is WSMsgType.TEXT and received < 0:
-            received = 0
-        elif message.type is WSMsgType.TEXT and is_cancelled:
-            return
-        else:
-            raise SessionFailed(f"the sender does not send padding ({message.type.name})")
+    serving = asyncio.create_task(connection.frames.serve(padding))
+    before = -2
+    try:
+        while not serving.done():
+            await asyncio.wait([serving], timeout=stall_s)
+            if not serving.done() and padding.received == before:
+                raise SessionFailed(f"no byte for {stall_s:g} s before the session")
+            before = padding.received
+        await serving
+    except Closed:
+        raise SessionFailed("the sender does not send padding (CLOSE)") from None
+    finally:
+        serving.cancel()

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
 from codec.targets import DTYPES
+from testbed import random_model
 from testbed.errors import SpecError
 from testbed.manifest import KVShape
 
@@ -126,7 +127,8 @@ class Model:
     def load(
         cls, source: str | Path | None = None, *, device: torch.device | str = "cpu", dtype: str | None = None
     ) -> Model:
-        """Load from a folder (no network is used) or by name; None or 'bundled' takes the bundled model.
+        """Load from a folder (no network is used) or by name; None or 'bundled' takes the bundled model, and
+        `random:mistral-7b` builds one of that size with random weights (`testbed.random_model`).
 
         On a CPU the default dtype is float32: it is exact and about as fast as bfloat16 there; elsewhere the dtype in
         which the weights are stored. Raises SpecError for a missing folder and for models whose cache is not one
@@ -134,6 +136,8 @@ class Model:
         """
         source = bundled_model_path() if source in (None, "bundled") else source
         assert source is not None
+        if str(source).startswith(random_model.PREFIX):
+            return random_model.build(str(source).removeprefix(random_model.PREFIX), device, dtype)
         folder = _folder(source)
         transformers_logging.disable_progress_bar()
         on_cpu = torch.device(device).type == "cpu"
@@ -201,14 +205,23 @@ class Model:
         cache.length = context
         return list(logits.split(lengths.tolist()))
 
-    @torch.inference_mode()
-    def _run(self, cache: KVCache, token_ids: Sequence[int], end: int, **arguments: Any) -> Tensor:
+    def next_token(self, cache: KVCache, ids: Tensor) -> Tensor:
+        """Append tokens int64 `[1, N]` that are on the device: the most likely next one, still there."""
+        output = self.network(input_ids=ids, past_key_values=cache.hugging_face, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float().argmax()
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise SpecError for no tokens, and for what is none of this model's."""
         if not token_ids:
             raise SpecError("no tokens were given to the model")
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self.vocabulary:
             bad = low if low < 0 else high
             raise SpecError(f"token id {bad} is outside the vocabulary of {self.vocabulary}; is it another model's?")
+
+    @torch.inference_mode()
+    def _run(self, cache: KVCache, token_ids: Sequence[int], end: int, **arguments: Any) -> Tensor:
+        self.check_ids(token_ids)
         if end > self.positions:
             raise SpecError(f"{end} tokens are more than the {self.positions} positions of {self.name}")
         ids = torch.tensor([list(token_ids)], device=self.device)

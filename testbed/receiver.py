@@ -29,6 +29,7 @@ from testbed.client import Client, parse_manifest
 from testbed.compute import Compute, Step
 from testbed.errors import SpecError
 from testbed.inbound import Arrival, Inbound, Limits
+from testbed.landing import Inflow
 from testbed.manifest import Manifest
 from testbed.session import (
     PREFILL,
@@ -45,6 +46,9 @@ from testbed.session import (
     ask_directly,
 )
 
+STEP_S = 0.001
+"""While bytes come, the session is asked so often what to do, and at its own times: not with each of the 47,000 frames
+that come in a second at 25 Gbit/s."""
 SPIN_S = 0.002
 """The event loop's timers are good to a millisecond; the rest to the start is spun away."""
 
@@ -139,11 +143,14 @@ class _Run:
         self._zero_s = 0.0
         self._rtt_s = 0.0
         self._session: Session | None = None
-        self._buffers: list[memoryview] = []
+        self._inflows: dict[int, Inflow] = {}
+        """[chunk]: what was asked for and is not in the cache yet."""
         self._texts: dict[int, str] = {}
         """[chunk]: SHA-256 of its text as the sender says."""
         self._wake: asyncio.TimerHandle | None = None
         self._profile: asyncio.Task[None] | None = None
+        self._decodes_pieces = False
+        self._stepped_s = 0.0
 
     async def run(self, start_s: float | None, cold: bool, padding_bytes: int) -> Fetched:
         await asyncio.wrap_future(self._compute.submit(self._compute.forget))
@@ -194,6 +201,9 @@ class _Run:
     def _now_s(self) -> float:
         return time.monotonic() - self._zero_s
 
+    def _since_zero(self, spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(start_s - self._zero_s, end_s - self._zero_s) for start_s, end_s in spans]
+
     def _fail(self, error: BaseException) -> None:
         if not self._finished.done():
             self._finished.set_exception(error)
@@ -215,10 +225,15 @@ class _Run:
         assert self._session is not None
         chunk, now_s = arrival.get.chunk, self._now_s()
         self._session.on_bytes(chunk, arrival.received, now_s)
+        inflow = self._inflows[chunk]
+        if self._compute.landing.landed(inflow, arrival.received) and self._decodes_pieces and inflow.level != TEXT:
+            self._compute.submit(self._compute.feed, inflow)
         if arrival.is_complete:
             if arrival.get.level == TEXT:
                 self._texts[chunk] = arrival.sha256
             self._session.on_last_byte(chunk, now_s)
+        elif now_s < self._stepped_s + STEP_S:
+            return
         self._step()
 
     def _on_manifest(self, manifest: Manifest) -> None:
@@ -243,11 +258,13 @@ class _Run:
 
     def _begin(self, manifest: Manifest) -> None:
         try:
-            self._compute.open(manifest, len(self._prompt_ids))
+            self._compute.open(manifest, len(self._prompt_ids), overlap=self.settings["overlap"])
         except CodecError as error:
             raise SpecError(str(error)) from error
-        self._buffers = self._compute.buffers(manifest)
-        self._session = Session(manifest, costs=self._costs, rtt_s=self._rtt_s, **self.settings)
+        self._decodes_pieces = self._compute.decodes_pieces and self.settings["overlap"]
+        self._session = Session(
+            manifest, costs=self._costs, rtt_s=self._rtt_s, places=self._compute.places, **self.settings
+        )
         self._step()
 
     # --- work
@@ -256,7 +273,8 @@ class _Run:
         """Let the session decide what begins now."""
         session = self._session
         assert session is not None
-        for work in session.poll(self._now_s()):
+        self._stepped_s = self._now_s()
+        for work in session.poll(self._stepped_s):
             self._begin_work(work)
         if self._wake is not None:
             self._wake.cancel()
@@ -279,21 +297,20 @@ class _Run:
     def _begin_work(self, work: Work) -> None:
         match work:
             case Fetch(chunk, level, size):
-                self._inbound.get_chunk(chunk, level, self._buffers[chunk][:size])
+                inflow = self._inflows[chunk] = self._compute.landing.take(chunk, level, size)
+                self._inbound.get_chunk(chunk, level, inflow.view)
             case Cancel(chunk):
                 self._inbound.cancel(chunk)
-            case Decode(chunk, level):
-                self._compute_step(work, self._compute.decode, chunk, level, self._data(chunk, level))
+                self._release(chunk)
+            case Decode(chunk):
+                self._compute_step(work, self._compute.decode, self._inflows[chunk])
             case Recompute(chunk):
-                self._compute_step(work, self._recompute, chunk, self._data(chunk, TEXT))
+                self._compute_step(work, self._recompute, chunk, self._inflows[chunk].view)
             case _:
                 self._compute_step(work, self._compute.prefill, self._prompt_ids)
 
-    def _data(self, chunk: int, level: int | str) -> memoryview:
-        assert self._session is not None
-        info = self._session.manifest.chunks[chunk]
-        size = info.sizes_bytes[level] if isinstance(level, int) else info.text_bytes
-        return self._buffers[chunk][:size]
+    def _release(self, chunk: int) -> None:
+        self._compute.landing.release(self._inflows.pop(chunk))
 
     def _recompute(self, chunk: int, data: memoryview) -> Step:
         # encoded chunks carry checksums, text has only this
@@ -314,12 +331,20 @@ class _Run:
         if self._finished.done() or self._session is None:
             return
         chunk = work.chunk if isinstance(work, Decode | Recompute) else PREFILL
+        if chunk != PREFILL:
+            self._release(chunk)
         try:
             step = finished.result()
         except CodecError as error:
             self._session.on_failed(chunk, str(error), self._now_s())
         else:
-            self._session.on_computed(chunk, step.start_s - self._zero_s, step.end_s - self._zero_s)
+            self._session.on_computed(
+                chunk,
+                step.start_s - self._zero_s,
+                step.end_s - self._zero_s,
+                pieces_s=self._since_zero(step.pieces),
+                copies_s=self._since_zero(step.copies),
+            )
             if self._session.done:
                 self._finished.set_result(step)
                 return

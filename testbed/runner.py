@@ -51,7 +51,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
         plugs.make_policy(scheme.policy)
     links = {text: plugs.make_link(text) for text in experiment.links}
     limits = replace(fidelity.Limits(), **experiment.limits)
-    progress.place("Backend mininet: real hosts and links in namespaces of their own; chunks are decoded on the CPU")
+    where = "the CPU" if experiment.device == "cpu" else experiment.device
+    progress.place(f"Backend mininet: real hosts and links in namespaces of their own; chunks are decoded on {where}")
     prepared = prepare.prepare(
         experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
     )
@@ -67,7 +68,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
         sessions = list(part)
-        with Stage(links[text], list(traces.values()), prepared, run.path) as stage:
+        with Stage(links[text], list(traces.values()), prepared, run.path, experiment.device) as stage:
             manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings, "costs": stage.costs_json}
             run.create(manifest)
             for unit, scheme in sessions:
@@ -100,8 +101,11 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
 class Stage:
     """A network with its shaper, sender and receiver, warm and ready for sessions."""
 
-    def __init__(self, link: Any, traces: list[Trace], prepared: prepare.Prepared, folder: Path) -> None:
+    def __init__(
+        self, link: Any, traces: list[Trace], prepared: prepare.Prepared, folder: Path, device: str = "cpu"
+    ) -> None:
         self._link = link
+        self._device = device
         self._traces = traces
         self._prepared = prepared
         self._folder = folder
@@ -121,10 +125,15 @@ class Stage:
                 self._folder / "sender.log",
             )
             stack.callback(self.sender.close)
+            # a model on a GPU must hold its cache in the type that was encoded
+            dtype = next(iter(self._prepared.manifests.values())).kv.dtype
             self.receiver = Process(
                 "receiver",
                 lambda argv, **options: network.popen(network.receiver, argv, **options),
-                ["-m", "testbed.receiver", "--store", store, "--model", self._prepared.model],
+                [
+                    *("-m", "testbed.receiver", "--store", store, "--model", self._prepared.model),
+                    *("--device", self._device, "--dtype", dtype),
+                ],
                 self._folder / "receiver.log",
             )
             stack.callback(self.receiver.close)

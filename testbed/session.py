@@ -8,7 +8,7 @@ which. The driver calls `poll` after every event, carries out the work it return
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -97,6 +97,10 @@ class ChunkRecord:
     """Why the policy's own answer was not used; None when it was."""
     attempts: int = 0
     received_bytes: int = 0
+    pieces_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of each piece's decoding, where pieces are decoded as they arrive."""
+    copies_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of each copy to the device, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class Session:
     depth 1 chooses when a chunk has arrived (the paper's Algorithm 1); depth 2 chooses the next chunk while the
     current one is nearly done, so that the link never idles and a choice is never older than one chunk.
     `overlap=False` holds all decoding back until the last byte: the control that shows what pipelining is worth.
+    `places` bounds the encodings that are asked for and not yet decoded, None is no bound: with all of them taken the
+    link waits for the decoder. Texts take no place, so that those waiting for what is before them hold up nothing.
     """
 
     def __init__(
@@ -148,6 +154,7 @@ class Session:
         costs: Costs,
         *,
         overlap: bool = True,
+        places: int | None = None,
         rtt_s: float | None = None,
         prior_bps: float | None = None,
         concurrent: int = 1,
@@ -165,6 +172,7 @@ class Session:
         self._depth = depth
         self._costs = costs
         self._overlap = overlap
+        self._places = places
         self._rtt_s = rtt_s
         self._lookahead_s = (rtt_s or 0.0) + LOOKAHEAD_MARGIN_S
         self._prior_bps = prior_bps
@@ -201,7 +209,7 @@ class Session:
         if self._progress is not None and self._progress_due and self._in_flight:
             self._progress_due = False
             work += self._ask_progress(now_s)
-        while self._unrequested and (not self._in_flight or self._may_look_ahead(now_s)):
+        while self._unrequested and self._has_place() and (not self._in_flight or self._may_look_ahead(now_s)):
             work.append(self._request(now_s))
         if self._computing is None:
             if self._arrived:
@@ -214,7 +222,7 @@ class Session:
 
     def wake_s(self) -> float | None:
         """When `poll` should be called even if nothing happens: the current chunk is then nearly done."""
-        if self._depth == 1 or not self._unrequested or len(self._in_flight) != 1:
+        if self._depth == 1 or not self._unrequested or len(self._in_flight) != 1 or not self._has_place():
             return None
         rest_s = self._rest_s()
         return None if rest_s is None else max(0.0, self._recent[-1][0] + rest_s - self._lookahead_s)
@@ -318,7 +326,15 @@ class Session:
         )
         self._arrived.append(chunk)
 
-    def on_computed(self, chunk: int, start_s: float, end_s: float) -> None:
+    def on_computed(
+        self,
+        chunk: int,
+        start_s: float,
+        end_s: float,
+        *,
+        pieces_s: Sequence[tuple[float, float]] = (),
+        copies_s: Sequence[tuple[float, float]] = (),
+    ) -> None:
         """Decoding or recomputing of `chunk` is done; PREFILL means the first token is out."""
         if chunk == PREFILL:
             self._ttft_s = end_s
@@ -327,6 +343,7 @@ class Session:
         record = self._chunks[chunk]
         record.decode_start_s = start_s
         record.decode_end_s = end_s
+        record.pieces_s, record.copies_s = tuple(pieces_s), tuple(copies_s)
         self._uncomputed -= 1
 
     def on_failed(self, chunk: int, why: str, now_s: float) -> None:
@@ -340,6 +357,13 @@ class Session:
             raise SessionFailed(f"chunk {chunk} failed {record.attempts} times, last: {why}")
 
     # --- inside
+
+    def _has_place(self) -> bool:
+        """Whether one more encoding may be asked for."""
+        if self._places is None:
+            return True
+        held = [*self._in_flight, *self._arrived, *([] if self._computing is None else [self._computing])]
+        return sum(self._chunks[chunk].level != TEXT for chunk in held) < self._places
 
     def _may_look_ahead(self, now_s: float) -> bool:
         """Whether the next chunk may be chosen while another is in flight."""

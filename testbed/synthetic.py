@@ -150,15 +150,13 @@ class Workload:
 def parse(text: str) -> Workload:
     """The workload of a spec such as `mistral-7b,compute=h200`. Raises SpecError naming what there is."""
     spec = specs.parse(text, "workload")
-    models, machine = _data("models.toml")["models"], _data("compute.toml")
-    if spec.name not in models:
-        raise SpecError(f"no workload is called {spec.name!r}; there are {', '.join(models)}")
+    machine, model = _data("compute.toml"), shape_of(spec.name)
     settings = specs.build(Settings, spec.settings, f"workload {spec.name}")
     if settings.compute not in machine["gpus"]:
         raise SpecError(f"no compute profile is called {settings.compute!r}; there are {', '.join(machine['gpus'])}")
     if not 0 <= settings.prompt <= MOST_TOKENS:
         raise SpecError(f"prompt={settings.prompt}; give 0 to {MOST_TOKENS} tokens")
-    model, gpu = models[spec.name], machine["gpus"][settings.compute]
+    gpu = machine["gpus"][settings.compute]
     gpus = 1
     while ELEMENT_BYTES * model["parameters"] > gpus * gpu["memory_bytes"] * machine["weights_share"]:
         gpus *= 2
@@ -174,6 +172,14 @@ def parse(text: str) -> Workload:
         flops=speed * gpu["flops"] * machine["sustained_flops"],
         memory_bytes_per_s=speed * gpu["memory_bytes_per_s"] * machine["sustained_memory"],
     )
+
+
+def shape_of(model: str) -> dict[str, Any]:
+    """What is known of a model of the paper's evaluation (`workloads/models.toml`). Raises SpecError."""
+    models: dict[str, dict[str, Any]] = _data("models.toml")["models"]
+    if model not in models:
+        raise SpecError(f"no workload is called {model!r}; there are {', '.join(models)}")
+    return models[model]
 
 
 def tokens_of(context: str) -> int:

@@ -41,12 +41,13 @@ from typing import IO, Any
 from codec.errors import CodecError
 from policies.api import Forecast
 from policies.errors import PolicyError
+from testbed import gemv
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
 from testbed.emulator.clock import be_punctual
 from testbed.errors import SpecError
 from testbed.guard import TimedAsk
-from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, mean_kl
+from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, Question, mean_kl
 from testbed.plugs import make_policy
 from testbed.receiver import Fetched, Limits, fetch_session
 from testbed.session import Costs, SessionFailed, SessionRecord
@@ -64,12 +65,15 @@ class Worker:
         self.compute = Compute(model)
         self.store = store
         self._costs: dict[str, Costs] = {}
+        self._load: gemv.GemvLoop | None = None
 
     async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command. Raises what REFUSALS lists."""
         match command.get("cmd"):
             case "prepare":
                 contexts = [str(context) for context in command["contexts"]]
+                # at once for all, because what is captured on a cache goes with it
+                self.compute.reserve(max(map(self._room, contexts), default=0))
                 return {"ok": True, "costs": {context: asdict(await self.prepare(context)) for context in contexts}}
             case "session":
                 return await self.session(command)
@@ -90,16 +94,21 @@ class Worker:
             assert manifest.profile is not None
             self.compute.add_profile(self.store.profile(manifest.profile))
         questions = self.store.questions(context)
-        longest = max(questions, key=lambda q: len(q.prompt_ids) + len(q.answer_ids))
-        asked = len(longest.prompt_ids) + len(longest.answer_ids)
-        self.compute.reserve(manifest.tokens + max(asked, SIDE_BY_SIDE_TOKENS))
-        self.compute.buffers(manifest)
+        longest = max(questions, key=_length)
+        self.compute.reserve(self._room(context))
+        for length in sorted({len(question.prompt_ids) for question in questions}):
+            self.compute.capture(manifest.tokens, length)
         return measure_costs(
             self.compute,
             manifest,
             lambda chunk, level: self.store.get_kv(chunk_id(context, chunk), level),
             longest.prompt_ids,
         )
+
+    def _room(self, context: str) -> int:
+        """Tokens of a context and of what is asked after it."""
+        tokens = self.store.manifest(context).tokens
+        return tokens + max(SIDE_BY_SIDE_TOKENS, *map(_length, self.store.questions(context)))
 
     async def session(self, command: dict[str, Any]) -> dict[str, Any]:
         """One session, and afterwards what its cache was worth."""
@@ -108,6 +117,7 @@ class Worker:
         questions = self.store.questions(context)
         index = int(command.get("question", 0)) % len(questions)
         policy = make_policy(str(command["policy"]))
+        load = self._begin_load() if command.get("load") else None
         try:
             async with Client(str(command["url"])) as client:
                 fetched = await fetch_session(
@@ -132,10 +142,21 @@ class Worker:
                 )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
+        finally:
+            rounds = [] if load is None else load.stop()
         result = {"ok": True, "status": "ok", **session_json(fetched)}
+        if rounds:
+            # to the last decoding, before the prompt's prefill
+            result["load"] = gemv.slowdown(rounds, fetched.zero_s, fetched.zero_s + fetched.prefill_start_s)
         if command.get("evaluate", True):
             result |= await asyncio.wrap_future(self.compute.submit(self._judge, context, index, fetched))
         return result
+
+    def _begin_load(self) -> gemv.GemvLoop:
+        if self._load is None:
+            self._load = gemv.GemvLoop(self.compute.model.device)
+        self._load.start()
+        return self._load
 
     def _judge(self, context: str, index: int, fetched: Fetched) -> dict[str, Any]:
         """All questions over the cache that arrived, against the exact cache."""
@@ -147,6 +168,10 @@ class Worker:
             "answers": len(questions),
             "measured_kl": mean_kl(self.store.reference(context), score.log_probs),
         }
+
+
+def _length(question: Question) -> int:
+    return len(question.prompt_ids) + len(question.answer_ids)
 
 
 def session_json(fetched: Fetched) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run, and of its folder under runs/")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
     parser.add_argument("--model", help="folder or name of a causal language model (default: the bundled one)")
+    parser.add_argument("--device", help="where the receiver decodes and runs the model: cpu (default) or cuda")
     parser.add_argument("--workload", help="a synthetic workload: mistral-7b, llama-34b or llama-70b[,compute=h200]")
     parser.add_argument("--context", action="append", help="a shipped context or a JSON file; repeatable")
     parser.add_argument("--trace", action="append", help="a name, file or generator: uniform,low=5Mbps,high=55Mbps")
@@ -170,7 +171,13 @@ def resolve(args: argparse.Namespace) -> Experiment:
     if args.workload and not base.workload:
         changes |= {"contexts": (synthetic.CONTEXT,), "traces": (synthetic.TRACE,), "repetitions": 100}
         changes["chunk_tokens"] = synthetic.CHUNK_TOKENS
-    for option, field in (("model", "model"), ("workload", "workload"), ("seed", "seed"), ("name", "name")):
+    for option, field in (
+        ("model", "model"),
+        ("device", "device"),
+        ("workload", "workload"),
+        ("seed", "seed"),
+        ("name", "name"),
+    ):
         if getattr(args, option) is not None:
             changes[field] = getattr(args, option)
     for option, field in (("context", "contexts"), ("trace", "traces"), ("link", "links")):

@@ -1,9 +1,9 @@
-"""The picture of one session: capacity and arrivals, transfers and decoding."""
+"""The picture of one session: capacity and arrivals, and what link, copies, decoder and model were doing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.report.material import Material
 from testbed.report.sessions import n_levels, virtual_link, within_view
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def timeline(material: Material) -> Figure | None:
-    """Capacity and goodput over time, and under it what the link and the decoder were doing."""
+    """Capacity and goodput over time, and under it a lane for each thing at work: transfers, copies to the device where
+    there are any, decoding, and the model's own computing."""
     if material.session is None:
         return None
     from matplotlib import pyplot
@@ -24,7 +25,7 @@ def timeline(material: Material) -> Figure | None:
     link = within_view(material.session["link"] or virtual_link(row, chunks), row)
     count = n_levels(row, material.levels)
     colours: dict[int | str, str] = {**dict(enumerate(level_colours(count))), "text": TEXT_COLOUR}
-    figure, (top, lanes) = pyplot.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(3, 1.5))
+    figure, (top, lanes) = pyplot.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(3, 1.9))
     if link:
         times_s = [sample["t_s"] for sample in link]
         top.fill_between(
@@ -36,34 +37,24 @@ def timeline(material: Material) -> Figure | None:
         )
     top.set_ylim(bottom=0)
     top.set_ylabel("Mbit/s")
+    names = ["compute", "decode", *(["copy"] if any(c.get("copies_s") for c in chunks) else []), "transfer"]
     for chunk in chunks:
-        if chunk["last_byte_s"] is None:
-            continue
-        colour = colours[chunk["level"]]
-        start_s = max(
-            [
-                c["last_byte_s"]
-                for c in chunks
-                if c["last_byte_s"] is not None and c["last_byte_s"] < chunk["last_byte_s"]
-            ]
-            + [chunk["request_s"]]
-        )
-        lanes.barh(1, chunk["last_byte_s"] - start_s, left=start_s, color=colour, edgecolor="white", lw=0.5, height=0.8)
-        if chunk["decode_end_s"] is not None:
-            lanes.barh(
-                0,
-                chunk["decode_end_s"] - chunk["decode_start_s"],
-                left=chunk["decode_start_s"],
-                color=colour,
-                edgecolor="white",
-                lw=0.3,
-                height=0.8,
-                hatch="///" if chunk["level"] == "text" else None,
-            )
+        for name, spans in spans_of(chunk, chunks).items():
+            for start_s, end_s in spans:
+                lanes.barh(
+                    names.index(name),
+                    end_s - start_s,
+                    left=start_s,
+                    color=colours[chunk["level"]],
+                    edgecolor="white",
+                    lw=0.5 if len(spans) == 1 else 0.0,
+                    height=0.8,
+                    hatch="///" if name == "compute" else None,
+                )
     ends = [chunk["decode_end_s"] for chunk in chunks if chunk["decode_end_s"] is not None]
     if ends and row["ttft_s"] is not None:
         lanes.barh(0, row["ttft_s"] - max(ends), left=max(ends), color=INK, alpha=0.55, height=0.8)
-    lanes.set_yticks((0, 1), ("decode", "transfer"))
+    lanes.set_yticks(range(len(names)), names)
     lanes.set_xlabel("seconds since the request")
     for axes in (top, lanes):
         axes.axvline(row["deadline_s"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -81,6 +72,21 @@ def timeline(material: Material) -> Figure | None:
         handlelength=1,
     )
     return figure
+
+
+def spans_of(chunk: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[tuple[float, float]]]:
+    """[lane]: when it was at work on a chunk. A transfer counts from the end of the one before it."""
+    if chunk["last_byte_s"] is None:
+        return {}
+    before = [c["last_byte_s"] for c in chunks if c["last_byte_s"] is not None]
+    start_s = max([end_s for end_s in before if end_s < chunk["last_byte_s"]] + [chunk["request_s"]])
+    spans: dict[str, Sequence[tuple[float, float]]] = {"transfer": [(start_s, chunk["last_byte_s"])]}
+    if chunk.get("copies_s"):
+        spans["copy"] = chunk["copies_s"]
+    if chunk["decode_end_s"] is not None:
+        name = "compute" if chunk["level"] == "text" else "decode"
+        spans[name] = chunk.get("pieces_s") or [(chunk["decode_start_s"], chunk["decode_end_s"])]
+    return spans
 
 
 def delivered_rate(link: Sequence[Mapping[str, float]], window_s: float = 0.05) -> tuple[list[float], list[float]]:

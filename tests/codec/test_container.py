@@ -4,12 +4,13 @@ import struct
 import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.container import MAX_EXPANSION, Header, inspect, pack, parse
+from codec.container import MAX_EXPANSION, Arrival, Header, inspect, pack, parse
 from codec.errors import CodecError
 
 HEADER = Header("raw", 3, 1024, 2, 8, 2, 4, "float16", "ab" * 32)
@@ -110,3 +111,17 @@ def test_noise_is_refused(noise: bytes) -> None:
     for data in (noise, b"KVST\x01" + noise):
         with pytest.raises(CodecError):
             parse(data)
+
+
+def test_bytes_that_lie_together_are_not_copied() -> None:
+    data = pack(HEADER, {"data": b"x" * 400, "more": b"y" * 112})
+    memory = np.frombuffer(bytes(8) + data + bytes(8), np.uint8).copy()
+    whole = memoryview(memory.data)[8 : 8 + len(data)]
+    together, apart = Arrival(), Arrival()
+    for start, stop in ((0, 70), (70, 131), (131, 300), (300, len(data))):
+        together.feed(whole[start:stop])
+        apart.feed(memoryview(data[start:stop]))
+    memory[8 + len(data) - 1] ^= 1  # seen through a view, not in a copy
+    assert bytes(apart.part(0, len(data))) == data
+    assert bytes(together.part(0, len(data))) == data[:-1] + bytes([data[-1] ^ 1])
+    assert apart.finish().sections["more"] == b"y" * 112

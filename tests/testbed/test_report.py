@@ -166,3 +166,22 @@ def test_another_codec_under_the_same_policy_looks_related_but_different() -> No
     looks = [scheme_style(row) for row in (one, one | {"scheme": "cachegen-codec"}, one | {"depth": 1})]
     assert len({look.colour for look in looks}) == 1
     assert len({(look.marker, look.dash, look.hollow) for look in looks}) == 3
+
+
+def test_every_lane_has_what_was_done_on_it() -> None:
+    from testbed.report.timeline import spans_of
+
+    first = {
+        "level": 1, "request_s": 0.0, "last_byte_s": 0.2, "decode_start_s": 0.1, "decode_end_s": 0.25,
+        "pieces_s": [[0.1, 0.12], [0.2, 0.25]], "copies_s": [[0.05, 0.06], [0.19, 0.2]],
+    }  # fmt: skip
+    second = {"level": "text", "request_s": 0.19, "last_byte_s": 0.3, "decode_start_s": 0.3, "decode_end_s": 0.5}
+    third = {"level": 1, "request_s": 0.3, "last_byte_s": None}
+    chunks = [first, second, third]
+    assert spans_of(first, chunks) == {
+        "transfer": [(0.0, 0.2)],
+        "copy": first["copies_s"],
+        "decode": first["pieces_s"],
+    }
+    assert spans_of(second, chunks) == {"transfer": [(0.2, 0.3)], "compute": [(0.3, 0.5)]}
+    assert spans_of(third, chunks) == {}

@@ -1,0 +1,231 @@
+"""The receiving side of a client's WebSocket once the handshake is over: payload goes from the kernel to its place.
+
+aiohttp makes the connection, sends, and closes. What arrives it would copy three times on its way to a chunk's memory,
+which at 10 Gbit/s is all that one core can do; here the socket is read straight into that memory (RFC 6455, section
+5.2: a server's frames are not masked, so their payload is the bytes themselves). Everything is said to a `Handler`, on
+the event loop's thread. A peer that sends what no sender of ours does ends the stream with a SpecError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+import aiohttp
+
+from testbed.errors import SpecError
+
+MAX_TEXT_BYTES: Final = 4096
+HEADER_BYTES: Final = 10
+"""The longest header of an unmasked frame. So much is read when one is awaited: more would be payload to be copied."""
+SINK_BYTES: Final = 1 << 16
+READ_BYTES: Final = 1 << 20
+"""Most bytes of one read: a dozen frames, whose headers are then closed up in memory. A read for each frame's header
+and one for its payload cost more than that."""
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+class Handler(Protocol):
+    """Who gets what arrives. What it raises ends `Frames.serve`."""
+
+    def on_text(self, text: str) -> None:
+        """A text message is here."""
+
+    def on_frame(self, nbytes: int) -> None:
+        """A binary frame begins; there must be place for all of it."""
+
+    def place(self) -> memoryview | None:
+        """Where the frame's next bytes go, and those of the frames after it; None if nobody wants them."""
+
+    def on_landed(self, nbytes: int) -> None:
+        """So many bytes are in their place now (or dropped)."""
+
+
+class Closed(ConnectionError):
+    """The peer ended the stream in good order."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__("the sender closed the stream")
+        self.code, self.reason = code, reason
+
+
+class Frames(asyncio.BufferedProtocol):
+    """Takes a connection's arriving bytes over from aiohttp; `hand_back` before closing in good order."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._response = socket._response
+        connection = self._response.connection
+        assert connection is not None
+        assert connection.transport is not None
+        self._socket = socket
+        self._transport: Any = connection.transport
+        self._before: Any = self._transport.get_protocol()
+        self._handler: Handler | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+        self._sink = memoryview(bytearray(SINK_BYTES))
+        self._head = memoryview(bytearray(HEADER_BYTES))
+        self._have = 0
+        """Bytes of a header that are here."""
+        self._opcode = 0
+        self._rest = 0
+        """Payload bytes of the frame that are still to come."""
+        self._message = bytearray()
+        self._target: memoryview | None = None
+        """The handler's place that is read into."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._transport.set_protocol(self)
+
+    async def serve(self, handler: Handler) -> None:
+        """Let `handler` have what arrives, until it calls `finish`. Raises what ends the stream."""
+        if self._error is not None:
+            raise self._error
+        self._handler = handler
+        self._ended = asyncio.get_running_loop().create_future()
+        try:
+            await self._ended
+        finally:
+            self._handler = self._ended = None
+
+    def finish(self) -> None:
+        """End `serve`; the stream goes on."""
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream."""
+        if self._error is None:
+            self._error = error
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(error)
+
+    def hand_back(self) -> bool:
+        """Let aiohttp have the connection again. Returns False where it could not make sense of what comes next."""
+        whole = self._error is None and self._rest == self._have == 0
+        if whole:
+            self._transport.set_protocol(self._before)
+        return whole
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._response.close()
+        self._transport.abort()
+
+    # --- from the event loop
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        self._target = None
+        if self._error is not None:
+            return self._sink
+        if not self._rest:
+            return self._head[self._have :]
+        if self._opcode == BINARY and self._handler is not None:
+            self._target = self._handler.place()
+        # what is left of an answer on its way is more than its place, by its frames' headers: this reads no further
+        return self._sink[: self._rest] if self._target is None else self._target[:READ_BYTES]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._error is not None:
+            return
+        try:
+            if not self._rest:
+                begun, self._have = bytes(self._head[: self._have + nbytes]), 0
+                self._take(memoryview(begun))
+            elif self._target is None or self._handler is None:
+                self._take(self._sink[:nbytes])
+            else:
+                data, landed = self._target[:nbytes], min(nbytes, self._rest)
+                self._rest -= landed
+                self._handler.on_landed(landed)
+                self._take(data[landed:])
+        except Exception as error:
+            self.fail(error)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.fail(error if isinstance(error, OSError) else ConnectionError("the connection is gone"))
+        self._before.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        self._before.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._before.resume_writing()
+
+    # --- frames
+
+    def _take(self, data: memoryview) -> None:
+        """Bytes that are not in their place; they may lie in the handler's memory, behind it."""
+        while len(data):
+            if self._rest:
+                part = data[: self._rest]
+                self._on_payload(part)
+                data = data[len(part) :]
+                continue
+            old, new = self._have, min(HEADER_BYTES - self._have, len(data))
+            self._head[old : old + new] = data[:new]
+            self._have += new
+            length = self._parse_head()
+            if length is None:
+                return
+            self._have = 0
+            data = data[length - old :]
+
+    def _parse_head(self) -> int | None:
+        """Begin a frame; the length of its header, or None while that is not whole."""
+        if self._have < 2:
+            return None
+        first, second = self._head[0], self._head[1]
+        length = 2 + {126: 2, 127: 8}.get(second, 0)
+        if first & 0x70 or second & 0x80 or not first & 0x80 or first & 0x0F not in (TEXT, BINARY, CLOSE, PING, PONG):
+            raise SpecError(f"a frame begins with {first:#04x} {second:#04x}, which no sender sends")
+        if self._have < length:
+            return None
+        size = second if length == 2 else int.from_bytes(self._head[2:length], "big")
+        self._opcode, self._rest = first & 0x0F, size
+        self._message.clear()
+        if self._opcode == BINARY:
+            if self._handler is None:
+                raise SpecError("bytes came that nobody asked for")
+            self._handler.on_frame(size)
+        elif size > MAX_TEXT_BYTES:
+            raise SpecError(f"a message of {size} bytes is longer than {MAX_TEXT_BYTES}")
+        if not size:
+            self._on_message()
+        return length
+
+    def _on_payload(self, data: memoryview) -> None:
+        self._rest -= len(data)
+        if self._opcode != BINARY:
+            self._message += data
+            if not self._rest:
+                self._on_message()
+        elif self._handler is not None:
+            place = self._handler.place()
+            if place is not None:
+                place[: len(data)] = data
+            self._handler.on_landed(len(data))
+
+    def _on_message(self) -> None:
+        data = bytes(self._message)
+        if self._opcode == TEXT:
+            if self._handler is None:
+                raise SpecError("a message came out of turn")
+            try:
+                text = data.decode()
+            except UnicodeDecodeError as error:
+                raise SpecError("a message is not text") from error
+            self._handler.on_text(text)
+        elif self._opcode == CLOSE:
+            raise Closed(int.from_bytes(data[:2], "big"), data[2:].decode(errors="replace"))
+        elif self._opcode == PING:
+            task = asyncio.ensure_future(self._pong(data))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pong(self, data: bytes) -> None:
+        with suppress(OSError, aiohttp.ClientError):
+            await self._socket.pong(data)
