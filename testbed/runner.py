@@ -18,10 +18,15 @@ from typing import Any, Final
 
 from testbed import machine, outcome, plugs, prepare
 from testbed.dashboard import events
-from testbed.emulator import fidelity
+from testbed.emulator import analysis, fidelity
+from testbed.emulator.capture import capture
+from testbed.emulator.probe import Prober
+from testbed.emulator.record import LinkRecord
 from testbed.emulator.shaper import Shaper
 from testbed.emulator.topology import Network
+from testbed.errors import MachineError
 from testbed.experiment import Experiment, Scheme, Unit
+from testbed.manifest import Manifest
 from testbed.outcome import Bound, Outcome
 from testbed.process import Process
 from testbed.progress import Progress
@@ -67,7 +72,14 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
         sessions = list(part)
-        with Stage(links[text], list(traces.values()), prepared, run.path) as stage:
+        with Stage(
+            links[text],
+            list(traces.values()),
+            prepared,
+            run.path,
+            packets=experiment.capture,
+            probe=experiment.probe,
+        ) as stage:
             manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings, "costs": stage.costs_json}
             run.create(manifest)
             for unit, scheme in sessions:
@@ -76,7 +88,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
                 result, chunks, link = stage.settled(unit, scheme, trace, limits, log, experiment.most_repeats)
                 bound = stage.bound(unit, scheme, trace)
                 row = outcome.row_of(unit, scheme, prepared.model_name, "mininet", result, bound)
-                run.save(row, chunks, link)
+                run.save(row, chunks, link, result.packets)
                 events.append(log, events.SessionEnd(vars(row)))
                 progress.step(row)
 
@@ -100,8 +112,20 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
 class Stage:
     """A network with its shaper, sender and receiver, warm and ready for sessions."""
 
-    def __init__(self, link: Any, traces: list[Trace], prepared: prepare.Prepared, folder: Path) -> None:
+    def __init__(
+        self,
+        link: Any,
+        traces: list[Trace],
+        prepared: prepare.Prepared,
+        folder: Path,
+        *,
+        packets: bool = False,
+        probe: bool = False,
+    ) -> None:
+        """`packets`: record every session's at both ends. `probe`: look for `prior_bps` before each."""
         self._link = link
+        self._packets = packets
+        self._probe = probe
         self._traces = traces
         self._prepared = prepared
         self._folder = folder
@@ -113,6 +137,7 @@ class Stage:
             network = stack.enter_context(Network(self._link, traces=self._traces))
             self.network = network
             self.shaper = stack.enter_context(Shaper(network))
+            self._prober = stack.enter_context(Prober(network)) if self._probe else None
             store = str(self._prepared.path)
             self.sender = Process(
                 "sender",
@@ -171,14 +196,21 @@ class Stage:
         self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session on the link, with what the link did."""
-        zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
-        self.shaper.arm(trace, zero_s, COVERED_S)
-        self._announce(unit, scheme, trace, log)
-        answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s), SESSION_LIMIT_S + 30.0)
-        end_s = time.monotonic()
-        if answer["status"] == "ok":
-            end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
-        measured = self.shaper.finish(end_s)
+        prior_bps = self._prior_bps(trace)
+        with ExitStack() as stack:
+            captures = None
+            if self._packets:
+                name = f"{unit.unit_id}-{scheme.name}"
+                captures = stack.enter_context(capture(self.network, self._folder / "packets", name))
+            zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
+            self.shaper.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
+            self._announce(unit, scheme, trace, log)
+            command = self._command(unit, scheme, trace, zero_s) | {"prior_bps": prior_bps}
+            answer = self.receiver.ask(command, SESSION_LIMIT_S + 30.0)
+            end_s = time.monotonic()
+            if answer["status"] == "ok":
+                end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
+            measured = self.shaper.finish(end_s)
         verdict = fidelity.judge(measured, trace, limits)
         link = measured.rows()
         if answer["status"] == "failed":
@@ -193,8 +225,36 @@ class Stage:
             answers_right=answer.get("answers_right"),
             answers=answer.get("answers"),
             fidelity=verdict.to_json(),
+            prior_bps=prior_bps,
         )
-        return result, answer["record"]["chunks"], link
+        chunks = answer["record"]["chunks"]
+        return (result, chunks, link) if captures is None else (*self._joined(result, chunks, measured, captures), link)
+
+    def _joined(
+        self, result: Outcome, chunks: list[Json], measured: LinkRecord, captures: Mapping[str, Any]
+    ) -> tuple[Outcome, list[Json]]:
+        """The session with what its packets say."""
+        found = analysis.analyse(captures, self.network.sender_ip, self._link.mtu)
+        end_s = measured.t0_s + measured.length_s
+        windows = found.windows(measured.t0_s, end_s)
+        summary = found.summary(measured, alone=not self._link.crossed)
+        return replace(result, capture=summary, packets=windows), found.chunks(chunks, measured.t0_s)
+
+    def _prior_bps(self, trace: Trace) -> float | None:
+        """What a train of packets finds of the link at the session's start; None where nothing comes through."""
+        if self._prober is None:
+            return None
+        self.shaper.arm(None, time.monotonic(), COVERED_S)
+        self.shaper.set_rate(float(trace.rates_bps[0]))
+        try:
+            return self._prober.measure().goodput_bps if trace.rates_bps[0] else None
+        except MachineError:
+            return None
+        finally:
+            self.shaper.finish()
+
+    def _manifest(self, unit: Unit, scheme: Scheme) -> Manifest:
+        return self._prepared.manifests[unit.context, scheme.codec]
 
     def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float) -> Json:
         command: Json = {
@@ -211,9 +271,12 @@ class Stage:
             "padding_bytes": PADDING_BYTES,
             "limits": {"session_s": SESSION_LIMIT_S},
         }
+        if trace.per == "chunk":
+            command["steps"] = str(self.shaper.steps)
         if plugs.is_clairvoyant(scheme.policy):
             goodput = self._goodput(trace)
             command["forecast"] = {
+                "per": goodput.per,
                 "durations_s": goodput.durations_s.tolist(),
                 "rates_bps": goodput.rates_bps.tolist(),
                 "end": goodput.end,
@@ -223,7 +286,7 @@ class Stage:
         return command
 
     def _announce(self, unit: Unit, scheme: Scheme, trace: Trace, log: Path) -> None:
-        manifest = self._prepared.manifests[unit.context, scheme.codec]
+        manifest = self._manifest(unit, scheme)
         events.append(
             log,
             events.SessionStart(

@@ -5,22 +5,28 @@ streams by `testbed.emulator.shaper`. A process of its own, so that neither a bu
 collection of the controller can delay a rate change. Only light modules are imported: it starts in 40 ms.
 
     {"do": "make", "queue_s": .., "queue_bytes": .. | null, "packet_bytes": .., "idle_bps": ..}     put it in place
-    {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..]}                          a session starts at t0_s
-    {"do": "rate", "rate_bps": ..}                                                  step now (per-chunk traces)
+    {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..], "chunks_bps": [..]}      a session starts at t0_s
+    {"do": "rate", "rate_bps": ..}                                                  step now
     {"do": "finish", "t_end_s": ..}                                                 end it then; answers its record
 
-Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process.
+Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process. A trace with one rate a
+chunk has its rates in `chunks_bps`. The step to a chunk's is made when a datagram `{"chunk": .., "at_s": ..}` on the
+socket `steps_path(INTERFACE)` says that its first byte has left the link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import select
+import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from testbed.emulator.clock import CpuMeter, be_punctual, spent_s
@@ -34,11 +40,30 @@ SPIN_S: Final = 0.0002
 RATE_TOLERANCE: Final = 1e-6
 
 
+def steps_path(interface: str) -> Path:
+    """Where a shaper is told of chunks. /run is the sandbox's own, so it vanishes with it however that ends."""
+    return Path(f"/run/kvstream-{interface}.steps")
+
+
+@contextlib.contextmanager
+def teller(path: str | None) -> Iterator[Callable[[int], None] | None]:
+    """What tells the shaper behind a socket of a chunk's first byte; None where nobody is to be told."""
+    if path is None:
+        yield None
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.connect(path)
+        yield lambda chunk: line.send(json.dumps({"chunk": chunk, "at_s": time.monotonic()}).encode())
+
+
 class Replay:
     """The state of the process: one interface, and at most one session."""
 
     def __init__(self, interface: str) -> None:
         self.tc = Interface(interface)
+        self.told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        steps_path(interface).unlink(missing_ok=True)
+        self.told.bind(str(steps_path(interface)))
         self.punctual = be_punctual(light=True)
         self.rate_bps = self.idle_bps = 0.0
         self.closed = False
@@ -70,9 +95,11 @@ class Replay:
         }
         return self.settings
 
-    def arm(self, t0_s: float, changes: list[list[float]]) -> None:
-        """Begin a session; its times count from `t0_s`."""
+    def arm(self, t0_s: float, changes: list[list[float]], chunks_bps: list[float]) -> None:
+        """Begin a session; its times count from `t0_s`. The first chunk's rate is in force from then on."""
         self.t0_s = t0_s
+        self.chunks_bps = chunks_bps
+        changes = changes or [[0.0, rate] for rate in chunks_bps[:1]]
         self.pending = deque((t0_s + at_s, rate) for at_s, rate in changes)
         self.samples: list[tuple[float, float, int, int, int]] = []
         self.changes: list[tuple[float, float, float]] = []
@@ -140,11 +167,11 @@ class Replay:
                 if self.pending:
                     due.append(self.pending[0][0] - SPIN_S)
             wait = max(min(due) - time.monotonic(), 0.0) if due else None
-            if control:
-                if select.select([0], [], [], wait)[0]:
-                    return True
-            elif wait:
-                time.sleep(wait)
+            readable = select.select([self.told, 0] if control else [self.told], [], [], wait)[0]
+            if self.told in readable:
+                self._heed()
+            if 0 in readable:
+                return True
             now = time.monotonic()
             if self.armed:
                 if self.pending and self.pending[0][0] - SPIN_S <= now:
@@ -161,6 +188,14 @@ class Replay:
                     self._sample_cpu(now)
             if end_s is not None and now >= end_s:
                 return False
+
+    def _heed(self) -> None:
+        """A chunk's first byte has left the link: its rate is in force."""
+        news = json.loads(self.told.recv(4096))
+        if self.armed and news["chunk"] < len(self.chunks_bps) and news["at_s"] >= self.t0_s:
+            rate_bps = self.chunks_bps[news["chunk"]]
+            if rate_bps != (0.0 if self.closed else self.rate_bps):
+                self._step(news["at_s"], rate_bps)
 
     def _step(self, due_s: float, rate_bps: float) -> None:
         try:

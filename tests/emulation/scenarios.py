@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from testbed import specs
-from testbed.emulator import capture, fidelity, traffic
+from testbed.emulator import analysis, capture, fidelity, traffic
 from testbed.emulator.link import LinkSettings
 from testbed.emulator.probe import Prober
 from testbed.emulator.record import LinkRecord
@@ -365,7 +365,7 @@ def captured(link: str, folder: str) -> dict[str, Any]:
         capture.capture(net, Path(folder)) as captures,
     ):
         record = backlogged(net, shaper, trace, 1.0)
-    found = capture.analyse(captures, net.sender_ip)
+    found = analysis.analyse(captures, net.sender_ip)
     begin, end = record.t0_s + record.samples[0].t_s, record.t0_s + record.samples[-1].t_s
     chunks = [{"chunk": 0, "first_byte_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
     return {
@@ -376,6 +376,7 @@ def captured(link: str, folder: str) -> dict[str, Any]:
         "chunks": found.chunks(chunks, record.t0_s),
         "retransmitted": found.retransmitted_bytes / max(found.sent_bytes, 1),
         "least_rtt_s": float(found.rtt_s.min()),
+        "summary": found.summary(record, alone=True),
     }
 
 

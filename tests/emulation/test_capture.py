@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ def test_a_capture_agrees_with_the_counters(scenario, tmp_path):
     assert second == {"chunk": 1}
 
 
-@pytest.mark.xfail(reason="some acknowledgements are matched with a later sending: the least round trip is too small")
 def test_no_round_trip_is_shorter_than_the_delay(scenario, tmp_path):
     assert scenario("captured", link="delay=5ms", folder=str(tmp_path))["least_rtt_s"] >= 0.010
 
@@ -50,10 +48,3 @@ def test_what_is_no_capture_is_refused(tmp_path):
         list(capture.Capture(file, 0.0, 0).packets())
     with pytest.raises(MachineError, match="not a capture"):
         list(capture.Capture(Path("/nonexistent"), 0.0, 0).packets())
-
-
-def test_sequence_numbers_wrap():
-    top = (1 << 32) - 100
-    assert capture._unwrap(50, top) == (1 << 32) + 50
-    assert capture._unwrap(top - 1, (1 << 32) + 5) == top - 1
-    assert math.isnan(capture._median(capture.np.array([float("nan")])))
