@@ -192,10 +192,33 @@ def _first_process(alive: int, report_fd: int, argv: list[str]) -> NoReturn:
         try:
             os.execvp(argv[0], argv)
         except OSError as error:
-            os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
-            os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+            status, why = _refused(argv[0], error)
+            os.write(2, f"{argv[0]}: {why}\n".encode())
+            os._exit(status)
     os.close(report_fd)
     _relay(command)
+
+
+def _refused(program: str, error: OSError) -> tuple[int, str]:
+    """Exit status and reason of a program that did not start, as a shell gives them: 127 when there is none, 126 else.
+
+    Asked for a program that is nowhere, the kernel says "permission denied" if it could not look into one folder of
+    PATH: one of root's, say, which an ordinary user's sandbox may not search though it looks like root's.
+    """
+    import shutil
+
+    if os.sep in program or shutil.which(program, mode=os.F_OK) is not None:
+        return (127 if isinstance(error, FileNotFoundError) else 126), error.strerror or str(error)
+    closed = [folder for folder in dict.fromkeys(os.get_exec_path()) if not _searchable(folder)]
+    return 127, "not found in PATH" + (f", of which {', '.join(closed)} may not be searched" if closed else "")
+
+
+def _searchable(folder: str) -> bool:
+    try:
+        os.stat(os.path.join(folder, "."))
+    except OSError as error:
+        return not isinstance(error, PermissionError)
+    return True
 
 
 def _relay(child: int) -> NoReturn:

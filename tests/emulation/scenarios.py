@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -356,8 +356,10 @@ def datagrams(link: str, count: int) -> dict[str, Any]:
 # ---- capture and probe ------------------------------------------------------------------------------------------
 
 
-def captured(link: str, folder: str) -> dict[str, Any]:
+def captured(link: str, folder: str, recorder: Literal["tcpdump", "sniff"] | None = None) -> dict[str, Any]:
     """A captured session: what the capture and the counters say of the same stretch of time."""
+    if recorder is not None:
+        capture.recorder = lambda: recorder
     trace = trace_of([[0.5, 20], [0.5, 40]])
     with (
         Network(link_of(link), traces=[trace]) as net,
