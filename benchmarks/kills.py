@@ -40,7 +40,7 @@ LIFE_S = {"replay": 3.0, "session": 12.0}
 """Killed within so long from the start; a run that is over by then had none of its processes killed."""
 GONE_S = 2.0
 KEPT = (LOCK.name, "torchinductor_")
-"""An empty file that all emulations share, and torch's folder of compiled code: what every run leaves, killed or not."""
+"""An empty file that all emulations share, and torch's folder of compiled code: left by every run, killed or not."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def one(number: int, seed: int) -> Killed:
                 os.kill(pid, signal.SIGKILL)
         status = ended(process)
         end_s = time.monotonic()
-        while marked(mark) and time.monotonic() - end_s < GONE_S:
+        # A process that is on its way out has no environment any more, but its namespace still.
+        while (marked(mark) or spaces & held(looked_s)) and time.monotonic() - end_s < GONE_S:
             time.sleep(0.005)
         cleanup_s = time.monotonic() - end_s
         left = [f"process {pid}" for pid in marked(mark)]

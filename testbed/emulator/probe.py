@@ -2,9 +2,9 @@
 
 The receiver asks, the sender answers with packets back to back. The time to the first is the round trip; the spacing of
 the later ones is the bottleneck's. A shaper lets the first 2 ms of its rate through at once, as real token buckets do,
-so a train counts only from 3 ms on and is asked for again, four times as long, until it takes long enough. The median of
-three such trains counts, because a processor that others had for a moment spoils one. This is what a policy sees as
-`prior_bps`: a look at one moment of the link, which costs some 0.2 s before the session.
+so a train counts only from 3 ms on and is asked for again, four times as long, until it takes long enough. The median
+of three such trains counts, because a processor that others had for a moment spoils one. This is what a policy sees
+as `prior_bps`: a look at one moment of the link, which costs some 0.2 s before the session.
 
     python -m testbed.emulator.probe answer ADDRESS PEER MTU    at the sender, until its input ends
     python -m testbed.emulator.probe ask ADDRESS MTU            at the receiver: a JSON line for each line of input
