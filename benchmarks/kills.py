@@ -140,8 +140,9 @@ def held(before_s: float) -> set[str]:
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             if name.isdigit():
-                ticks = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[19])
-                if ticks / os.sysconf("SC_CLK_TCK") < before_s:
+                state, *facts = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                # A zombie holds nothing any more; an orphan's is the business of the machine's first process.
+                if state != "Z" and int(facts[18]) / os.sysconf("SC_CLK_TCK") < before_s:
                     found |= of_process(name)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         found |= {word for word in line.split() if word.startswith(("net:[", "mnt:[", "user:["))}

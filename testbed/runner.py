@@ -134,9 +134,12 @@ class Stage:
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
-            network = stack.enter_context(Network(self._link, traces=self._traces))
+            up = [open_trace(self._link.up_trace)] if self._link.up_trace else []
+            network = stack.enter_context(Network(self._link, traces=[*self._traces, *up]))
             self.network = network
             self.shaper = stack.enter_context(Shaper(network))
+            self._ups = [(stack.enter_context(Shaper(network, "up")), trace) for trace in up]
+            """The way back, where it is limited."""
             self._prober = stack.enter_context(Prober(network)) if self._probe else None
             store = str(self._prepared.path)
             self.sender = Process(
@@ -204,6 +207,8 @@ class Stage:
                 captures = stack.enter_context(capture(self.network, self._folder / "packets", name))
             zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
             self.shaper.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
+            for shaper, up in self._ups:
+                shaper.arm(up, zero_s, COVERED_S)
             self._announce(unit, scheme, trace, log)
             command = self._command(unit, scheme, trace, zero_s) | {"prior_bps": prior_bps}
             answer = self.receiver.ask(command, SESSION_LIMIT_S + 30.0)
@@ -211,7 +216,11 @@ class Stage:
             if answer["status"] == "ok":
                 end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
             measured = self.shaper.finish(end_s)
+            back = [fidelity.judge(shaper.finish(end_s), up, limits) for shaper, up in self._ups]
         verdict = fidelity.judge(measured, trace, limits)
+        for other in back:
+            reasons = (*verdict.reasons, *(f"way back: {why}" for why in other.reasons))
+            verdict = replace(verdict, ok=not reasons, reasons=reasons)
         link = measured.rows()
         if answer["status"] == "failed":
             return Outcome("failed", answer["error"], fidelity=verdict.to_json()), [], link

@@ -54,6 +54,8 @@ class LinkSettings:
     """TCP flows of others that compete for the bottleneck all the time, with the same congestion control."""
     cross_trace: str = ""
     """A trace (a name or a file) at whose rates others send datagrams through the bottleneck during a session."""
+    up_trace: str = ""
+    """A trace (a name or a file) that limits the way back to the senders; without one that way is not limited."""
     pin: bool = False
     """Keep senders on one half of the cores and receivers on the other."""
     impair: Literal["auto", "netem", "nfqueue"] = "auto"

@@ -35,6 +35,8 @@ class Shaper:
     def __init__(self, network: Network, direction: Literal["down", "up"] = "down") -> None:
         self.network = network
         self.interface = network.bottleneck if direction == "down" else network.upstream
+        self._leads = direction == "down"
+        """With this direction begin what delays and what others send."""
         self.settings: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
 
@@ -99,9 +101,9 @@ class Shaper:
         elif trace is not None:
             steps = trace.changes(0.0, length_s)
         self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps], chunks_bps=rates)
-        if self.network.impairments is not None and trace is not None:
+        if self._leads and self.network.impairments is not None and trace is not None:
             self.network.impairments.begin(trace, t0_s, length_s)
-        if self.network.cross is not None:
+        if self._leads and self.network.cross is not None:
             self.network.cross.begin(t0_s, length_s)
 
     def set_rate(self, rate_bps: float) -> None:
@@ -112,9 +114,9 @@ class Shaper:
         """End the session at `t_end_s` (CLOCK_MONOTONIC; default now) and return what the link did."""
         end_s = time.monotonic() if t_end_s is None else t_end_s
         record = self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0))
-        if self.network.impairments is not None:
+        if self._leads and self.network.impairments is not None:
             self.network.impairments.rest()
-        if self.network.cross is not None:
+        if self._leads and self.network.cross is not None:
             self.network.cross.rest()
         return LinkRecord.from_json(record)
 
