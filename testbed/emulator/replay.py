@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from testbed.emulator.clock import CpuMeter, be_punctual, spent_s
+from testbed.emulator.requests import Requests
 from testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
 
 SAMPLE_S: Final = 0.01
@@ -147,16 +148,17 @@ class Replay:
 
     def serve(self) -> None:
         """Answer requests until the input ends."""
+        requests = Requests()
         while self._until(None, control=True):
-            line = _read_line()
-            if not line:
+            asked = requests.read()
+            if asked is None:
                 return
-            request = json.loads(line)
-            try:
-                answer = {"ok": getattr(self, request.pop("do"))(**request)}
-            except OSError as error:
-                answer = {"error": error.strerror or str(error)}
-            os.write(1, json.dumps(answer).encode() + b"\n")
+            for request in asked:
+                try:
+                    answer = {"ok": getattr(self, request.pop("do"))(**request)}
+                except OSError as error:
+                    answer = {"error": error.strerror or str(error)}
+                os.write(1, json.dumps(answer).encode() + b"\n")
 
     def _until(self, end_s: float | None, *, control: bool) -> bool:
         """Step and sample on time until `end_s`, or (`control`) until there is a request to read."""
@@ -245,17 +247,6 @@ class Replay:
     def _fault(self, t_s: float, what: str) -> None:
         if len(self.faults) < 20:
             self.faults.append(f"{t_s:.3f} s: {what}")
-
-
-def _read_line() -> bytes:
-    """One line of the input, read byte by byte so that nothing stays in a buffer where select() cannot see it."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 65_536)
-        if not byte:
-            return b""
-        line += byte
-    return bytes(line)
 
 
 if __name__ == "__main__":
