@@ -54,6 +54,8 @@ PR_SET_PDEATHSIG: Final = 1
 APPARMOR_SWITCH: Final = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 DEBIAN_SWITCH: Final = Path("/proc/sys/kernel/unprivileged_userns_clone")
 MAX_USER_NAMESPACES: Final = Path("/proc/sys/user/max_user_namespaces")
+STATUS: Final = Path("/proc/self/status")
+MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 def inside() -> bool:
@@ -279,6 +281,11 @@ def _cause(number: int | None) -> tuple[str, str]:
             "start the container with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined "
             "--security-opt systempaths=unconfined`, or with `--privileged`",
         )
+    if "Seccomp:\t2" in (_reads(STATUS) or ""):
+        return (
+            "a seccomp filter forbids it",
+            "lift it: `--security-opt seccomp=unconfined` for Docker, `RestrictNamespaces=no` for a systemd service",
+        )
     if _reads(APPARMOR_SWITCH) == "1" and os.getuid() != 0:
         return (
             "AppArmor restricts unprivileged user namespaces",
@@ -290,7 +297,11 @@ def _cause(number: int | None) -> tuple[str, str]:
 def _in_container() -> bool:
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         return True
-    return any(mark in (_reads(Path("/proc/1/cgroup")) or "") for mark in ("docker", "kubepods", "containerd", "lxc"))
+    if any(mark in (_reads(Path("/proc/1/cgroup")) or "") for mark in ("docker", "kubepods", "containerd", "lxc")):
+        return True
+    # Where containers have control groups of their own, only their layered root file system gives them away.
+    roots = [line for line in (_reads(MOUNTS) or "").splitlines() if line.split()[4:5] == ["/"]]
+    return any(" - overlay " in line for line in roots)
 
 
 def _reads(path: Path) -> str | None:

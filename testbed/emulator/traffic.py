@@ -99,8 +99,8 @@ def pour(address: str, port: int, mtu: int) -> None:
                 asked = requests.read()
                 if asked is None:
                     return
-                for steps in asked:
-                    owed, rate, last_s = 0.0, 0.0, time.monotonic()
+                for told in asked:
+                    steps, owed, rate, last_s = told, 0.0, 0.0, time.monotonic()
             now = time.monotonic()
             while steps and steps[0][0] <= now:
                 due_s, next_rate = steps.pop(0)

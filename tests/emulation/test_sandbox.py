@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed import doctor
 from testbed.emulator import sandbox
 from testbed.errors import MachineError
 
@@ -110,18 +112,23 @@ def test_killing_any_process_leaves_nothing(tmp_path):
         ({"MAX_USER_NAMESPACES": "0"}, errno.ENOSPC, "sysctl -w user.max_user_namespaces"),
         ({"DEBIAN_SWITCH": "0"}, errno.EPERM, "sysctl -w kernel.unprivileged_userns_clone=1"),
         ({"APPARMOR_SWITCH": "1"}, errno.EPERM, "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
+        ({"STATUS": "Seccomp:\t2\n"}, errno.EPERM, "--security-opt seccomp=unconfined"),
+        ({"MOUNTS": "21 1 0:27 / / rw - overlay overlay rw,lowerdir=/a"}, errno.EPERM, "--security-opt systempaths="),
         ({}, errno.EPERM, "as root"),
     ],
 )
 def test_a_refusal_names_the_cause_and_the_remedy(files, number, words, tmp_path, monkeypatch):
-    for name in ("MAX_USER_NAMESPACES", "DEBIAN_SWITCH", "APPARMOR_SWITCH"):
+    for name in ("MAX_USER_NAMESPACES", "DEBIAN_SWITCH", "APPARMOR_SWITCH", "STATUS", "MOUNTS"):
         (tmp_path / name).write_text(files.get(name, "1" if name == "DEBIAN_SWITCH" else ""))
         monkeypatch.setattr(sandbox, name, tmp_path / name)
-    monkeypatch.setattr(sandbox, "_in_container", lambda: False)
+    real = sandbox._reads
+    monkeypatch.setattr(sandbox, "_reads", lambda path: None if path == Path("/proc/1/cgroup") else real(path))
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # /.dockerenv, where these tests run in a container
     monkeypatch.setattr(os, "getuid", lambda: 1000)
     line = sandbox._explain(OSError(number, os.strerror(number), "unshare"))
     assert words in line
     assert "\n" not in line
+    assert words in doctor._line_of(line) or words == "as root"
 
 
 def test_docker_is_told_apart(monkeypatch):
@@ -142,6 +149,27 @@ def test_a_machine_without_namespaces_gets_one_clear_line():
     if "unshare" in done.stderr or "annot" in done.stderr:
         pytest.skip(f"no user namespace to try this in: {done.stderr.strip()}")
     assert "user.max_user_namespaces is 0; run `sudo sysctl -w user.max_user_namespaces" in done.stdout
+
+
+SECCOMP = """
+import ctypes, platform, struct
+unshare = {"x86_64": 272, "aarch64": 97}[platform.machine()]
+# load the system call's number; is it unshare? then EPERM, else allow: what Docker's profile does with it
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, unshare), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+program = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+from testbed import doctor
+found = doctor.probe()[-1]
+print(found.name, found.ok, found.fix)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the number of the system call differs")
+def test_a_filter_like_docker_s_is_recognised_for_real():
+    done = subprocess.run([sys.executable, "-c", SECCOMP], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("namespaces False --security-opt seccomp=unconfined")
 
 
 def test_nothing_to_run_is_an_error():
