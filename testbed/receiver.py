@@ -44,6 +44,7 @@ from testbed.session import (
     Work,
     ask_directly,
 )
+from testbed.spread import Spread
 
 SPIN_S = 0.002
 """The event loop's timers are good to a millisecond; the rest to the start is spun away."""
@@ -88,19 +89,21 @@ async def fetch_session(
     ask: Ask = ask_directly,
     limits: Limits | None = None,
     on_chunk: Callable[[int], None] | None = None,
+    others: Sequence[Client] = (),
 ) -> Fetched:
     """One request for one context: its cache in `compute`, and the first token after `prompt_ids`.
 
     `start_s` is the CLOCK_MONOTONIC at which to begin (None: as soon as the connection stands); `padding_bytes` are
     sent over the connection before, so that its congestion window is open; `cold` connects within the session.
-    `on_chunk` hears of each chunk's first byte at once.
+    `on_chunk` hears of each chunk's first byte at once. With `others` the chunks lie on several senders: chunk i on the
+    one that is i modulo their number, `client` being number 0.
     Raises SessionFailed with the reason, SpecError for settings that cannot be meant.
     """
     if getattr(policy, "clairvoyant", False):
         if forecast is None:
             raise SpecError(f"policy {type(policy).__name__} is clairvoyant; it needs a forecast")
         policy.foresee(forecast)  # type: ignore[attr-defined]
-    run = _Run(client, context, compute, costs, tuple(prompt_ids), limits or Limits())
+    run = _Run(client, context, compute, costs, tuple(prompt_ids), limits or Limits(), others)
     run.on_chunk = on_chunk
     run.settings = {
         "policy": policy,
@@ -127,6 +130,7 @@ class _Run:
         costs: Costs,
         prompt_ids: tuple[int, ...],
         limits: Limits,
+        others: Sequence[Client],
     ) -> None:
         self._client = client
         self._context = context
@@ -138,7 +142,9 @@ class _Run:
         self.on_chunk: Callable[[int], None] | None = None
 
         self._loop = asyncio.get_running_loop()
-        self._inbound = Inbound(client, context, self, limits)
+        self._inbound: Inbound | Spread = (
+            Spread([client, *others], context, self, limits) if others else Inbound(client, context, self, limits)
+        )
         self._finished: asyncio.Future[Step] = self._loop.create_future()
         self._zero_s = 0.0
         self._rtt_s = 0.0

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,20 +136,21 @@ class Stage:
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
             up = [open_trace(self._link.up_trace)] if self._link.up_trace else []
-            network = stack.enter_context(Network(self._link, traces=[*self._traces, *up]))
+            network = stack.enter_context(Network(self._link, traces=[*self._traces, *up], senders=self._link.senders))
             self.network = network
             self.shaper = stack.enter_context(Shaper(network))
             self._ups = [(stack.enter_context(Shaper(network, "up")), trace) for trace in up]
             """The way back, where it is limited."""
             self._prober = stack.enter_context(Prober(network)) if self._probe else None
             store = str(self._prepared.path)
-            self.sender = Process(
-                "sender",
-                lambda argv, **options: network.popen(network.sender, argv, **options),
-                ["-m", "testbed.sender", "--store", store, "--host", "0.0.0.0", "--port", str(PORT), "--sandbox"],
-                self._folder / "sender.log",
-            )
-            stack.callback(self.sender.close)
+            for host in network.sender_hosts:
+                sender = Process(
+                    host.name,
+                    partial(network.popen, host),
+                    ["-m", "testbed.sender", "--store", store, "--host", "0.0.0.0", "--port", str(PORT), "--sandbox"],
+                    self._folder / "sender.log",
+                )
+                stack.callback(sender.close)
             self.receiver = Process(
                 "receiver",
                 lambda argv, **options: network.popen(network.receiver, argv, **options),
@@ -246,7 +248,7 @@ class Stage:
         found = analysis.analyse(captures, self.network.sender_ip, self._link.mtu)
         end_s = measured.t0_s + measured.length_s
         windows = found.windows(measured.t0_s, end_s)
-        summary = found.summary(measured, alone=not self._link.crossed)
+        summary = found.summary(measured, alone=not self._link.crossed and self._link.senders == 1)
         return replace(result, capture=summary, packets=windows), found.chunks(chunks, measured.t0_s)
 
     def _prior_bps(self, trace: Trace) -> float | None:
@@ -266,9 +268,11 @@ class Stage:
         return self._prepared.manifests[unit.context, scheme.codec]
 
     def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float) -> Json:
+        urls = [f"http://{ip}:{PORT}" for ip in self.network.sender_ips]
         command: Json = {
             "cmd": "session",
-            "url": f"http://{self.network.sender_ip}:{PORT}",
+            "url": urls[0],
+            "others": urls[1:],
             "context": self._prepared.ids[unit.context, scheme.codec],
             "policy": scheme.policy,
             "deadline_s": unit.deadline_s,

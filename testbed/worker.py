@@ -14,6 +14,7 @@ the model is loaded the process prints `{"ready": true, "model": "<fingerprint>"
         optional: "question": 0 (index of the timed one), "depth": 2, "overlap": true, "cold": false,
         "padding_bytes": 0, "start_s": null (CLOCK_MONOTONIC), "prior_bps": null, "concurrent": 1, "seed": 0,
         "steps": null (the shaper's socket, told as each chunk's first byte comes),
+        "others": ["http://10.1.1.1:8700", ...] (senders of the other chunks: see testbed.spread),
         "evaluate": true, "limits": {"stall_s": 5, "reconnects": 3, "session_s": 120},
         "forecast": {"durations_s": [...], "rates_bps": [...], "end": "hold", "rtt_s": 0.04,
                      "initial_window_bytes": null}   (goodput from the session's start; for clairvoyant policies)
@@ -133,6 +134,7 @@ class Worker:
                     ask=TimedAsk(),
                     limits=Limits(**command.get("limits", {})),
                     on_chunk=stack.enter_context(teller(command.get("steps"))),
+                    others=[await stack.enter_async_context(Client(url)) for url in command.get("others", ())],
                 )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
