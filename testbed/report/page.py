@@ -324,7 +324,7 @@ def _packets(rows: Sequence[Json]) -> str:
     )
     good = sum(said["ok"] for _, said in seen)
     return f"""<p>Packets were recorded at both ends: in {good} of {len(seen)} sessions none was missed, and they
-add up to what the queue counted, within 1 %.</p>
+add up to what the queue counted, within 1 %, where nobody else sent through it.</p>
 <details><summary>Every capture</summary><div class="wide"><table><thead><tr><th scope=col>unit<th scope=col>scheme
 <th scope=col>least round trip <small>s</small><th scope=col>median <small>s</small>
 <th scope=col>one way, median <small>s</small><th scope=col>retransmitted <small>bytes</small>
