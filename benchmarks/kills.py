@@ -31,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 from testbed.emulator.turn import LOCK  # noqa: E402
 
-REPLAY = ("trace", "replay", "constant,rate=20Mbps", "--length", "1.5s", "--measure")
+REPLAY = ("trace", "replay", "constant,rate=20Mbps", "--length", "1s", "--measure")
 REPLAY_LINK = ("--link", "delay=5ms,cross_flows=1")
 SESSION = ("run", "--quick", "--policy", "fixed,level=lowest", "--codec", "uniform", "--trace", "constant,rate=30Mbps")
 EVERY = 10
 """One run in so many is a whole experiment."""
-LIFE_S = {"replay": 3.0, "session": 12.0}
+LIFE_S = {"replay": 2.5, "session": 10.0}
 """Killed within so long from the start; a run that is over by then had none of its processes killed."""
 GONE_S = 2.0
 KEPT = (LOCK.name, "torchinductor_")

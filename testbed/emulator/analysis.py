@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,11 +67,20 @@ class Analysis:
         return rows
 
     def chunks(self, rows: Iterable[Mapping[str, Any]], t0_s: float) -> list[dict[str, Any]]:
-        """Rows of `chunks.jsonl` of one session (times from `t0_s`), each with what the capture says of it."""
+        """Rows of `chunks.jsonl` of one session (times from `t0_s`), each with what the capture says of it.
+
+        A chunk has the link from its request, or from the last byte of the chunk before, until its own last byte: so
+        is goodput meant elsewhere too. Its first packet is there before the receiver's program knows.
+        """
+        rows = list(rows)
+        ends = sorted(row["last_byte_s"] for row in rows if row.get("last_byte_s") is not None)
         joined = []
         for row in rows:
-            begin, end = row.get("first_byte_s"), row.get("last_byte_s")
-            facts = {} if begin is None or end is None else self._facts(t0_s + begin, t0_s + max(end, begin + 1e-3))
+            facts: dict[str, float] = {}
+            if (end_s := row.get("last_byte_s")) is not None:
+                before = bisect_left(ends, end_s)
+                begin_s = max(row["request_s"], ends[before - 1] if before else 0.0)
+                facts = self._facts(t0_s + begin_s, t0_s + max(end_s, begin_s + 1e-3))
             joined.append({**row, **{f"capture_{name}": value for name, value in facts.items()}})
         return joined
 

@@ -31,7 +31,7 @@ from testbed.emulator.requests import Requests
 EARLY_S: Final = 0.00003
 """Packets that are due this soon go along: waking up again would take longer."""
 BATCH: Final = 256
-PERIOD_S: Final = 0.0003
+PERIOD_S: Final = 0.00025
 """While packets come in quick succession they are looked at this often; one that comes alone is seen at once."""
 LATE_BINS_S: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 

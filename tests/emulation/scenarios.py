@@ -369,7 +369,7 @@ def captured(link: str, folder: str, recorder: Literal["tcpdump", "sniff"] | Non
         record = backlogged(net, shaper, trace, 1.0)
     found = analysis.analyse(captures, net.sender_ip)
     begin, end = record.t0_s + record.samples[0].t_s, record.t0_s + record.samples[-1].t_s
-    chunks = [{"chunk": 0, "first_byte_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
+    chunks = [{"chunk": 0, "request_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
     return {
         "counted": record.samples[-1].delivered_bytes,
         "captured": found.frames_between(begin, end),

@@ -148,7 +148,8 @@ def test_packets_and_a_prior_on_request(tmp_path):
     goodput = 30e6 * 1448 / 1514
     assert row["prior_bps"] == pytest.approx(goodput, rel=0.05)
     chunks = [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
-    assert [chunk["capture_goodput_bps"] for chunk in chunks] == pytest.approx([goodput] * len(chunks), rel=0.1)
+    rates = [chunk["capture_goodput_bps"] for chunk in chunks[1:] if chunk["bytes"] > 50_000]
+    assert rates == pytest.approx([goodput] * len(rates), rel=0.1)
     assert all(0.010 <= chunk["capture_one_way_s"] < 0.080 for chunk in chunks)
     windows = [json.loads(line) for line in (folder / "packets.jsonl").read_text().splitlines()]
     assert [window["t_s"] for window in windows[:3]] == pytest.approx([0.0, 0.1, 0.2])

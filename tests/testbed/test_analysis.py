@@ -85,11 +85,17 @@ def test_duplicates_and_overlaps_are_not_new(tmp_path):
 def test_chunks_windows_and_the_counters(tmp_path):
     sent = [data(10.0 + i / 100, 1000 * i) for i in range(50)]
     found = recorded(tmp_path, sent, [data(t_s + 0.02, 1000 * i) for i, (t_s, _, _) in enumerate(sent)])
-    rows = [{"chunk": 0, "first_byte_s": 0.02, "last_byte_s": 0.2}, {"chunk": 1, "first_byte_s": None}]
-    first, second = found.chunks(rows, 10.0)
+    rows = [
+        {"chunk": 0, "request_s": 0.02, "last_byte_s": 0.2},
+        {"chunk": 1, "request_s": 0.1, "last_byte_s": 0.215},
+        {"chunk": 2, "request_s": None, "last_byte_s": None},
+    ]
+    first, second, third = found.chunks(rows, 10.0)
     assert first["capture_goodput_bps"] == pytest.approx(18 * 8000 / 0.18, rel=0.06)
     assert first["capture_one_way_s"] == pytest.approx(0.02)
-    assert second == rows[1]
+    # the last byte of the chunk before is where a chunk that was asked for early begins
+    assert second["capture_goodput_bps"] == pytest.approx(2 * 8000 / 0.015)
+    assert third == rows[2]
     assert [row["t_s"] for row in found.windows(10.0, 10.52)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     samples = tuple(Sample(t_s, 1e6, round(t_s * 100) * 1054, 0, 0) for t_s in (0.0, 0.52))
     record = LinkRecord(10.0, 0.52, samples, (), (), 2, 1054, (), {})
