@@ -88,7 +88,7 @@ async def fetch_session(
     seed: int = 0,
     ask: Ask = ask_directly,
     limits: Limits | None = None,
-    on_chunk: Callable[[int], None] | None = None,
+    on_chunk: Callable[[int], object] | None = None,
     others: Sequence[Client] = (),
 ) -> Fetched:
     """One request for one context: its cache in `compute`, and the first token after `prompt_ids`.
@@ -139,7 +139,7 @@ class _Run:
         self._prompt_ids = prompt_ids
         self._limits = limits
         self.settings: dict[str, Any] = {}
-        self.on_chunk: Callable[[int], None] | None = None
+        self.on_chunk: Callable[[int], object] | None = None
 
         self._loop = asyncio.get_running_loop()
         self._inbound: Inbound | Spread = (

@@ -163,7 +163,7 @@ def main(settings: dict[str, Any]) -> None:
     lanes = [Lane(queue, settings, forward=i == 0) for i, queue in enumerate(queues)]
     by_descriptor = {lane.queue.socket.fileno(): lane for lane in lanes}
     requests = Requests()
-    watched = [*by_descriptor, requests]
+    watched = [*by_descriptor, requests.fileno()]
     gc.disable()  # nothing here makes cycles, and a collection would hold packets up
     print("ready", flush=True)
     last_s = 0.0
@@ -176,7 +176,7 @@ def main(settings: dict[str, Any]) -> None:
         due += [steps[0][0]] if steps else []
         wait = max(min(due) - time.monotonic(), 0.0) if due else None
         for readable in select.select(watched, [], [], wait)[0]:
-            if readable is requests:
+            if readable == requests.fileno():
                 asked = requests.read()
                 if asked is None:
                     return

@@ -47,7 +47,7 @@ def steps_path(interface: str) -> Path:
 
 
 @contextlib.contextmanager
-def teller(path: str | None) -> Iterator[Callable[[int], None] | None]:
+def teller(path: str | None) -> Iterator[Callable[[int], object] | None]:
     """What tells the shaper behind a socket of a chunk's first byte; None where nobody is to be told."""
     if path is None:
         yield None
@@ -169,8 +169,9 @@ class Replay:
                 if self.pending:
                     due.append(self.pending[0][0] - SPIN_S)
             wait = max(min(due) - time.monotonic(), 0.0) if due else None
-            readable = select.select([self.told, 0] if control else [self.told], [], [], wait)[0]
-            if self.told in readable:
+            told = self.told.fileno()
+            readable = select.select([told, 0] if control else [told], [], [], wait)[0]
+            if told in readable:
                 self._heed()
             if 0 in readable:
                 return True
