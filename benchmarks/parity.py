@@ -50,8 +50,10 @@ QUEUE = "queue_bytes=2000000"
 SMALL = (
     ("0ms", "constant,rate=40Mbps", 2),
     ("0ms", "step-down-up,scale_mean=40Mbps", 1),
+    ("0ms", "uniform,low=5Mbps,high=75Mbps,per=chunk,seed=7", 1),
     ("10ms", "uniform,low=5Mbps,high=75Mbps,hold=0.2s,seed=7", 2),
     ("10ms", "wifi,scale_mean=50Mbps", 1),
+    ("10ms", "uniform,low=5Mbps,high=75Mbps,per=chunk,seed=7", 2),
     ("40ms", "step-down-up,scale_mean=40Mbps", 2),
     ("40ms", "constant,rate=40Mbps", 1),
 )

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def probe() -> list[Check]:
     if trouble is not None:
         return [
             *checks,
-            Check("namespaces", False, f"as {user}: {trouble}", "see the detail; `kvstream simulate` needs none"),
+            Check("namespaces", False, f"as {user}: {trouble}", _line_of(trouble)),
         ]
     return [*checks, Check("namespaces", True, f"as {user}"), *_probe_links()]
 
@@ -130,6 +131,12 @@ def _gpu() -> Check:
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     names = [line.partition(" (UUID")[0] for line in done.stdout.splitlines()]
     return Check("GPU", done.returncode == 0 and bool(names), "; ".join(names) or "none found", without, needed=False)
+
+
+def _line_of(trouble: str) -> str:
+    """The line that helps, which a refusal carries between backquotes."""
+    found = re.search("`([^`]+)`", trouble)
+    return found[1] if found else "see the detail; `kvstream simulate` needs none"
 
 
 def _probe_links() -> list[Check]:

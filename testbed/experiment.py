@@ -89,6 +89,10 @@ class Experiment:
     """A session over the fidelity limits is repeated so often before it is marked invalid."""
     limits: Mapping[str, float] = field(default_factory=dict)
     """Fidelity limits that differ from the defaults."""
+    capture: bool = False
+    """Emulated links: record the packets of every session at both ends, and keep what they say."""
+    probe: bool = False
+    """Before a session the link is probed with a train of packets; policies see the result as `prior_bps`."""
 
     def units(self) -> list[Unit]:
         """Every unit, in a fixed order. `{seed}` in a trace is the unit's seed: a link for each repetition."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,11 @@ class Outcome:
     answers: int | None = None
     fidelity: Mapping[str, Any] = field(default_factory=dict)
     repeats: int = 0
+    prior_bps: float | None = None
+    """What the policy was told of the link beforehand."""
+    capture: Mapping[str, Any] | None = None
+    """What its packets say, if they were recorded; `packets` are rows of `packets.jsonl`."""
+    packets: Sequence[Mapping[str, Any]] = ()
 
 
 def bound_of(manifest: Manifest, goodput: Trace, unit: Unit, depth: int, costs: Costs, rtt_s: float) -> Bound:
@@ -92,4 +97,6 @@ def row_of(unit: Unit, scheme: Scheme, model: str, backend: str, outcome: Outcom
         regret=regret,
         fidelity=dict(outcome.fidelity),
         repeats=outcome.repeats,
+        prior_bps=outcome.prior_bps,
+        capture=None if outcome.capture is None else dict(outcome.capture),
     )

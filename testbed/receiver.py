@@ -14,7 +14,7 @@ import asyncio
 import gc
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ from testbed.session import (
     Work,
     ask_directly,
 )
+from testbed.spread import Spread
 
 STEP_S = 0.001
 """While bytes come, the session is asked so often what to do, and at its own times: not with each of the 47,000 frames
@@ -91,18 +92,23 @@ async def fetch_session(
     seed: int = 0,
     ask: Ask = ask_directly,
     limits: Limits | None = None,
+    on_chunk: Callable[[int], object] | None = None,
+    others: Sequence[Client] = (),
 ) -> Fetched:
     """One request for one context: its cache in `compute`, and the first token after `prompt_ids`.
 
     `start_s` is the CLOCK_MONOTONIC at which to begin (None: as soon as the connection stands); `padding_bytes` are
     sent over the connection before, so that its congestion window is open; `cold` connects within the session.
+    `on_chunk` hears of each chunk's first byte at once. With `others` the chunks lie on several senders: chunk i on the
+    one that is i modulo their number, `client` being number 0.
     Raises SessionFailed with the reason, SpecError for settings that cannot be meant.
     """
     if getattr(policy, "clairvoyant", False):
         if forecast is None:
             raise SpecError(f"policy {type(policy).__name__} is clairvoyant; it needs a forecast")
         policy.foresee(forecast)  # type: ignore[attr-defined]
-    run = _Run(client, context, compute, costs, tuple(prompt_ids), limits or Limits())
+    run = _Run(client, context, compute, costs, tuple(prompt_ids), limits or Limits(), others)
+    run.on_chunk = on_chunk
     run.settings = {
         "policy": policy,
         "deadline_s": deadline_s,
@@ -128,6 +134,7 @@ class _Run:
         costs: Costs,
         prompt_ids: tuple[int, ...],
         limits: Limits,
+        others: Sequence[Client],
     ) -> None:
         self._client = client
         self._context = context
@@ -136,9 +143,12 @@ class _Run:
         self._prompt_ids = prompt_ids
         self._limits = limits
         self.settings: dict[str, Any] = {}
+        self.on_chunk: Callable[[int], object] | None = None
 
         self._loop = asyncio.get_running_loop()
-        self._inbound = Inbound(client, context, self, limits)
+        self._inbound: Inbound | Spread = (
+            Spread([client, *others], context, self, limits) if others else Inbound(client, context, self, limits)
+        )
         self._finished: asyncio.Future[Step] = self._loop.create_future()
         self._zero_s = 0.0
         self._rtt_s = 0.0
@@ -215,6 +225,8 @@ class _Run:
         if isinstance(arrival.get, wire.GetManifest):
             self._rtt_s = self._now_s()
         elif self._session is not None:
+            if self.on_chunk is not None:
+                self.on_chunk(arrival.get.chunk)
             self._session.on_first_byte(arrival.get.chunk, self._now_s())
 
     def on_bytes(self, arrival: Arrival) -> None:

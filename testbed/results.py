@@ -3,8 +3,8 @@
 `runs/<name>/` holds `manifest.json` (what was run, on what), `cells/<unit>-<scheme>.json` (one session each, written
 whole or not at all; the simulator, whose sessions take less time than a file, writes those of a unit into
 `cells/<unit>.json`) and, rebuilt from the cells at any time, `sessions.jsonl`, `chunks.jsonl`, `link.jsonl` and
-`summary.json`. A cell that exists is not run again; `<unit>-<scheme>.failure.json` marks one that failed and is
-retried.
+`summary.json` (and `packets.jsonl` of a run with captures). A cell that exists is not run again;
+`<unit>-<scheme>.failure.json` marks one that failed and is retried.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class Row:
     fidelity: Json
     repeats: int
     """Sessions thrown away before this one because the link was not what the trace says."""
+    prior_bps: float | None = None
+    """Goodput that the link was probed for before the session; None without a probe, or if nothing came through."""
+    capture: Json | None = None
+    """What the packets say, where they were recorded (testbed.emulator.analysis)."""
 
 
 class Run:
@@ -104,9 +108,9 @@ class Run:
     def has(self, unit_id: str, scheme: str) -> bool:
         return self._cell(unit_id, scheme).is_file() or scheme in self._schemes_of(unit_id)
 
-    def save(self, row: Row, chunks: list[Json], link: list[Json]) -> None:
+    def save(self, row: Row, chunks: list[Json], link: list[Json], packets: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write one session. A failed one is kept apart, so that the next run tries it again."""
-        cell = {"row": vars(row), "chunks": chunks, "link": link}
+        cell = {"row": vars(row), "chunks": chunks, "link": link} | ({"packets": list(packets)} if packets else {})
         done, failure = self._cell(row.unit_id, row.scheme), self._failure(row.unit_id, row.scheme)
         if row.status == "failed":
             write_whole(failure, cell)
@@ -142,8 +146,9 @@ class Run:
         return [cell["row"] for cell in self.load_cells()]
 
     def rebuild(self) -> list[Json]:
-        """Write the three .jsonl files from the cells; returns the rows."""
+        """Write the .jsonl files from the cells; returns the rows."""
         rows: list[Json] = []
+        packets: list[Json] = []
         with (
             _replacing(self.path / "sessions.jsonl") as sessions,
             _replacing(self.path / "chunks.jsonl") as chunks,
@@ -157,6 +162,11 @@ class Run:
                     chunks.line(key | chunk)
                 for sample in cell["link"]:
                     link.line(key | sample)
+                packets += [key | window for window in cell.get("packets", ())]
+        if packets:
+            with _replacing(self.path / "packets.jsonl") as windows:
+                for window in packets:
+                    windows.line(window)
         return rows
 
     def _cell(self, unit_id: str, scheme: str) -> Path:

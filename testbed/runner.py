@@ -13,15 +13,21 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from testbed import machine, outcome, plugs, prepare
 from testbed.dashboard import events
-from testbed.emulator import fidelity
+from testbed.emulator import analysis, fidelity
+from testbed.emulator.capture import capture
+from testbed.emulator.probe import Prober
+from testbed.emulator.record import LinkRecord
 from testbed.emulator.shaper import Shaper
 from testbed.emulator.topology import Network
+from testbed.errors import MachineError
 from testbed.experiment import Experiment, Scheme, Unit
+from testbed.manifest import Manifest
 from testbed.outcome import Bound, Outcome
 from testbed.process import Process
 from testbed.progress import Progress
@@ -68,7 +74,15 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
         sessions = list(part)
-        with Stage(links[text], list(traces.values()), prepared, run.path, experiment.device) as stage:
+        with Stage(
+            links[text],
+            list(traces.values()),
+            prepared,
+            run.path,
+            device=experiment.device,
+            packets=experiment.capture,
+            probe=experiment.probe,
+        ) as stage:
             manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings, "costs": stage.costs_json}
             run.create(manifest)
             for unit, scheme in sessions:
@@ -77,7 +91,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
                 result, chunks, link = stage.settled(unit, scheme, trace, limits, log, experiment.most_repeats)
                 bound = stage.bound(unit, scheme, trace)
                 row = outcome.row_of(unit, scheme, prepared.model_name, "mininet", result, bound)
-                run.save(row, chunks, link)
+                run.save(row, chunks, link, result.packets)
                 events.append(log, events.SessionEnd(vars(row)))
                 progress.step(row)
 
@@ -102,10 +116,21 @@ class Stage:
     """A network with its shaper, sender and receiver, warm and ready for sessions."""
 
     def __init__(
-        self, link: Any, traces: list[Trace], prepared: prepare.Prepared, folder: Path, device: str = "cpu"
+        self,
+        link: Any,
+        traces: list[Trace],
+        prepared: prepare.Prepared,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        packets: bool = False,
+        probe: bool = False,
     ) -> None:
+        """`packets`: record every session's at both ends. `probe`: look for `prior_bps` before each."""
         self._link = link
         self._device = device
+        self._packets = packets
+        self._probe = probe
         self._traces = traces
         self._prepared = prepared
         self._folder = folder
@@ -114,17 +139,22 @@ class Stage:
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
-            network = stack.enter_context(Network(self._link, traces=self._traces))
+            up = [open_trace(self._link.up_trace)] if self._link.up_trace else []
+            network = stack.enter_context(Network(self._link, traces=[*self._traces, *up], senders=self._link.senders))
             self.network = network
             self.shaper = stack.enter_context(Shaper(network))
+            self._ups = [(stack.enter_context(Shaper(network, "up")), trace) for trace in up]
+            """The way back, where it is limited."""
+            self._prober = stack.enter_context(Prober(network)) if self._probe else None
             store = str(self._prepared.path)
-            self.sender = Process(
-                "sender",
-                lambda argv, **options: network.popen(network.sender, argv, **options),
-                ["-m", "testbed.sender", "--store", store, "--host", "0.0.0.0", "--port", str(PORT), "--sandbox"],
-                self._folder / "sender.log",
-            )
-            stack.callback(self.sender.close)
+            for host in network.sender_hosts:
+                sender = Process(
+                    host.name,
+                    partial(network.popen, host),
+                    ["-m", "testbed.sender", "--store", store, "--host", "0.0.0.0", "--port", str(PORT), "--sandbox"],
+                    self._folder / "sender.log",
+                )
+                stack.callback(sender.close)
             # a model on a GPU must hold its cache in the type that was encoded
             dtype = next(iter(self._prepared.manifests.values())).kv.dtype
             self.receiver = Process(
@@ -180,15 +210,28 @@ class Stage:
         self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session on the link, with what the link did."""
-        zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
-        self.shaper.arm(trace, zero_s, COVERED_S)
-        self._announce(unit, scheme, trace, log)
-        answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s), SESSION_LIMIT_S + 30.0)
-        end_s = time.monotonic()
-        if answer["status"] == "ok":
-            end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
-        measured = self.shaper.finish(end_s)
+        prior_bps = self._prior_bps(trace)
+        with ExitStack() as stack:
+            captures = None
+            if self._packets:
+                name = f"{unit.unit_id}-{scheme.name}"
+                captures = stack.enter_context(capture(self.network, self._folder / "packets", name))
+            zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
+            self.shaper.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
+            for shaper, up in self._ups:
+                shaper.arm(up, zero_s, COVERED_S)
+            self._announce(unit, scheme, trace, log)
+            command = self._command(unit, scheme, trace, zero_s) | {"prior_bps": prior_bps}
+            answer = self.receiver.ask(command, SESSION_LIMIT_S + 30.0)
+            end_s = time.monotonic()
+            if answer["status"] == "ok":
+                end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
+            measured = self.shaper.finish(end_s)
+            back = [fidelity.judge(shaper.finish(end_s), up, limits) for shaper, up in self._ups]
         verdict = fidelity.judge(measured, trace, limits)
+        for other in back:
+            reasons = (*verdict.reasons, *(f"way back: {why}" for why in other.reasons))
+            verdict = replace(verdict, ok=not reasons, reasons=reasons)
         link = measured.rows()
         if answer["status"] == "failed":
             return Outcome("failed", answer["error"], fidelity=verdict.to_json()), [], link
@@ -202,13 +245,43 @@ class Stage:
             answers_right=answer.get("answers_right"),
             answers=answer.get("answers"),
             fidelity=verdict.to_json(),
+            prior_bps=prior_bps,
         )
-        return result, answer["record"]["chunks"], link
+        chunks = answer["record"]["chunks"]
+        return (result, chunks, link) if captures is None else (*self._joined(result, chunks, measured, captures), link)
+
+    def _joined(
+        self, result: Outcome, chunks: list[Json], measured: LinkRecord, captures: Mapping[str, Any]
+    ) -> tuple[Outcome, list[Json]]:
+        """The session with what its packets say."""
+        found = analysis.analyse(captures, self.network.sender_ip, self._link.mtu)
+        end_s = measured.t0_s + measured.length_s
+        windows = found.windows(measured.t0_s, end_s)
+        summary = found.summary(measured, alone=not self._link.crossed and self._link.senders == 1)
+        return replace(result, capture=summary, packets=windows), found.chunks(chunks, measured.t0_s)
+
+    def _prior_bps(self, trace: Trace) -> float | None:
+        """What a train of packets finds of the link at the session's start; None where nothing comes through."""
+        if self._prober is None:
+            return None
+        self.shaper.arm(None, time.monotonic(), COVERED_S)
+        self.shaper.set_rate(float(trace.rates_bps[0]))
+        try:
+            return self._prober.measure().goodput_bps if trace.rates_bps[0] else None
+        except MachineError:
+            return None
+        finally:
+            self.shaper.finish()
+
+    def _manifest(self, unit: Unit, scheme: Scheme) -> Manifest:
+        return self._prepared.manifests[unit.context, scheme.codec]
 
     def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float) -> Json:
+        urls = [f"http://{ip}:{PORT}" for ip in self.network.sender_ips]
         command: Json = {
             "cmd": "session",
-            "url": f"http://{self.network.sender_ip}:{PORT}",
+            "url": urls[0],
+            "others": urls[1:],
             "context": self._prepared.ids[unit.context, scheme.codec],
             "policy": scheme.policy,
             "deadline_s": unit.deadline_s,
@@ -220,9 +293,12 @@ class Stage:
             "padding_bytes": PADDING_BYTES,
             "limits": {"session_s": SESSION_LIMIT_S},
         }
+        if trace.per == "chunk":
+            command["steps"] = str(self.shaper.steps)
         if plugs.is_clairvoyant(scheme.policy):
             goodput = self._goodput(trace)
             command["forecast"] = {
+                "per": goodput.per,
                 "durations_s": goodput.durations_s.tolist(),
                 "rates_bps": goodput.rates_bps.tolist(),
                 "end": goodput.end,
@@ -232,7 +308,7 @@ class Stage:
         return command
 
     def _announce(self, unit: Unit, scheme: Scheme, trace: Trace, log: Path) -> None:
-        manifest = self._prepared.manifests[unit.context, scheme.codec]
+        manifest = self._manifest(unit, scheme)
         events.append(
             log,
             events.SessionStart(

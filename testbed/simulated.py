@@ -53,14 +53,15 @@ def run_simulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) 
         cells = []
         for _, scheme in pairs:
             manifest, costs = offers[unit.context, scheme.codec]
-            result = _session(unit, scheme, manifest, costs, _goodput(traces[unit.trace], unit))
+            result = _session(unit, scheme, manifest, costs, _goodput(traces[unit.trace], unit), experiment.probe)
             row = outcome.row_of(unit, scheme, model, "simulator", result, bound(unit, scheme.codec, scheme.depth))
             cells.append((row, [] if result.record is None else list(result.record["chunks"])))
             progress.step(row)
         run.save_unit(cells)
 
 
-def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodput: Trace) -> Outcome:
+def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodput: Trace, probe: bool) -> Outcome:
+    prior_bps = (float(goodput.rates_bps[0]) or None) if probe else None
     try:
         record = simulate(
             manifest,
@@ -72,10 +73,11 @@ def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodp
             rtt_s=_rtt_s(unit.link),
             overlap=scheme.overlap,
             seed=unit.seed,
+            prior_bps=prior_bps,
         )
     except SessionFailed as error:
         return Outcome("failed", str(error))
-    return Outcome("ok", record=asdict(record))
+    return Outcome("ok", record=asdict(record), prior_bps=prior_bps)
 
 
 def _goodput(trace: Trace, unit: Unit) -> Trace:

@@ -13,6 +13,8 @@ the model is loaded the process prints `{"ready": true, "model": "<fingerprint>"
      "deadline_s": 1.0, ...}
         optional: "question": 0 (index of the timed one), "depth": 2, "overlap": true, "cold": false,
         "padding_bytes": 0, "start_s": null (CLOCK_MONOTONIC), "prior_bps": null, "concurrent": 1, "seed": 0,
+        "steps": null (the shaper's socket, told as each chunk's first byte comes),
+        "others": ["http://10.1.1.1:8700", ...] (senders of the other chunks: see testbed.spread),
         "evaluate": true, "limits": {"stall_s": 5, "reconnects": 3, "session_s": 120},
         "forecast": {"durations_s": [...], "rates_bps": [...], "end": "hold", "rtt_s": 0.04,
                      "initial_window_bytes": null}   (goodput from the session's start; for clairvoyant policies)
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -45,6 +48,7 @@ from testbed import gemv
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
 from testbed.emulator.clock import be_punctual
+from testbed.emulator.replay import teller
 from testbed.errors import SpecError
 from testbed.guard import TimedAsk
 from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, Question, mean_kl
@@ -119,7 +123,7 @@ class Worker:
         policy = make_policy(str(command["policy"]))
         load = self._begin_load() if command.get("load") else None
         try:
-            async with Client(str(command["url"])) as client:
+            async with Client(str(command["url"])) as client, contextlib.AsyncExitStack() as stack:
                 fetched = await fetch_session(
                     client,
                     context,
@@ -139,6 +143,8 @@ class Worker:
                     seed=int(command.get("seed", 0)),
                     ask=TimedAsk(),
                     limits=Limits(**command.get("limits", {})),
+                    on_chunk=stack.enter_context(teller(command.get("steps"))),
+                    others=[await stack.enter_async_context(Client(url)) for url in command.get("others", ())],
                 )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
@@ -189,7 +195,13 @@ def _forecast(command: dict[str, Any]) -> Forecast | None:
     given = command.get("forecast")
     if given is None:
         return None
-    goodput = Trace("forecast", given["durations_s"], given["rates_bps"], end=given.get("end", "hold"))
+    goodput = Trace(
+        "forecast",
+        given["durations_s"],
+        given["rates_bps"],
+        end=given.get("end", "hold"),
+        per=given.get("per", "time"),
+    )
     return Forecast(goodput, float(given["rtt_s"]), int(command.get("depth", 2)), given.get("initial_window_bytes"))
 
 

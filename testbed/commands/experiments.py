@@ -27,6 +27,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Compare schemes over emulated links, or in the simulator where links cannot be emulated.",
     )
     _experiment_arguments(run)
+    run.add_argument("--capture", action="store_true", help="record packets at both ends: round trips, retransmissions")
     run.add_argument("--live", action="store_true", help="show the run in a browser while it goes on")
     run.set_defaults(run=run_command)
 
@@ -57,6 +58,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", help="the codec of all --policy schemes (default: that of the first scheme)")
     parser.add_argument("--deadline", action="append", help="TTFT deadline, as in 800ms; repeatable")
     parser.add_argument("--link", action="append", help="link settings: delay=20ms,loss=0.1%%,queue=50ms,cc=cubic")
+    parser.add_argument("--probe", action="store_true", help="probe the link before a session: policies see prior_bps")
     parser.add_argument("--seed", type=int, help="seed of orders, questions and random traces")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier run")
     parser.add_argument("--quick", action="store_true", help="one context and deadline: a look, not comparable")
@@ -183,6 +185,9 @@ def resolve(args: argparse.Namespace) -> Experiment:
     for option, field in (("context", "contexts"), ("trace", "traces"), ("link", "links")):
         if getattr(args, option):
             changes[field] = tuple(getattr(args, option))
+    for option in ("capture", "probe"):
+        if getattr(args, option, False):
+            changes[option] = True
     if args.deadline:
         changes["deadlines_s"] = tuple(parse_time(text) for text in args.deadline)
     if args.policy:

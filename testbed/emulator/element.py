@@ -26,11 +26,12 @@ from typing import Any, Final
 
 from testbed.emulator.clock import be_punctual, spent_s
 from testbed.emulator.nfqueue import ACCEPT, DROP, PacketQueue, payload_of
+from testbed.emulator.requests import Requests
 
 EARLY_S: Final = 0.00003
 """Packets that are due this soon go along: waking up again would take longer."""
 BATCH: Final = 256
-PERIOD_S: Final = 0.00015
+PERIOD_S: Final = 0.00025
 """While packets come in quick succession they are looked at this often; one that comes alone is seen at once."""
 LATE_BINS_S: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 
@@ -161,8 +162,8 @@ def main(settings: dict[str, Any]) -> None:
     queues = [PacketQueue(number, payload=bool(settings["duplicate"])) for number in (0, 1)]
     lanes = [Lane(queue, settings, forward=i == 0) for i, queue in enumerate(queues)]
     by_descriptor = {lane.queue.socket.fileno(): lane for lane in lanes}
-    requests = sys.stdin.fileno()
-    watched = [*by_descriptor, requests]
+    requests = Requests()
+    watched = [*by_descriptor, requests.fileno()]
     gc.disable()  # nothing here makes cycles, and a collection would hold packets up
     print("ready", flush=True)
     last_s = 0.0
@@ -175,16 +176,16 @@ def main(settings: dict[str, Any]) -> None:
         due += [steps[0][0]] if steps else []
         wait = max(min(due) - time.monotonic(), 0.0) if due else None
         for readable in select.select(watched, [], [], wait)[0]:
-            if readable == requests:
-                line = sys.stdin.readline()
-                if not line:
+            if readable == requests.fileno():
+                asked = requests.read()
+                if asked is None:
                     return
-                request = json.loads(line)
-                if "steps" in request:
-                    steps = deque(request["steps"])
-                else:
-                    reports = [lane.report() for lane in lanes]
-                    print(json.dumps({"lanes": reports, "cpu_s": spent_s(), "scheduling": punctual}), flush=True)
+                for request in asked:
+                    if "steps" in request:
+                        steps = deque(request["steps"])
+                    else:
+                        reports = [lane.report() for lane in lanes]
+                        print(json.dumps({"lanes": reports, "cpu_s": spent_s(), "scheduling": punctual}), flush=True)
             else:
                 by_descriptor[readable].take()
                 last_s = time.monotonic()

@@ -54,6 +54,10 @@ class LinkSettings:
     """TCP flows of others that compete for the bottleneck all the time, with the same congestion control."""
     cross_trace: str = ""
     """A trace (a name or a file) at whose rates others send datagrams through the bottleneck during a session."""
+    up_trace: str = ""
+    """A trace (a name or a file) that limits the way back to the senders; without one that way is not limited."""
+    senders: int = 1
+    """A run's senders, each behind a link of its own to the shared path: chunk i of a context comes from i mod N."""
     pin: bool = False
     """Keep senders on one half of the cores and receivers on the other."""
     impair: Literal["auto", "netem", "nfqueue"] = "auto"
@@ -81,6 +85,7 @@ class LinkSettings:
             f"queue_bytes={self.queue_bytes}",
             f"at least one packet ({self.mtu + 14}) and less than 2 GiB",
         )
+        _check(1 <= self.senders <= 100, f"senders={self.senders}", "1 to 100")
         _check(0 <= self.cross_flows <= 100, f"cross_flows={self.cross_flows}", "0 to 100")
         _check(self.cc.replace("_", "").isalnum(), f"cc={self.cc!r}", "the name of a congestion control")
 

@@ -15,6 +15,7 @@ from testbed.emulator.shaper import Shaper
 from testbed.emulator.topology import Network
 from testbed.errors import SpecError
 from traces.framing import goodput_per_capacity
+from traces.resolve import open_trace
 from traces.trace import Trace
 
 LEAD_S: Final = 0.05
@@ -84,8 +85,10 @@ def replay(
         raise SpecError(f"trace {trace.name!r} has one rate a chunk and no time line: replay one with per=time")
     goodput = None
     with contextlib.ExitStack() as stack:
-        network = stack.enter_context(Network(link, traces=[trace]))
+        up = [open_trace(link.up_trace)] if link.up_trace else []
+        network = stack.enter_context(Network(link, traces=[trace, *up]))
         shaper = stack.enter_context(Shaper(network))
+        ups = [(stack.enter_context(Shaper(network, "up")), back) for back in up]
         client = None
         if fill:
             server = traffic.start_server(network, network.sender, network.sender_ip)
@@ -97,6 +100,8 @@ def replay(
             time.sleep(FILL_S)
         t0_s = time.monotonic() + LEAD_S
         shaper.arm(trace, t0_s, length_s)
+        for other, back in ups:
+            other.arm(back, t0_s, length_s)
         if meanwhile is not None:
             time.sleep(max(t0_s - time.monotonic(), 0.0))
             meanwhile(network)

@@ -30,6 +30,8 @@ PACKET_ID: Final = struct.Struct(">I")
 ID_OFFSET: Final = HEADER.size + FAMILY.size + ATTRIBUTE.size
 """The packet's header with its id is the first attribute of a message."""
 VERDICT_MESSAGE: Final = struct.Struct("=IHHII4sHH8s")
+META_BYTES: Final = 1024
+"""A message without its packet is shorter than this."""
 MAX_PACKETS: Final = 1 << 18
 BUFFER_BYTES: Final = 64 << 20
 
@@ -39,6 +41,7 @@ class PacketQueue:
 
     def __init__(self, number: int, *, payload: bool = False) -> None:
         self.number = number
+        self._message_bytes = 70_000 if payload else META_BYTES
         self._family = FAMILY.pack(0, 0, number)
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         self.socket.bind((0, 0))
@@ -63,10 +66,10 @@ class PacketQueue:
     def receive(self, most: int) -> list[tuple[int, bytes]]:
         """The packets that are waiting, at most so many: each one's id and its message."""
         found = []
-        receive, unpack = self.socket.recv, PACKET_ID.unpack_from
+        receive, unpack, size = self.socket.recv, PACKET_ID.unpack_from, self._message_bytes
         try:
             for _ in range(most):
-                message = receive(70_000, socket.MSG_DONTWAIT)
+                message = receive(size, socket.MSG_DONTWAIT)
                 if message[4:6] == PACKET_TYPE:
                     found.append((unpack(message, ID_OFFSET)[0], message))
         except BlockingIOError:

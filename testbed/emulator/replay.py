@@ -5,25 +5,32 @@ streams by `testbed.emulator.shaper`. A process of its own, so that neither a bu
 collection of the controller can delay a rate change. Only light modules are imported: it starts in 40 ms.
 
     {"do": "make", "queue_s": .., "queue_bytes": .. | null, "packet_bytes": .., "idle_bps": ..}     put it in place
-    {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..]}                          a session starts at t0_s
-    {"do": "rate", "rate_bps": ..}                                                  step now (per-chunk traces)
+    {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..], "chunks_bps": [..]}      a session starts at t0_s
+    {"do": "rate", "rate_bps": ..}                                                  step now
     {"do": "finish", "t_end_s": ..}                                                 end it then; answers its record
 
-Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process.
+Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process. A trace with one rate a
+chunk has its rates in `chunks_bps`. The step to a chunk's is made when a datagram `{"chunk": .., "at_s": ..}` on the
+socket `steps_path(INTERFACE)` says that its first byte has left the link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import select
+import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from testbed.emulator.clock import CpuMeter, be_punctual, spent_s
+from testbed.emulator.requests import Requests
 from testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
 
 SAMPLE_S: Final = 0.01
@@ -34,11 +41,30 @@ SPIN_S: Final = 0.0002
 RATE_TOLERANCE: Final = 1e-6
 
 
+def steps_path(interface: str) -> Path:
+    """Where a shaper is told of chunks. /run is the sandbox's own, so it vanishes with it however that ends."""
+    return Path(f"/run/kvstream-{interface}.steps")
+
+
+@contextlib.contextmanager
+def teller(path: str | None) -> Iterator[Callable[[int], object] | None]:
+    """What tells the shaper behind a socket of a chunk's first byte; None where nobody is to be told."""
+    if path is None:
+        yield None
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.connect(path)
+        yield lambda chunk: line.send(json.dumps({"chunk": chunk, "at_s": time.monotonic()}).encode())
+
+
 class Replay:
     """The state of the process: one interface, and at most one session."""
 
     def __init__(self, interface: str) -> None:
         self.tc = Interface(interface)
+        self.told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        steps_path(interface).unlink(missing_ok=True)
+        self.told.bind(str(steps_path(interface)))
         self.punctual = be_punctual(light=True)
         self.rate_bps = self.idle_bps = 0.0
         self.closed = False
@@ -70,9 +96,11 @@ class Replay:
         }
         return self.settings
 
-    def arm(self, t0_s: float, changes: list[list[float]]) -> None:
-        """Begin a session; its times count from `t0_s`."""
+    def arm(self, t0_s: float, changes: list[list[float]], chunks_bps: list[float]) -> None:
+        """Begin a session; its times count from `t0_s`. The first chunk's rate is in force from then on."""
         self.t0_s = t0_s
+        self.chunks_bps = chunks_bps
+        changes = changes or [[0.0, rate] for rate in chunks_bps[:1]]
         self.pending = deque((t0_s + at_s, rate) for at_s, rate in changes)
         self.samples: list[tuple[float, float, int, int, int]] = []
         self.changes: list[tuple[float, float, float]] = []
@@ -120,16 +148,17 @@ class Replay:
 
     def serve(self) -> None:
         """Answer requests until the input ends."""
+        requests = Requests()
         while self._until(None, control=True):
-            line = _read_line()
-            if not line:
+            asked = requests.read()
+            if asked is None:
                 return
-            request = json.loads(line)
-            try:
-                answer = {"ok": getattr(self, request.pop("do"))(**request)}
-            except OSError as error:
-                answer = {"error": error.strerror or str(error)}
-            os.write(1, json.dumps(answer).encode() + b"\n")
+            for request in asked:
+                try:
+                    answer = {"ok": getattr(self, request.pop("do"))(**request)}
+                except OSError as error:
+                    answer = {"error": error.strerror or str(error)}
+                os.write(1, json.dumps(answer).encode() + b"\n")
 
     def _until(self, end_s: float | None, *, control: bool) -> bool:
         """Step and sample on time until `end_s`, or (`control`) until there is a request to read."""
@@ -140,11 +169,12 @@ class Replay:
                 if self.pending:
                     due.append(self.pending[0][0] - SPIN_S)
             wait = max(min(due) - time.monotonic(), 0.0) if due else None
-            if control:
-                if select.select([0], [], [], wait)[0]:
-                    return True
-            elif wait:
-                time.sleep(wait)
+            told = self.told.fileno()
+            readable = select.select([told, 0] if control else [told], [], [], wait)[0]
+            if told in readable:
+                self._heed()
+            if 0 in readable:
+                return True
             now = time.monotonic()
             if self.armed:
                 if self.pending and self.pending[0][0] - SPIN_S <= now:
@@ -161,6 +191,14 @@ class Replay:
                     self._sample_cpu(now)
             if end_s is not None and now >= end_s:
                 return False
+
+    def _heed(self) -> None:
+        """A chunk's first byte has left the link: its rate is in force."""
+        news = json.loads(self.told.recv(4096))
+        if self.armed and news["chunk"] < len(self.chunks_bps) and news["at_s"] >= self.t0_s:
+            rate_bps = self.chunks_bps[news["chunk"]]
+            if rate_bps != (0.0 if self.closed else self.rate_bps):
+                self._step(news["at_s"], rate_bps)
 
     def _step(self, due_s: float, rate_bps: float) -> None:
         try:
@@ -210,17 +248,6 @@ class Replay:
     def _fault(self, t_s: float, what: str) -> None:
         if len(self.faults) < 20:
             self.faults.append(f"{t_s:.3f} s: {what}")
-
-
-def _read_line() -> bytes:
-    """One line of the input, read byte by byte so that nothing stays in a buffer where select() cannot see it."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 65_536)
-        if not byte:
-            return b""
-        line += byte
-    return bytes(line)
 
 
 if __name__ == "__main__":

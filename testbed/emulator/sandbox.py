@@ -54,6 +54,8 @@ PR_SET_PDEATHSIG: Final = 1
 APPARMOR_SWITCH: Final = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 DEBIAN_SWITCH: Final = Path("/proc/sys/kernel/unprivileged_userns_clone")
 MAX_USER_NAMESPACES: Final = Path("/proc/sys/user/max_user_namespaces")
+STATUS: Final = Path("/proc/self/status")
+MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 def inside() -> bool:
@@ -192,10 +194,33 @@ def _first_process(alive: int, report_fd: int, argv: list[str]) -> NoReturn:
         try:
             os.execvp(argv[0], argv)
         except OSError as error:
-            os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
-            os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+            status, why = _refused(argv[0], error)
+            os.write(2, f"{argv[0]}: {why}\n".encode())
+            os._exit(status)
     os.close(report_fd)
     _relay(command)
+
+
+def _refused(program: str, error: OSError) -> tuple[int, str]:
+    """Exit status and reason of a program that did not start, as a shell gives them: 127 when there is none, 126 else.
+
+    Asked for a program that is nowhere, the kernel says "permission denied" if it could not look into one folder of
+    PATH: one of root's, say, which an ordinary user's sandbox may not search though it looks like root's.
+    """
+    import shutil
+
+    if os.sep in program or shutil.which(program, mode=os.F_OK) is not None:
+        return (127 if isinstance(error, FileNotFoundError) else 126), error.strerror or str(error)
+    closed = [folder for folder in dict.fromkeys(os.get_exec_path()) if not _searchable(folder)]
+    return 127, "not found in PATH" + (f", of which {', '.join(closed)} may not be searched" if closed else "")
+
+
+def _searchable(folder: str) -> bool:
+    try:
+        os.stat(os.path.join(folder, "."))
+    except OSError as error:
+        return not isinstance(error, PermissionError)
+    return True
 
 
 def _relay(child: int) -> NoReturn:
@@ -256,6 +281,11 @@ def _cause(number: int | None) -> tuple[str, str]:
             "start the container with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined "
             "--security-opt systempaths=unconfined`, or with `--privileged`",
         )
+    if "Seccomp:\t2" in (_reads(STATUS) or ""):
+        return (
+            "a seccomp filter forbids it",
+            "lift it: `--security-opt seccomp=unconfined` for Docker, `RestrictNamespaces=no` for a systemd service",
+        )
     if _reads(APPARMOR_SWITCH) == "1" and os.getuid() != 0:
         return (
             "AppArmor restricts unprivileged user namespaces",
@@ -267,7 +297,11 @@ def _cause(number: int | None) -> tuple[str, str]:
 def _in_container() -> bool:
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         return True
-    return any(mark in (_reads(Path("/proc/1/cgroup")) or "") for mark in ("docker", "kubepods", "containerd", "lxc"))
+    if any(mark in (_reads(Path("/proc/1/cgroup")) or "") for mark in ("docker", "kubepods", "containerd", "lxc")):
+        return True
+    # Where containers have control groups of their own, only their layered root file system gives them away.
+    roots = [line for line in (_reads(MOUNTS) or "").splitlines() if line.split()[4:5] == ["/"]]
+    return any(" - overlay " in line for line in roots)
 
 
 def _reads(path: Path) -> str | None:

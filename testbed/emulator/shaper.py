@@ -8,10 +8,12 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from testbed.emulator.link import varies
 from testbed.emulator.record import LinkRecord
+from testbed.emulator.replay import steps_path
 from testbed.emulator.topology import Network
 from testbed.errors import MachineError, SpecError
 from traces.trace import Trace
@@ -33,6 +35,8 @@ class Shaper:
     def __init__(self, network: Network, direction: Literal["down", "up"] = "down") -> None:
         self.network = network
         self.interface = network.bottleneck if direction == "down" else network.upstream
+        self._leads = direction == "down"
+        """With this direction begin what delays and what others send."""
         self.settings: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
 
@@ -74,20 +78,32 @@ class Shaper:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def arm(self, trace: Trace | None, t0_s: float, length_s: float) -> None:
+    @property
+    def steps(self) -> Path:
+        """The socket on which a receiver says that a chunk's first byte is here: see `testbed.emulator.replay`."""
+        return steps_path(self.interface)
+
+    def arm(self, trace: Trace | None, t0_s: float, length_s: float, *, chunks: int = 0) -> None:
         """Begin a session at `t0_s` (CLOCK_MONOTONIC, like time.monotonic()): from then on the link does what the
         trace says, for `length_s` seconds at most; the last rate stays until `finish`.
 
-        A trace with one rate a chunk (or None) is not scheduled: call `set_rate` as each chunk's first byte leaves.
+        A trace with one rate a chunk is not scheduled. Of `chunks` chunks the link takes the rate of each when it is
+        told on `steps` that the first byte has left it; chunk 0's holds from the start. With none (or without a trace)
+        call `set_rate`.
         Give a `t0_s` some milliseconds ahead; a change that is already due is made at once and counts as late.
         """
         if trace is not None and varies(trace) and self.network.impairments is None:
             raise SpecError(f"trace {trace.name!r} has delays or losses: name it among the network's traces")
-        steps = [] if trace is None or trace.per == "chunk" else trace.changes(0.0, length_s)
-        self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps])
-        if self.network.impairments is not None and trace is not None:
+        steps: list[tuple[float, float]] = []
+        rates: list[float] = []
+        if trace is not None and trace.per == "chunk":
+            rates = [trace.chunk_rate(chunk) for chunk in range(chunks)]
+        elif trace is not None:
+            steps = trace.changes(0.0, length_s)
+        self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps], chunks_bps=rates)
+        if self._leads and self.network.impairments is not None and trace is not None:
             self.network.impairments.begin(trace, t0_s, length_s)
-        if self.network.cross is not None:
+        if self._leads and self.network.cross is not None:
             self.network.cross.begin(t0_s, length_s)
 
     def set_rate(self, rate_bps: float) -> None:
@@ -98,9 +114,9 @@ class Shaper:
         """End the session at `t_end_s` (CLOCK_MONOTONIC; default now) and return what the link did."""
         end_s = time.monotonic() if t_end_s is None else t_end_s
         record = self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0))
-        if self.network.impairments is not None:
+        if self._leads and self.network.impairments is not None:
             self.network.impairments.rest()
-        if self.network.cross is not None:
+        if self._leads and self.network.cross is not None:
             self.network.cross.rest()
         return LinkRecord.from_json(record)
 

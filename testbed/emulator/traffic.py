@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from testbed.emulator.requests import Requests
+
 if TYPE_CHECKING:
     from testbed.emulator.topology import Network
 
@@ -87,16 +89,18 @@ def pour(address: str, port: int, mtu: int) -> None:
     payload = bytes(mtu - 28)
     frame_bits = (mtu + 14) * 8
     steps: list[list[float]] = []
+    requests = Requests()
     owed = rate = 0.0
     last_s = time.monotonic()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
         out.connect((address, port))
         while True:
-            if select.select([sys.stdin], [], [], 0.001 if steps or rate else None)[0]:
-                line = sys.stdin.readline()
-                if not line:
+            if select.select([requests], [], [], 0.001 if steps or rate else None)[0]:
+                asked = requests.read()
+                if asked is None:
                     return
-                steps, owed, rate, last_s = json.loads(line), 0.0, 0.0, time.monotonic()
+                for told in asked:
+                    steps, owed, rate, last_s = told, 0.0, 0.0, time.monotonic()
             now = time.monotonic()
             while steps and steps[0][0] <= now:
                 due_s, next_rate = steps.pop(0)

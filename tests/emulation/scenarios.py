@@ -9,12 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from testbed import specs
-from testbed.emulator import capture, fidelity, traffic
+from testbed.emulator import analysis, capture, fidelity, traffic
 from testbed.emulator.link import LinkSettings
 from testbed.emulator.probe import Prober
 from testbed.emulator.record import LinkRecord
@@ -356,8 +356,10 @@ def datagrams(link: str, count: int) -> dict[str, Any]:
 # ---- capture and probe ------------------------------------------------------------------------------------------
 
 
-def captured(link: str, folder: str) -> dict[str, Any]:
+def captured(link: str, folder: str, recorder: Literal["tcpdump", "sniff"] | None = None) -> dict[str, Any]:
     """A captured session: what the capture and the counters say of the same stretch of time."""
+    if recorder is not None:
+        capture.recorder = lambda: recorder
     trace = trace_of([[0.5, 20], [0.5, 40]])
     with (
         Network(link_of(link), traces=[trace]) as net,
@@ -365,9 +367,9 @@ def captured(link: str, folder: str) -> dict[str, Any]:
         capture.capture(net, Path(folder)) as captures,
     ):
         record = backlogged(net, shaper, trace, 1.0)
-    found = capture.analyse(captures, net.sender_ip)
+    found = analysis.analyse(captures, net.sender_ip)
     begin, end = record.t0_s + record.samples[0].t_s, record.t0_s + record.samples[-1].t_s
-    chunks = [{"chunk": 0, "first_byte_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
+    chunks = [{"chunk": 0, "request_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
     return {
         "counted": record.samples[-1].delivered_bytes,
         "captured": found.frames_between(begin, end),
@@ -376,6 +378,7 @@ def captured(link: str, folder: str) -> dict[str, Any]:
         "chunks": found.chunks(chunks, record.t0_s),
         "retransmitted": found.retransmitted_bytes / max(found.sent_bytes, 1),
         "least_rtt_s": float(found.rtt_s.min()),
+        "summary": found.summary(record, alone=True),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,12 @@ def test_a_capture_agrees_with_the_counters(scenario, tmp_path):
     assert second == {"chunk": 1}
 
 
-@pytest.mark.xfail(reason="some acknowledgements are matched with a later sending: the least round trip is too small")
 def test_no_round_trip_is_shorter_than_the_delay(scenario, tmp_path):
-    assert scenario("captured", link="delay=5ms", folder=str(tmp_path))["least_rtt_s"] >= 0.010
+    """Recorded as an ordinary user's is, without tcpdump."""
+    done = scenario("captured", link="delay=5ms", folder=str(tmp_path), recorder="sniff")
+    assert done["dropped"] == [0, 0]
+    assert done["captured"] == pytest.approx(done["counted"], rel=0.01)
+    assert 0.010 <= done["least_rtt_s"] < 0.015
 
 
 def test_losses_show_as_retransmissions(scenario, tmp_path):
@@ -50,10 +52,3 @@ def test_what_is_no_capture_is_refused(tmp_path):
         list(capture.Capture(file, 0.0, 0).packets())
     with pytest.raises(MachineError, match="not a capture"):
         list(capture.Capture(Path("/nonexistent"), 0.0, 0).packets())
-
-
-def test_sequence_numbers_wrap():
-    top = (1 << 32) - 100
-    assert capture._unwrap(50, top) == (1 << 32) + 50
-    assert capture._unwrap(top - 1, (1 << 32) + 5) == top - 1
-    assert math.isnan(capture._median(capture.np.array([float("nan")])))

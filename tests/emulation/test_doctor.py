@@ -37,10 +37,11 @@ def test_a_missing_program_is_named_with_its_package(tmp_path, monkeypatch, caps
 
 
 def test_without_namespaces_the_doctor_says_why(monkeypatch):
-    monkeypatch.setattr(doctor.sandbox, "available", lambda: "AppArmor forbids it; run this")
+    monkeypatch.setattr(doctor.sandbox, "available", lambda: "AppArmor forbids it; run `sudo this`, or as root")
     found = doctor.probe()[-1]
     assert (found.name, found.ok) == ("namespaces", False)
     assert "AppArmor forbids it" in found.detail
+    assert found.fix == "sudo this"
     assert doctor.status([found]) == 4
 
 

@@ -58,6 +58,21 @@ def run(tmp_path_factory: pytest.TempPathFactory, why_not: str | None) -> tuple[
     return folder / "runs" / "e2e", json.loads(done.stdout)
 
 
+LIVE_SPEC = """
+capture = true
+probe = true
+contexts = ["docs"]
+traces = ["constant,rate=30Mbps"]
+deadlines_s = [3.0]
+links = ["delay=10ms,queue=50ms"]
+limits = {starved = 10.0, gap_s = 1.0}
+
+[[schemes]]
+policy = "cachegen"
+codec = "uniform"
+"""
+
+
 def cells(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     loaded = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
     return {(cell["row"]["trace"], cell["row"]["scheme"]): cell for cell in loaded}
@@ -119,6 +134,26 @@ def test_the_files_of_a_run_are_there(run):
     for name in ("sessions.jsonl", "chunks.jsonl", "link.jsonl", "summary.json", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     assert len((folder / "sessions.jsonl").read_text().splitlines()) == 6
+
+
+def test_packets_and_a_prior_on_request(tmp_path):
+    (tmp_path / "seen.toml").write_text(LIVE_SPEC)
+    done = kvstream("run", "seen.toml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "seen"
+    row = json.loads((folder / "sessions.jsonl").read_text())
+    assert row["capture"]["ok"], row["capture"]
+    assert abs(row["capture"]["error"]) <= 0.01
+    assert row["capture"]["rtt_min_s"] >= 0.020
+    goodput = 30e6 * 1448 / 1514
+    assert row["prior_bps"] == pytest.approx(goodput, rel=0.05)
+    chunks = [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
+    rates = [chunk["capture_goodput_bps"] for chunk in chunks[1:] if chunk["bytes"] > 50_000]
+    assert rates == pytest.approx([goodput] * len(rates), rel=0.1)
+    assert all(0.010 <= chunk["capture_one_way_s"] < 0.080 for chunk in chunks)
+    windows = [json.loads(line) for line in (folder / "packets.jsonl").read_text().splitlines()]
+    assert [window["t_s"] for window in windows[:3]] == pytest.approx([0.0, 0.1, 0.2])
+    assert len(list((folder / "packets").iterdir())) == 2
 
 
 def test_a_finished_run_is_not_run_again(run):

@@ -19,9 +19,9 @@ def test_half_the_trace_takes_twice_as_long(scenario):
     assert seconds[20] / seconds[40] == pytest.approx(2.0, rel=0.05)
 
 
-def test_steps_are_followed_and_recorded(scenario):
+def test_steps_are_followed_and_recorded(steady):
     rows = [[0.2, 20], [0.2, 50], [0.2, 8], [0.2, 30]]
-    done = scenario("replay", rows=rows, length_s=0.8)
+    done = steady("replay", rows=rows, length_s=0.8)
     verdict, record = done["verdict"], done["record"]
     assert done["faults"] == []
     assert verdict["windows"] >= 4
@@ -34,8 +34,8 @@ def test_steps_are_followed_and_recorded(scenario):
     assert done["shaper"]["burst_s"] == pytest.approx(0.002)
 
 
-def test_an_outage_holds_what_is_queued_and_ends_on_time(scenario):
-    done = scenario("replay", rows=[[0.4, 20], [0.3, 0], [0.4, 20]], length_s=1.1)
+def test_an_outage_holds_what_is_queued_and_ends_on_time(steady):
+    done = steady("replay", rows=[[0.4, 20], [0.3, 0], [0.4, 20]], length_s=1.1)
     samples = done["record"]["samples"]
     leak = done["record"]["packet_bytes"]
     delivered = {round(sample[0], 2): sample[2] for sample in samples}
@@ -47,27 +47,27 @@ def test_an_outage_holds_what_is_queued_and_ends_on_time(scenario):
     assert done["verdict"]["total_error"] < 0.02
 
 
-def test_the_queue_follows_the_rate_and_counts_its_drops(scenario):
-    done = scenario("replay", rows=[[0.7, 40], [0.7, 10]], length_s=1.4, link="queue=50ms")
+def test_the_queue_follows_the_rate_and_counts_its_drops(steady):
+    done = steady("replay", rows=[[0.7, 40], [0.7, 10]], length_s=1.4, link="queue=50ms")
     queue = {rate: [row["queue_bytes"] for row in done["rows"] if row["capacity_bps"] == rate] for rate in (40e6, 10e6)}
     assert 0.7 * 250_000 < max(queue[40e6]) <= 250_000
     assert max(queue[10e6][-20:]) <= 62_500
     assert done["verdict"]["drops"] > 0
 
 
-def test_a_fixed_queue_stays(scenario):
-    done = scenario("replay", rows=[[0.5, 40], [0.5, 10]], length_s=1.0, link="queue_bytes=100000")
+def test_a_fixed_queue_stays(steady):
+    done = steady("replay", rows=[[0.5, 40], [0.5, 10]], length_s=1.0, link="queue_bytes=100000")
     assert 70_000 < max(row["queue_bytes"] for row in done["rows"] if row["capacity_bps"] == 10e6) <= 100_000
 
 
-def test_a_second_session_starts_from_zero(scenario):
-    for done in scenario("two_sessions"):
+def test_a_second_session_starts_from_zero(steady):
+    for done in steady("two_sessions"):
         assert done["faults"] == []
         assert done["verdict"]["total_error"] < 0.03
 
 
-def test_rates_a_chunk_are_set_on_the_spot(scenario):
-    done = scenario("per_chunk", rates_mbps=[10, 40, 20])
+def test_rates_a_chunk_are_set_on_the_spot(steady):
+    done = steady("per_chunk", rates_mbps=[10, 40, 20])
     assert [change[2] for change in done["changes"]] == [10e6, 40e6, 20e6]
     assert done["verdict"]["total_error"] < 0.02
 
@@ -85,16 +85,16 @@ def test_receivers_share_one_bottleneck(scenario):
     assert sum(done["shares_mbps"]) == pytest.approx(40 * 1448 / 1514, rel=0.05)
 
 
-def test_flows_of_others_take_their_share(scenario):
-    done = scenario("beside_others", link="cross_flows=2")
+def test_flows_of_others_take_their_share(steady):
+    done = steady("beside_others", link="cross_flows=2")
     assert 4 < done["mbps"] < 28
     assert done["verdict"]["total_error"] < 0.02
 
 
-def test_datagrams_of_others_leave_the_rest(scenario, tmp_path):
+def test_datagrams_of_others_leave_the_rest(steady, tmp_path):
     trace = tmp_path / "others.csv"
     trace.write_text("duration_s,rate_bps\n10,20000000\n")
-    done = scenario("beside_others", link="queue=50ms", trace_file=str(trace))
+    done = steady("beside_others", link="queue=50ms", trace_file=str(trace))
     assert done["mbps"] == pytest.approx(20 * 1448 / 1514, rel=0.1)
 
 

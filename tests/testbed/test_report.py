@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from testbed import report
+from testbed.report import page as report_page
 from testbed.report import sessions as report_sessions
 from testbed.report.style import _KNOWN, level_colours, scheme_style
 from testbed.results import Run
@@ -79,6 +80,22 @@ def test_verdict_failures_and_invalid_units_are_told(page: str) -> None:
     assert "1 of 9 units left out" in page
     assert "text: 1 sessions failed" in page
     assert "p95 error 31 % over 5 %" in page
+
+
+def test_captures_have_a_table_of_their_own() -> None:
+    said = {
+        "ok": False,
+        "rtt_min_s": None,
+        "rtt_s": 0.05,
+        "one_way_s": 0.04,
+        "retransmitted_bytes": 1448,
+        "error": 0.02,
+    }
+    row = {"unit_id": "000-docs", "scheme": "<b>", "fidelity": {"ok": True}, "repeats": 0, "capture": said}
+    section = report_page._fidelity([row])
+    assert "in 0 of 1 sessions" in section
+    assert "&lt;b&gt;<td>–<td>0.05<td>0.04<td>1448<td>0.02" in section
+    assert "Packets were recorded" not in report_page._fidelity([row | {"capture": None}])
 
 
 def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:
