@@ -128,6 +128,11 @@ def parse(data: bytes | bytearray | memoryview | Tensor) -> Chunk:
     return Chunk(header, sections, len(view))
 
 
+def parse_header(data: bytes | bytearray | memoryview | Tensor) -> Header:
+    """What a chunk says about itself, its sections unread. Raises CodecError."""
+    return _parse_head(as_memoryview(data))[0]
+
+
 def inspect(data: bytes | bytearray | memoryview | Tensor) -> dict[str, Any]:
     """What a chunk holds, as plain values: header fields, sections with their bytes, bits per element."""
     chunk = parse(data)

@@ -1,0 +1,116 @@
+"""Compute by profile: a receiver whose decoding, recomputing and prefill take the times of a synthetic workload.
+
+For workloads whose model this machine cannot run (`testbed.synthetic`): bytes come over the link for real, and a step
+of compute is a wait, in line with the others on one thread, for as long as the compute profile says. Nothing is decoded
+and no model runs, so there is no answer, and whatever is measured so is called synthetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from codec import container
+from codec.errors import CodecError
+from testbed import synthetic
+from testbed.compute import Compute, Step
+from testbed.errors import SpecError
+from testbed.manifest import Manifest
+from testbed.session import Costs
+from testbed.store import Store, token_ids
+from testbed.worker import Worker
+
+SPIN_S = 0.001
+"""A sleep may be late by less than this; the rest of a step is spun away."""
+
+
+class Profiled(Compute):
+    """Stands in for `Compute`: the same calls, with the times of `costs`."""
+
+    def __init__(self, workload: synthetic.Workload) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+        self._workload = workload
+        self._costs: Costs | None = None
+
+    def lacks_profile(self, manifest: Manifest) -> bool:
+        return False
+
+    def reserve(self, tokens: int) -> None:
+        return None
+
+    def open(self, manifest: Manifest, extra_tokens: int) -> None:
+        """Get ready for a context of this workload. Raises SpecError for any other."""
+        wanted = f"synthetic {self._workload.model}"
+        if manifest.model != wanted or manifest.kv != self._workload.kv:
+            raise SpecError(f"context {manifest.context} is of model {manifest.model}, this receiver stands for {wanted}")
+        self._manifest, self._costs = manifest, self._workload.costs(manifest)
+
+    def decode(self, chunk: int, level: int, data: memoryview) -> Step:
+        manifest, costs = self._opened()
+        start_s = time.monotonic()
+        check_place(data, manifest.chunks[chunk].start, level)
+        return _step(start_s, costs.decode_s[chunk][level])
+
+    def recompute(self, chunk: int, data: memoryview) -> Step:
+        manifest, costs = self._opened()
+        assert costs.recompute_s is not None
+        start_s = time.monotonic()
+        try:
+            token_ids(data, manifest.chunks[chunk].tokens)
+        except SpecError as error:
+            raise CodecError(f"text of chunk {chunk}: {error}") from error
+        return _step(start_s, costs.recompute_s[chunk])
+
+    def prefill(self, prompt_ids: Sequence[int]) -> Step:
+        _, costs = self._opened()
+        return _step(time.monotonic(), costs.prefill_s, token=0)
+
+    def _opened(self) -> tuple[Manifest, Costs]:
+        if self._manifest is None or self._costs is None:
+            raise SpecError("no context is open")
+        return self._manifest, self._costs
+
+
+def check_place(data: memoryview, start: int, level: int) -> None:
+    """Raise CodecError unless encoded bytes say that they are of this place and level.
+
+    Only the header is read: checking every byte would take longer than the decoder that this stands for.
+    """
+    header = container.parse_header(data)
+    if (header.start, header.level) != (start, level):
+        raise CodecError(
+            f"asked for tokens from {start} at level {level}, got tokens from {header.start} at level {header.level}"
+        )
+
+
+def wait_until(end_s: float) -> None:
+    """Return at a moment of CLOCK_MONOTONIC."""
+    rest_s = end_s - time.monotonic() - SPIN_S
+    if rest_s > 0.0:
+        time.sleep(rest_s)
+    while time.monotonic() < end_s:
+        pass
+
+
+def _step(start_s: float, cost_s: float, token: int | None = None) -> Step:
+    wait_until(start_s + cost_s)
+    return Step(start_s, time.monotonic(), token)
+
+
+class ProfiledWorker(Worker):
+    """A receiver process for a synthetic workload: no model, no questions, costs from the profile."""
+
+    def __init__(self, workload: str, store: Store) -> None:
+        self.workload = synthetic.parse(workload)
+        super().__init__(Profiled(self.workload), store)
+
+    async def prepare(self, context: str) -> Costs:
+        if context not in self._costs:
+            manifest = self.store.manifest(context)
+            self.compute.buffers(manifest)
+            self._costs[context] = self.workload.costs(manifest)
+        return self._costs[context]
+
+    def _question(self, context: str, command: dict[str, Any]) -> tuple[int, Sequence[int]]:
+        return 0, (0,) * self.workload.prompt
