@@ -35,7 +35,7 @@ def draw(material: Material, folder: Path) -> list[Drawn]:
     """Write every figure that has something to show into `folder`. Raises ModuleNotFoundError without seaborn."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    with _theme():
+    with theme():
         from matplotlib import pyplot
 
         for name, title, caption, painter in FIGURES:
@@ -51,7 +51,7 @@ def draw(material: Material, folder: Path) -> list[Drawn]:
 
 
 @contextmanager
-def _theme() -> Iterator[None]:
+def theme() -> Iterator[None]:
     """Seaborn's look without touching anyone else's settings, and without a display."""
     import matplotlib
     import seaborn
