@@ -194,7 +194,9 @@ def draw_slo(result: Mapping[str, Any]) -> Any:
     for name, percent in PAPER_AT_1S.items():
         colour = style(name, result["paper_slo"])["color"]
         panels[0].plot(1.0, percent, marker="x", markersize=9, markeredgewidth=2.2, linestyle="none", color=colour)
-    panels[0].plot([], [], marker="x", markeredgewidth=2.2, linestyle="none", color="#262626", label="the paper's figures")
+    panels[0].plot(
+        [], [], marker="x", markeredgewidth=2.2, linestyle="none", color="#262626", label="the paper's figures"
+    )
     panels[0].set_ylabel("deadlines missed (% of units)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")

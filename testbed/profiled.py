@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 from codec import container
 from codec.errors import CodecError
 from testbed import synthetic
+from testbed.client import Client
 from testbed.compute import Compute, Step
+from testbed.concurrent import Request
 from testbed.errors import SpecError
 from testbed.manifest import Manifest
-from testbed.session import Costs
+from testbed.plugs import make_policy
+from testbed.session import Costs, SessionFailed
 from testbed.store import Store, token_ids
 from testbed.worker import Worker
 
@@ -33,6 +38,16 @@ class Profiled(Compute):
         self._workload = workload
         self._costs: Costs | None = None
 
+    @property
+    def thread(self) -> ThreadPoolExecutor:
+        """What steps are carried out on, one after the other."""
+        return self._thread
+
+    def share(self, thread: ThreadPoolExecutor) -> None:
+        """Compute on the thread of another: one decoder for several requests."""
+        self._thread.shutdown()
+        self._thread = thread
+
     def lacks_profile(self, manifest: Manifest) -> bool:
         return False
 
@@ -43,7 +58,9 @@ class Profiled(Compute):
         """Get ready for a context of this workload. Raises SpecError for any other."""
         wanted = f"synthetic {self._workload.model}"
         if manifest.model != wanted or manifest.kv != self._workload.kv:
-            raise SpecError(f"context {manifest.context} is of model {manifest.model}, this receiver stands for {wanted}")
+            raise SpecError(
+                f"context {manifest.context} is of model {manifest.model}, this receiver stands for {wanted}"
+            )
         self._manifest, self._costs = manifest, self._workload.costs(manifest)
 
     def decode(self, chunk: int, level: int, data: memoryview) -> Step:
@@ -111,6 +128,51 @@ class ProfiledWorker(Worker):
             self.compute.buffers(manifest)
             self._costs[context] = self.workload.costs(manifest)
         return self._costs[context]
+
+    async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
+        if command.get("cmd") == "group":
+            return await self.group(command)
+        return await super().obey(command)
+
+    async def group(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Several requests at once, on one link and one decoder.
+
+        {"cmd": "group", "url": ..., "start_s": ..., "requests": [{"context": ..., "policy": "cachegen",
+         "deadline_s": 2.0, "arrival_s": 0.0, "seed": 1}, ...], "batched": true, "window_s": 0.05, "most": 10,
+         "rtt_s": 0.0, "depth": 2, "padding_bytes": 0}
+        {"ok": true, "status": "ok", "served": [{"record": {...}, "arrival_s": 0.0, "batch": 0}, ...]}
+        """
+        from testbed.group import fetch_batched, fetch_shared
+
+        requests = []
+        for given in command["requests"]:
+            context = str(given["context"])
+            requests.append(
+                Request(
+                    self.store.manifest(context),
+                    make_policy(str(given["policy"])),
+                    await self.prepare(context),
+                    float(given["deadline_s"]),
+                    float(given.get("arrival_s", 0.0)),
+                    int(given.get("seed", 0)),
+                )
+            )
+        start_s, padding = float(command["start_s"]), int(command.get("padding_bytes", 0))
+        try:
+            async with Client(str(command["url"])) as client:
+                if command["batched"]:
+                    served = await fetch_batched(
+                        client, requests, self.workload, start_s, window_s=float(command.get("window_s", 0.0)),
+                        most=int(command.get("most", 10)), rtt_s=float(command.get("rtt_s", 0.0)), padding_bytes=padding,
+                    )  # fmt: skip
+                else:
+                    depth = int(command.get("depth", 2))
+                    served = await fetch_shared(
+                        client, requests, self.workload, start_s, depth=depth, padding_bytes=padding
+                    )
+        except SessionFailed as error:
+            return {"ok": True, "status": "failed", "error": str(error)}
+        return {"ok": True, "status": "ok", "served": [asdict(one) for one in served]}
 
     def _question(self, context: str, command: dict[str, Any]) -> tuple[int, Sequence[int]]:
         return 0, (0,) * self.workload.prompt

@@ -96,18 +96,22 @@ def _prepared(experiment: Experiment, progress: Progress) -> prepare.Prepared:
 
 def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -> Json:
     """The run's `manifest.json`: everything that its numbers depend on."""
-    return {
-        "experiment": experiment.to_json(),
-        "backend": backend,
-        "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
-        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
-        "levels": prepare.describe_levels(prepared, experiment.codecs),
-        "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
-        "traces": {unit.trace: open_trace(unit.trace).sha256 for unit in experiment.units()},
-        "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
-        "exact_answers": dict(prepared.exact_right),
-        "command": " ".join(["kvstream", *sys.argv[1:]]),
-    } | _workload(experiment, prepared) | machine.describe()
+    return (
+        {
+            "experiment": experiment.to_json(),
+            "backend": backend,
+            "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
+            "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
+            "levels": prepare.describe_levels(prepared, experiment.codecs),
+            "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
+            "traces": {unit.trace: open_trace(unit.trace).sha256 for unit in experiment.units()},
+            "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
+            "exact_answers": dict(prepared.exact_right),
+            "command": " ".join(["kvstream", *sys.argv[1:]]),
+        }
+        | _workload(experiment, prepared)
+        | machine.describe()
+    )
 
 
 def _workload(experiment: Experiment, prepared: prepare.Prepared) -> Json:

@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Final
 
 import numpy as np
@@ -39,7 +40,7 @@ CORRELATION: Final = 1.0 - 1.0 / (2.0 * 2.6)
 """Of neighbouring tokens: differences have 2 (1 - r) of the variance."""
 MEAN: Final = 0.5
 """Of a channel, in its standard deviations."""
-SPREAD: Final = 0.957
+SPREAD: Final = 0.969
 """Standard deviation of the logarithm of the channels' scales."""
 FIT_TOKENS: Final = {"cachegen": 512, "kvstream": 128}
 """Tokens that a profile is fitted on: fitting ours to a cache of this size takes minutes."""
@@ -84,10 +85,12 @@ def draw(shape: KVShape, tokens: int, seed: int, *, channels_seed: int = 0) -> T
     """
     model, rng = np.random.default_rng(channels_seed), np.random.default_rng([seed, tokens])
     width = shape.heads * shape.head_dim
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / width) for i in range(width)]
     out = torch.empty((shape.layers, 2, tokens, shape.heads, shape.head_dim), dtype=DTYPES[shape.dtype])
     for layer in range(shape.layers):
         for side in (0, 1):
-            scale = np.exp(SPREAD * model.standard_normal(width)).astype(np.float32)
+            # quantiles, shuffled: every layer has the same scales, so that none costs more by chance
+            scale = np.exp(SPREAD * model.permutation(quantiles)).astype(np.float32)
             mean = MEAN * model.standard_normal(width, dtype=np.float32)
             values = rng.standard_normal((tokens, width), dtype=np.float32)
             fresh = math.sqrt(1.0 - CORRELATION**2)
@@ -103,7 +106,9 @@ def _fitted(name: str, shape: KVShape) -> Codec:
     if not registry.codec_class(name).needs_profile:
         return registry.make(name)
     if name not in FIT_TOKENS:
-        raise SpecError(f"codec {name} cannot be calibrated on a synthetic cache; use {', '.join(FIT_TOKENS)} or uniform")
+        raise SpecError(
+            f"codec {name} cannot be calibrated on a synthetic cache; use {', '.join(FIT_TOKENS)} or uniform"
+        )
     sample = draw(shape, FIT_TOKENS[name], seed=1)
     fit = {"cachegen": cachegen.fit, "kvstream": kvstream.fit}[name]
     return registry.make(name, profile=fit([sample], metadata={"model": "synthetic"}))
