@@ -1,12 +1,15 @@
 """Does the additive distortion that policies minimise say what a session's cache is worth to the model?
 
-    python benchmarks/surrogate.py [--contexts NAME ...] [--sessions N] [--out FILE.json]
+    python benchmarks/surrogate.py [--contexts N] [--sessions N] [--out FILE.json]
 
 Sessions with mixed levels over simulated links: policies that mix levels, on traces and deadlines that make them, under
-each codec. The cache of every session is then put together from the encoded chunks that it chose (text is exact), the
-bundled model answers the context's questions over it, and the mean KL divergence from the exact cache is measured
-(`measured_kl`). Printed: Spearman's rank correlation of `distortion` and `measured_kl` within each context and codec, and
-over all sessions. The bar is 0.8.
+each codec. The cache of every session is put together from the encoded chunks that it chose (text is exact), and the
+bundled model reads on over it: some text, then questions about the context with their answers. Two divergences from the
+exact cache are measured: over all that follows the context, as a level's distortion is, and over the answers alone, which
+is what `measured_kl` of a run's results holds.
+
+Printed: Spearman's rank correlation of `distortion` with each, by codec and over all sessions. The bar is 0.8. Contexts
+are those of the calibration's check text, which no profile was fitted to.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from codec.api import Codec  # noqa: E402
 from policies.api import TEXT  # noqa: E402
-from testbed import machine, plugs, prepare  # noqa: E402
-from testbed.compute import Compute, set_threads  # noqa: E402
-from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, mean_kl  # noqa: E402
+from testbed import calibrate, machine, plugs  # noqa: E402
+from testbed.compute import set_threads  # noqa: E402
+from testbed.llm import Model, calculate_kv, mean_kl  # noqa: E402
+from testbed.manifest import ChunkInfo, LevelInfo, Manifest  # noqa: E402
 from testbed.session import Costs, SessionFailed  # noqa: E402
 from testbed.simulator import simulate  # noqa: E402
-from testbed.store import Store, chunk_id  # noqa: E402
 from traces.framing import goodput_per_capacity  # noqa: E402
 from traces.resolve import open_trace  # noqa: E402
 
@@ -67,73 +71,87 @@ def sessions(manifest: Any, costs: Costs, most: int) -> list[tuple[str, tuple[An
     return [(policy, levels, distortion) for levels, (policy, distortion) in found.items()][:most]
 
 
-def measure(names: list[str], most: int) -> list[dict[str, Any]]:
+def encoded(codec: Codec, kv: Any, ladder: tuple[float, ...], model: Model) -> tuple[Manifest, list[list[bytes]]]:
+    """A context as a sender would offer it, and [chunk][level] its bytes."""
+    tokens = kv.shape[2]
+    spans = [range(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS)]
+    data = [
+        [codec.encode(kv[:, :, span.start : span.stop], level, positions=span) for level in range(len(codec.levels))]
+        for span in spans
+    ]
+    levels = tuple(LevelInfo(level.name, nats, 0.0) for level, nats in zip(codec.levels, ladder, strict=True))
+    chunks = tuple(
+        ChunkInfo(span.start, span.stop, tuple(len(one) for one in row), len(span))
+        for span, row in zip(spans, data, strict=True)
+    )
+    return Manifest("check", model.fingerprint, codec.get_config(), None, model.kv, levels, chunks), data
+
+
+def arrived(codec: Codec, exact: Any, manifest: Manifest, data: list[list[bytes]], levels: tuple[Any, ...]) -> Any:
+    """The cache of a session."""
+    found = exact.clone()
+    for chunk, row, level in zip(manifest.chunks, data, levels, strict=True):
+        if level != TEXT:
+            codec.decode(row[level], found[:, :, chunk.start : chunk.stop])
+    return found
+
+
+def measure(contexts: int, most: int) -> list[dict[str, Any]]:
     """A row a session."""
     set_threads(None)
-    prepared = prepare.prepare("bundled", names, CODECS, CHUNK_TOKENS, lambda line: print(line, file=sys.stderr))
-    store, compute = Store(prepared.path, create=False), Compute(Model.load(prepared.model))
+    model = Model.load("bundled")
+    codecs = {name: calibrate.make_codec(name, model) for name in CODECS}
+    ladders = {name: calibrate.distortions(model, codec, CHUNK_TOKENS) for name, codec in codecs.items()}
     rows = []
-    try:
-        for (name, codec), key in prepared.ids.items():
-            manifest, questions, exact = prepared.manifests[name, codec], store.questions(key), store.reference(key)
-            if manifest.profile is not None:
-                compute.add_profile(store.profile(manifest.profile))
-            compute.reserve(manifest.tokens + SIDE_BY_SIDE_TOKENS + 64)
-            compute.open(manifest, SIDE_BY_SIDE_TOKENS)
-            steps = [tuple(0.004 for _ in manifest.levels)] * len(manifest.chunks)
-            costs = Costs(tuple(steps), (0.08,) * len(manifest.chunks), 0.03)
+    for index, sample in enumerate(calibrate.samples(model, "check", contexts)):
+        exact = calculate_kv(model, sample.context_ids)
+        wanted = calibrate.log_probs(model, exact, sample.suffix_ids)
+        for name, codec in codecs.items():
+            manifest, data = encoded(codec, exact, ladders[name], model)
+            n = len(manifest.chunks)
+            costs = Costs(((0.004,) * len(manifest.levels),) * n, (0.08,) * n, 0.03)
             for policy, levels, distortion in sessions(manifest, costs, most):
-                for chunk, level in enumerate(levels):
-                    data = memoryview(bytearray(store.get_kv(chunk_id(key, chunk), level)))
-                    if level == TEXT:
-                        compute.recompute(chunk, data)
-                    else:
-                        compute.decode(chunk, level, data)
-                score = compute.ask(questions)
+                cache = arrived(codec, exact, manifest, data, levels)
+                got = calibrate.log_probs(model, cache, sample.suffix_ids)
                 rows.append({
-                    "context": name, "codec": codec, "policy": policy, "levels": list(levels),
-                    "distortion": distortion, "measured_kl": mean_kl(exact, score.log_probs),
-                    "right": sum(score.right), "answers": len(questions),
+                    "context": index, "codec": name, "policy": policy, "levels": list(levels), "distortion": distortion,
+                    "kl_after": mean_kl(wanted, got),
+                    "kl_answers": mean_kl(wanted[calibrate.SUFFIX_TOKENS :], got[calibrate.SUFFIX_TOKENS :]),
                 })  # fmt: skip
-            print(f"{name} {codec}: {sum(r['context'] == name and r['codec'] == codec for r in rows)} sessions",
-                  file=sys.stderr, flush=True)  # fmt: skip
-    finally:
-        compute.close()
+            print(f"context {index}, {name}: {len(rows)} sessions so far", file=sys.stderr, flush=True)
     return rows
 
 
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Spearman's correlation by context and codec, by codec, and over all."""
+    """Spearman's correlation by codec and context, by codec, and over all."""
     from scipy.stats import spearmanr
 
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        for group in (f"{row['context']} {row['codec']}", row["codec"], "all"):
+        for group in (f"{row['codec']} {row['context']}", row["codec"], "all"):
             groups[group].append(row)
     found = {}
     for group, members in sorted(groups.items()):
-        correlation = spearmanr([r["distortion"] for r in members], [r["measured_kl"] for r in members]).statistic
-        ratio = [r["measured_kl"] / r["distortion"] for r in members if r["distortion"] > 0.0]
-        found[group] = {
-            "sessions": len(members),
-            "spearman": float(correlation),
-            "measured_over_distortion_p50": float(np.median(ratio)),
+        distortion = [row["distortion"] for row in members]
+        found[group] = {"sessions": len(members)} | {
+            what: float(spearmanr(distortion, [row[what] for row in members]).statistic)
+            for what in ("kl_after", "kl_answers")
         }
-    return {"groups": found, "bar": BAR, "ok": found["all"]["spearman"] >= BAR}
+    return {"groups": found, "bar": BAR, "ok": found["all"]["kl_after"] >= BAR}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", nargs="+", default=["docs", "prose", "code"], help="shipped contexts")
-    parser.add_argument("--sessions", type=int, default=25, help="at most so many for each context and codec")
+    parser.add_argument("--contexts", type=int, default=4)
+    parser.add_argument("--sessions", type=int, default=20, help="at most so many for each context and codec")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     rows = measure(args.contexts, args.sessions)
     result = judge(rows)
-    print(f"{'':20} {'sessions':>8} {'Spearman':>9} {'measured KL / distortion':>25}")
+    print(f"{'Spearman of distortion with':28} {'sessions':>8} {'KL of what follows':>19} {'KL of answers':>14}")
     for name, group in result["groups"].items():
-        print(f"{name:20} {group['sessions']:8} {group['spearman']:9.3f} {group['measured_over_distortion_p50']:25.2f}")
-    print(f"bar {BAR}: {'met' if result['ok'] else 'MISSED'}")
+        print(f"{name:28} {group['sessions']:8} {group['kl_after']:19.3f} {group['kl_answers']:14.3f}")
+    print(f"bar {BAR} for what follows: {'met' if result['ok'] else 'MISSED'}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result | {"rows": rows} | machine.describe(), indent=1) + "\n")

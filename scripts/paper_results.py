@@ -101,7 +101,7 @@ def slo(run: Mapping[str, Any]) -> str:
 def form(trace: str) -> str:
     """How long the link keeps a rate."""
     settings = dict(part.partition("=")[::2] for part in trace.split(",")[1:])
-    return f"held {settings['hold']}" if settings.get("per") == "time" else "one a chunk"
+    return f"held {settings['hold'].removesuffix('s')} s" if settings.get("per") == "time" else "one a chunk"
 
 
 def ttft(run: Mapping[str, Any]) -> str:
@@ -179,7 +179,7 @@ def draw_slo(result: Mapping[str, Any]) -> Any:
     entries = [*result["paper_slo"]["settings"], *result["paper_slo_time"]["settings"]]
     traces = list(dict.fromkeys(entry["trace"] for entry in entries))
     figure, panels = pyplot.subplots(1, len(traces), figsize=(9.6, 3.4), sharey=True)
-    titles = {"one a chunk": "a new rate for each chunk (the paper's)"}
+    titles = {"one a chunk": "a rate for each chunk (the paper's)"}
     for axes, trace in zip(panels, traces, strict=True):
         mine = [entry for entry in entries if entry["trace"] == trace]
         for name in SLO_SCHEMES:

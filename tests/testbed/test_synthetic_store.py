@@ -1,5 +1,5 @@
-"""Synthetic workloads as real bytes: statistics of the draws, a store that serves, compute that takes its profile's time,
-and several requests on one link and decoder."""
+"""Synthetic workloads as real bytes: statistics of the draws, a store that serves, compute that takes its profile's
+time, and several requests on one link and decoder."""
 
 from __future__ import annotations
 
@@ -69,6 +69,16 @@ def test_cachegen_s_default_level_costs_the_paper_s_bits():
     default = [level.name for level in codec.levels].index("bins x1")
     bits = 8.0 * len(codec.encode(kv, default, positions=range(500))) / kv.numel()
     assert bits == pytest.approx(PAPER_BITS, rel=0.02)
+
+
+def test_our_levels_cost_what_they_aim_at():
+    shape = replace(SHAPE, layers=1)
+    codec = synthetic_store._fitted("kvstream", shape)
+    kv = synthetic_store.draw(shape, 500, seed=2)
+    ladder = synthetic.parse("mistral-7b").ladder("kvstream")
+    for level, rung in enumerate(ladder):
+        bits = 8.0 * len(codec.encode(kv, level, positions=range(500))) / kv.numel()
+        assert bits == pytest.approx(rung.bits_per_element, rel=0.1, abs=0.1)
 
 
 def test_a_chunk_can_be_moved_where_positions_do_not_matter():
