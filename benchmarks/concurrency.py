@@ -2,10 +2,11 @@
 
     python benchmarks/concurrency.py [--simulate] [--requests N ...] [--out FILE.json]
 
-R requests for contexts of 1,500 to 4,500 tokens of Mistral-7B on an A40 (synthetic: real bytes, compute by profile) arrive
-within 50 ms and share a link that replays a trace. The same requests run in the simulator, and, without --simulate, over
-an emulated link with a connection for each. Printed for each way: TTFT, when all were done, deadlines missed, distortion,
-and what the emulated link differs by. The first run draws and encodes the caches and keeps them.
+R requests for contexts of 1,500 to 4,500 tokens of Mistral-7B on an A40 (synthetic: real bytes, compute by profile)
+arrive within 50 ms and share a link that replays a trace. The same requests run in the simulator, and, without
+--simulate, over an emulated link with a connection for each. Printed for each way: TTFT, when all were done, deadlines
+missed, distortion, and what the emulated link differs by. A run over the fidelity limits is repeated. The first run
+draws and encodes the caches and keeps them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ CONTEXTS = ("1500", "3000", "4500")
 TRACES = ("constant,rate=1Gbps", "uniform,low=300Mbps,high=2Gbps,hold=0.2s,seed=5")
 WAYS = (("batched", "cachegen"), ("shared", "cachegen"), ("batched", "lowest"), ("shared", "lowest"))
 WINDOW_S, MOST, DEADLINE_S, SPREAD_S = 0.05, 8, 1.5, 0.05
+REPEATS = 3
 
 
 def asked(count: int, policy: str) -> list[dict[str, Any]]:
@@ -108,7 +110,10 @@ def measure(counts: Sequence[int], emulate: bool) -> list[dict[str, Any]]:
         for count, way, trace in units:
             expected = simulated(count, way, trace, manifests, stage.rtt_s)
             rows.append(row(count, way, trace, "simulator", totals(expected)))
-            answer = emulated(stage, count, way, trace, ids)
+            for _ in range(REPEATS):
+                answer = emulated(stage, count, way, trace, ids)
+                if answer["status"] != "ok" or answer["fidelity"]["ok"]:
+                    break
             if answer["status"] != "ok":
                 raise SystemExit(f"{count} requests, {way}: {answer['error']}")
             each = [one["record"]["ttft_s"] for one in answer["served"]]
@@ -137,8 +142,8 @@ def line_of(found: dict[str, Any]) -> str:
         worst = max(found["later_than_simulated_s"], key=abs)
         note = f"  simulator {worst * 1e3:+.0f} ms at worst" + ("" if found["fidelity"]["ok"] else "  INVALID link")
     return (
-        f"{head} TTFT {found['ttft_mean_s']:6.3f} s p95 {found['ttft_p95_s']:6.3f} s  all {found['all_done_s']:6.3f} s  "
-        f"missed {found['violations']:4.0%}  {found['distortion']:.3f} nats{note}"
+        f"{head} TTFT {found['ttft_mean_s']:6.3f} s p95 {found['ttft_p95_s']:6.3f} s  "
+        f"all {found['all_done_s']:6.3f} s  missed {found['violations']:4.0%}  {found['distortion']:.3f} nats{note}"
     )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/parity.py [--small] [--out FILE.json]
 
-60 units take about 10 minutes. With --out every unit is kept as soon as it is measured, and a call on the same file goes
-on where the last one stopped; units that were invalid are measured again.
+60 units take about 10 minutes. With --out every unit is kept as soon as it is measured, and a call on the same file
+goes on where the last one stopped; units that were invalid are measured again.
 
 Each unit is a trace, a round trip and a depth. Levels are drawn at random (text among them) in a session over a real
 emulated link; the simulator then replays these levels over the same trace with the compute times measured before. What

@@ -4,9 +4,9 @@
 
 Sessions with mixed levels over simulated links: policies that mix levels, on traces and deadlines that make them, under
 each codec. The cache of every session is put together from the encoded chunks that it chose (text is exact), and the
-bundled model reads on over it: some text, then questions about the context with their answers. Two divergences from the
-exact cache are measured: over all that follows the context, as a level's distortion is, and over the answers alone, which
-is what `measured_kl` of a run's results holds.
+bundled model reads on over it: some text, then questions about the context with their answers. Two divergences from
+the exact cache are measured: over all that follows the context, as a level's distortion is, and over the questions and
+answers alone, of which `measured_kl` in a run's results holds the answers.
 
 Printed: Spearman's rank correlation of `distortion` with each, by codec and over all sessions. The bar is 0.8. Contexts
 are those of the calibration's check text, which no profile was fitted to.
@@ -25,8 +25,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
 
 from codec.api import Codec  # noqa: E402
 from policies.api import TEXT  # noqa: E402

@@ -1,4 +1,4 @@
-"""A policy learned by PPO over 100000 chunks, written by examples/train_ppo.py: 3 layers, 2120 numbers.
+"""A policy learned by PPO over 100000 chunks, by examples/train_ppo.py: 3 layers, 2120 numbers.
 
 For contexts of 7 levels; others, which it was not trained for, get the smallest one.
 """

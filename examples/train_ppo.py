@@ -25,7 +25,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 HIDDEN = [32, 32]
 
-FILE = '''"""A policy learned by PPO over {steps} chunks, written by examples/train_ppo.py: {layers} layers, {numbers} numbers.
+FILE = '''"""A policy learned by PPO over {steps} chunks, by examples/train_ppo.py: {layers} layers, {numbers} numbers.
 
 For contexts of {levels} levels; others, which it was not trained for, get the smallest one.
 """

@@ -1,8 +1,8 @@
 """An observation as a fixed number of numbers without units, for policies that were learned.
 
 Every number lies in [-1, 1]. Times are relative to the time left or to the deadline and bytes are counted in the time
-that the estimated link needs for them, so that what is learned on one link, model or deadline means the same on another.
-Only the number of levels is fixed.
+that the estimated link needs for them, so that what is learned on one link, model or deadline means the same on
+another. Only the number of levels is fixed.
 """
 
 from __future__ import annotations

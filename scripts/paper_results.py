@@ -74,9 +74,10 @@ def sizes(run: Mapping[str, Any]) -> str:
         words = ", ".join(f"{name}: {size:g}" for name, size in rungs.items())
         rows.append([codec, words, f"{facts['decode_s_per_chunk'][codec] * 1e3:.1f} ms"])
     recompute = facts["recompute_s"]
+    first, last = recompute["chunks"][0], recompute["chunks"][-1]
     words = (
         f"Text: {facts['text_kb_per_token'] * 1e3:g} bytes a token; recomputing all of `{recompute['context']}` takes "
-        f"{recompute['all']:.2f} s, its first chunk {recompute['chunks'][0]:.3f} s, its last {recompute['chunks'][-1]:.3f} s."
+        f"{recompute['all']:.2f} s, its first chunk {first:.3f} s, its last {last:.3f} s."
     )
     return table(rows) + f"\n\n{words}"
 

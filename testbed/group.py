@@ -3,8 +3,8 @@
 Every request has a connection of its own to the sender; one receiver process stands for the one server that all of them
 ask, so they share its decoder: one thread of compute by profile (`testbed.profiled`), first come first served.
 `fetch_batched` is the paper's way (SIGCOMM 2024, section 5.3), by chunk index in batches; `fetch_shared` lets each
-request go for itself. Both are counterparts of `simulate_batched` and `simulate_shared`, take the same requests and give
-the same records; the times of a record count from its request's arrival.
+request go for itself. Both are counterparts of `simulate_batched` and `simulate_shared`, take the same requests and
+give the same records; the times of a record count from its request's arrival.
 """
 
 from __future__ import annotations

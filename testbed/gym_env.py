@@ -3,9 +3,9 @@
     import gymnasium
     env = gymnasium.make("testbed.gym_env:KVStream-v0")
 
-An episode is a session. A step chooses one chunk: action l below the number of levels takes that level, the last action
-is `text`. The observation is `policies.features`, what a policy sees as numbers without units. The rewards of an episode
-sum up to minus its distortion, in distortions of the smallest level, less `miss` if the deadline is missed.
+An episode is a session. A step chooses one chunk: action l below the number of levels takes that level, the last
+action is `text`. The observation is `policies.features`, what a policy sees as numbers without units. The rewards of
+an episode sum up to minus its distortion, in distortions of the smallest level, less `miss` if the deadline is missed.
 
 The simulator asks its policy from within; here the one who is asked stands outside. So a step runs the session again
 from its start with the actions so far, which the simulator repeats exactly, up to the next question. Seven chunks
@@ -85,7 +85,7 @@ class KVStreamEnv(gymnasium.Env[Floats, np.int64]):
     ) -> tuple[Floats, dict[str, Any]]:
         """A new session. `options` may fix `trace`, `offset_s`, `deadline_s` and `rtt_s`, which are drawn otherwise."""
         super().reset(seed=seed)
-        drawn = {
+        drawn: dict[str, Any] = {
             "trace": self._names[self.np_random.integers(len(self._names))],
             "offset_s": float(self.np_random.uniform(0.0, OFFSET_S)),
             "deadline_s": self._deadlines_s[self.np_random.integers(len(self._deadlines_s))],

@@ -163,7 +163,8 @@ class ProfiledWorker(Worker):
                 if command["batched"]:
                     served = await fetch_batched(
                         client, requests, self.workload, start_s, window_s=float(command.get("window_s", 0.0)),
-                        most=int(command.get("most", 10)), rtt_s=float(command.get("rtt_s", 0.0)), padding_bytes=padding,
+                        most=int(command.get("most", 10)), rtt_s=float(command.get("rtt_s", 0.0)),
+                        padding_bytes=padding,
                     )  # fmt: skip
                 else:
                     depth = int(command.get("depth", 2))

@@ -1,10 +1,10 @@
 """A synthetic workload as real bytes: a store of encoded chunks that a sender can serve.
 
-Caches are drawn at random (`draw`): every channel is an autoregressive process about a mean of its own, channels differ
-in scale. Neighbouring tokens correlate so that their differences have 2.6 times less variance than the values (the paper
-finds 2.4 to 2.9 times, SIGCOMM 2024, section 4.1); the spread of the channels' scales is set so that CacheGen's default
-level costs the paper's 2.26 bit per element. The codecs themselves calibrate, encode and pack; distortions are read off
-the bundled model's curve at the bits per element that came out (`workloads/ladders.json`).
+Caches are drawn at random (`draw`): every channel is an autoregressive process about a mean of its own, channels
+differ in scale. Neighbouring tokens correlate so that their differences have 2.6 times less variance than the values
+(the paper finds 2.4 to 2.9 times, SIGCOMM 2024, section 4.1); the spread of the channels' scales is set so that
+CacheGen's default level costs the paper's 2.26 bit per element. The codecs themselves calibrate, encode and pack;
+distortions are read off the bundled model's curve at the bits per element that came out (`workloads/ladders.json`).
 
 Chunks of equal length carry the same drawn values at their own positions: sizes and bytes are real, the contents mean
 nothing, and no model ever sees them.

@@ -214,8 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.workload:
             from testbed.profiled import ProfiledWorker
 
-            worker: Worker = ProfiledWorker(options.workload, store)
-            who = {"model": "", "name": worker.workload.name}
+            profiled = ProfiledWorker(options.workload, store)
+            worker: Worker = profiled
+            who = {"model": "", "name": profiled.workload.name}
         else:
             model = Model.load(options.model, device=options.device, dtype=options.dtype)
             worker = Worker(Compute(model), store)
