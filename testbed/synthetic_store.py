@@ -40,7 +40,7 @@ CORRELATION: Final = 1.0 - 1.0 / (2.0 * 2.6)
 """Of neighbouring tokens: differences have 2 (1 - r) of the variance."""
 MEAN: Final = 0.5
 """Of a channel, in its standard deviations."""
-SPREAD: Final = 0.969
+SPREAD: Final = 0.955
 """Standard deviation of the logarithm of the channels' scales."""
 FIT_TOKENS: Final = 512
 """Tokens that a profile is fitted on."""
