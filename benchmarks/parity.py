@@ -1,6 +1,9 @@
 """Does the simulator agree with the emulated link? Chunk finish times of the same decisions, side by side.
 
-    python benchmarks/parity.py [--small] [--out FILE.json] [--json]
+    python benchmarks/parity.py [--small] [--out FILE.json]
+
+60 units take about 10 minutes. With --out every unit is kept as soon as it is measured, and a call on the same file
+goes on where the last one stopped; units that were invalid are measured again.
 
 Each unit is a trace, a round trip and a depth. Levels are drawn at random (text among them) in a session over a real
 emulated link; the simulator then replays these levels over the same trace with the compute times measured before. What
@@ -21,6 +24,7 @@ import random
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +91,17 @@ def units(small: bool) -> list[tuple[str, str, int]]:
     return list(SMALL) if small else list(itertools.product(DELAYS, TRACES, DEPTHS))
 
 
-def measure(small: bool, folder: Path) -> list[dict[str, Any]]:
-    """Every unit over its emulated link and in the simulator. Runs inside a sandbox."""
+def key_of(unit: dict[str, Any]) -> tuple[float, str, int]:
+    return unit["rtt_ms"], unit["trace"], unit["depth"]
+
+
+def measure(
+    small: bool, folder: Path, known: list[dict[str, Any]], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Every unit that is not `known`, over its emulated link and in the simulator, and the known ones before them.
+
+    `keep` is called with all there is after each unit. Runs inside a sandbox.
+    """
     from testbed import plugs, prepare
     from testbed.emulator import fidelity
     from testbed.experiment import Scheme, Unit
@@ -96,11 +109,19 @@ def measure(small: bool, folder: Path) -> list[dict[str, Any]]:
     from testbed.simulator import simulate
     from traces.framing import goodput_per_capacity
     from traces.resolve import open_trace
+    from traces.units import parse_time
 
+    done = {key_of(unit) for unit in known}
+    numbered = [
+        (index, unit)
+        for index, unit in enumerate(units(small))
+        if (2000.0 * parse_time(unit[0]), *unit[1:]) not in done
+    ]
+    results = list(known)
+    if not numbered:
+        return results
     prepared = prepare.prepare("bundled", [CONTEXT], [CODEC], CHUNK_TOKENS, lambda line: print(line, file=sys.stderr))
     manifest = prepared.manifests[CONTEXT, CODEC]
-    results = []
-    numbered = enumerate(units(small))
     for delay, part in itertools.groupby(numbered, key=lambda pair: pair[1][0]):
         chosen = list(part)
         link_text = f"delay={delay},{QUEUE}"
@@ -142,6 +163,7 @@ def measure(small: bool, folder: Path) -> list[dict[str, Any]]:
                         "levels": [chunk["level"] for chunk in chunks],
                     }
                 results.append(found)
+                keep(results)
                 print(line_of(found), file=sys.stderr, flush=True)
     return results
 
@@ -207,14 +229,21 @@ def main() -> int:
     if not sandbox.inside():
         return sandbox.run([sys.executable, *sys.argv])
     from testbed import machine
+    from testbed.results import write_whole
 
+    facts = machine.describe()
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        if options.out:
+            body = {"summary": judge(found), "bars": [FLOOR_S, MEDIAN, P95], "units": found}
+            write_whole(options.out, body | facts)
+
+    known = json.loads(options.out.read_text())["units"] if options.out and options.out.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options.small, Path(folder))
+        found = measure(options.small, Path(folder), [unit for unit in known if unit["status"] == "ok"], keep)
+    keep(found)
     summary = judge(found)
     print(json.dumps(summary, indent=1))
-    if options.out:
-        body = {"summary": summary, "bars": [FLOOR_S, MEDIAN, P95], "units": found} | machine.describe()
-        options.out.write_text(json.dumps(body, indent=1) + "\n")
     return 0 if summary["ok"] else 1
 
 

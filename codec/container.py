@@ -206,9 +206,9 @@ def parse(data: bytes | bytearray | memoryview | Tensor) -> Chunk:
     return Chunk(header, sections, len(view))
 
 
-def parse_header(data: bytes | bytearray | memoryview) -> Header:
+def parse_header(data: bytes | bytearray | memoryview | Tensor) -> Header:
     """What a chunk says about itself, from its beginning: header and section table must be there. Raises CodecError."""
-    return _parse_head(memoryview(data))[0]
+    return _parse_head(as_memoryview(data))[0]
 
 
 def inspect(data: bytes | bytearray | memoryview | Tensor) -> dict[str, Any]:

@@ -42,7 +42,7 @@ Z_SCORES = tuple(NormalDist().inv_cdf((i + 0.5) / SCENARIOS) for i in range(SCEN
 class KVStream:
     """Text from the front, hedged levels from the back."""
 
-    miss: float = 6.0
+    miss: float = 1.0
     """Cost of a missed deadline, in distortions of the smallest level."""
     memory: float = 0.3
     """Half-life of the throughput estimate, as a fraction of the deadline."""

@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 
 from testbed import calibrate, machine, prepare, shipped, workload
-from testbed.compute import set_threads
+from testbed.compute import Compute, set_threads
 from testbed.llm import Model
 from testbed.results import write_whole
 from testbed.store import Store
@@ -33,7 +33,7 @@ def main(codecs: list[str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     set_threads(None)
-    worker = Worker(Model.load(prepared.model), Store(prepared.path, create=False))
+    worker = Worker(Compute(Model.load(prepared.model)), Store(prepared.path, create=False))
     shipped.FOLDER.mkdir(exist_ok=True)
     facts = {key: machine.describe()[key] for key in ("processor", "cores", "versions")}
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -115,58 +115,56 @@ def simulate_batched(
 
     Raises SessionFailed when the link carries nothing more, SpecError for settings that cannot be.
     """
-    link, decoder = FluidLink(goodput, rtt_s), _Decoder()
+    link, decoder_free_s = FluidLink(goodput, rtt_s), 0.0
     served: dict[int, Served] = {}
     for number, (close_s, members) in enumerate(batches([r.arrival_s for r in requests], window_s, most)):
-        batch = [_Member(requests[i], rtt_s, len(members)) for i in members]
+        batch = [Member(requests[i], rtt_s, len(members)) for i in members]
         for member in batch:
             request_s = max(close_s, link.free_at_s - rtt_s)
             _, member.free_s = link.transfer(request_s, len(member.request.manifest.wire))
-        for index in range(max(len(member.request.manifest.chunks) for member in batch)):
-            present = [member for member in batch if index < len(member.request.manifest.chunks)]
+        for index in range(max(member.n_chunks for member in batch)):
+            present = [member for member in batch if index < member.n_chunks]
             for member in present:
                 member.session.concurrent = len(present)
-                member.fetch(link)
-            decoder.run(index, present)
+                # chosen so that the link does not wait for it
+                now_s = max(member.free_s, link.free_at_s - link.rtt_s)
+                fetch = member.choose(now_s)
+                first_s, last_s = link.transfer(now_s, fetch.bytes, fetch.chunk)
+                if last_s == math.inf:
+                    raise SessionFailed("the link carries nothing more: the transfer never ends")
+                member.on_arrived(first_s, last_s)
+            decoder_free_s = max(decoder_free_s, max(member.free_s for member in present))
+            for group, chunk, seconds in batch_steps(index, present):
+                for member in group:
+                    member.computed.append((chunk, decoder_free_s, decoder_free_s + seconds))
+                decoder_free_s += seconds
         for i, member in zip(members, batch, strict=True):
             served[i] = Served(member.finish(), member.request.arrival_s, number)
     return [served[i] for i in range(len(requests))]
 
 
-class _Decoder:
-    """One machine that computes for a batch: an index's chunks together, texts after encoded ones."""
+def batch_steps(index: int, present: Sequence[Member]) -> Iterator[tuple[list[Member], int, float]]:
+    """What one machine computes for chunk `index` of a batch once all have arrived: (members, chunk, seconds) each.
 
-    def __init__(self) -> None:
-        self._free_s = 0.0
-
-    def run(self, index: int, present: Sequence[_Member]) -> None:
-        """Decode or recompute chunk `index` of all, when all have arrived; then the prompts of those it completes.
-
-        Decoding and recomputing are bound by throughput: a padded batch takes as often the longest member's time as it
-        has members. The prefill of a short prompt is bound by reading the weights, which a batch reads once.
-        """
-        start_s = max(self._free_s, max(member.free_s for member in present))
-        for kind in (Decode, Recompute):
-            group = [(member, member.cost_s(index)) for member in present if member.kind(index) is kind]
-            if group:
-                end_s = start_s + len(group) * max(cost_s for _, cost_s in group)
-                for member, _ in group:
-                    member.computed.append((index, start_s, end_s))
-                start_s = end_s
-        ending = [member for member in present if index == len(member.request.manifest.chunks) - 1]
-        if ending:
-            end_s = start_s + max(member.request.costs.prefill_s for member in ending)
-            for member in ending:
-                member.computed.append((PREFILL, start_s, end_s))
-            start_s = end_s
-        self._free_s = start_s
+    Encoded chunks together, then texts together, then the prompts of those that are complete (chunk PREFILL). Decoding
+    and recomputing are bound by throughput: a padded batch takes as often the longest member's time as it has members.
+    The prefill of a short prompt is bound by reading the weights, which a batch reads once.
+    """
+    for kind in (Decode, Recompute):
+        group = [member for member in present if member.kind(index) is kind]
+        if group:
+            yield group, index, len(group) * max(member.cost_s(index) for member in group)
+    ending = [member for member in present if index == member.n_chunks - 1]
+    if ending:
+        yield ending, PREFILL, max(member.request.costs.prefill_s for member in ending)
 
 
-class _Member:
-    """A request in a batch: its session, told what the link and the decoder did for it."""
+class Member:
+    """A request in a batch: its session, told what the link and the decoder did for it. Times are the link's."""
 
     def __init__(self, request: Request, rtt_s: float, members: int) -> None:
         self.request = request
+        self.n_chunks = len(request.manifest.chunks)
         self.session = Session(
             request.manifest, request.policy, request.deadline_s, 1, request.costs,
             rtt_s=rtt_s, concurrent=members, seed=request.seed,
@@ -176,19 +174,26 @@ class _Member:
         self.computed: deque[tuple[int, float, float]] = deque()
         """Steps with their begin and end that the session has not been told of."""
         self._fetches: dict[int, Fetch] = {}
+        self._newest: Fetch | None = None
 
-    def fetch(self, link: FluidLink) -> None:
-        """Choose and transfer the next chunk: the choice is made so that the link does not wait for it."""
-        now_s = max(self.free_s, link.free_at_s - link.rtt_s)
+    def choose(self, now_s: float) -> Fetch:
+        """Let the policy choose the next chunk; nothing of this request may be under way. Raises SpecError for a
+        policy that picks another chunk."""
         work = self.session.poll(now_s - self.request.arrival_s)
-        fetch = next(one for one in work if isinstance(one, Fetch))
-        self._fetches[fetch.chunk] = fetch
-        first_s, self.free_s = link.transfer(now_s, fetch.bytes, fetch.chunk)
-        if self.free_s == math.inf:
-            raise SessionFailed("the link carries nothing more: the transfer never ends")
-        self._tell(self.free_s)
-        self.session.on_first_byte(fetch.chunk, first_s - self.request.arrival_s)
-        self.session.on_last_byte(fetch.chunk, self.free_s - self.request.arrival_s)
+        self._newest = next(one for one in work if isinstance(one, Fetch))
+        if self._newest.chunk != len(self._fetches):
+            name = type(self.request.policy).__name__
+            raise SpecError(f"policy {name} reorders chunks; a batch goes by chunk index: serve it without batches")
+        self._fetches[self._newest.chunk] = self._newest
+        return self._newest
+
+    def on_arrived(self, first_s: float, last_s: float) -> None:
+        """What was chosen last is here, from its first byte to its last."""
+        assert self._newest is not None
+        self.free_s = last_s
+        self._tell(last_s)
+        self.session.on_first_byte(self._newest.chunk, first_s - self.request.arrival_s)
+        self.session.on_last_byte(self._newest.chunk, last_s - self.request.arrival_s)
 
     def kind(self, chunk: int) -> type[Decode] | type[Recompute]:
         return Decode if isinstance(self._fetches[chunk].level, int) else Recompute

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from testbed import prepare
-from testbed.compute import set_threads
+from testbed.compute import Compute, set_threads
 from testbed.experiment import Experiment
 from testbed.llm import Model
 from testbed.manifest import Manifest
@@ -19,7 +19,7 @@ def offers(experiment: Experiment, say: Callable[[str], None]) -> dict[tuple[str
     """Encode an experiment's contexts and measure, as the receiver of an emulated run does."""
     prepared = prepare.prepare(experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, say)
     set_threads(None)
-    worker = Worker(Model.load(prepared.model), Store(prepared.path, create=False))
+    worker = Worker(Compute(Model.load(prepared.model)), Store(prepared.path, create=False))
     try:
         say("measuring what computing takes here")
         costs = asyncio.run(_measured(worker, prepared.ids.values()))

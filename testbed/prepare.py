@@ -46,6 +46,13 @@ class Prepared:
     manifests: Mapping[tuple[str, str], Manifest]
     exact_right: Mapping[str, int]
     """[context]: questions answered right over the exact cache."""
+    workload: str = ""
+    """A synthetic workload instead of a model: compute takes the times of its profile."""
+
+    @property
+    def receiver_arguments(self) -> list[str]:
+        """What a receiver process is started with, beside the store."""
+        return ["--workload", self.workload] if self.workload else ["--model", self.model]
 
 
 def find_contexts(names: Sequence[str]) -> list[workload.Context]:

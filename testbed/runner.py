@@ -52,16 +52,12 @@ SESSION_LIMIT_S: Final = 120.0
 def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
     """Run every session that has no cell yet. Must be called inside a sandbox."""
     progress = Progress(quiet)
-    traces = {name: open_trace(name) for name in experiment.traces}
+    traces = {name: open_trace(name) for name in dict.fromkeys(unit.trace for unit in experiment.units())}
     for scheme in experiment.schemes:
         plugs.make_policy(scheme.policy)
     links = {text: plugs.make_link(text) for text in experiment.links}
     limits = replace(fidelity.Limits(), **experiment.limits)
-    where = "the CPU" if experiment.device == "cpu" else experiment.device
-    progress.place(f"Backend mininet: real hosts and links in namespaces of their own; chunks are decoded on {where}")
-    prepared = prepare.prepare(
-        experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
-    )
+    prepared = _prepared(experiment, progress)
     for scheme in experiment.schemes:
         plugs.check_levels(scheme.policy, len(prepared.manifests[experiment.contexts[0], scheme.codec].levels))
     units = experiment.units()
@@ -96,20 +92,52 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
                 progress.step(row)
 
 
+def _prepared(experiment: Experiment, progress: Progress) -> prepare.Prepared:
+    """The store to serve, and in words what is real about it."""
+    place = "Backend mininet: real hosts and links in namespaces of their own; "
+    if experiment.workload:
+        from testbed import synthetic_store
+
+        progress.place(place + "SYNTHETIC caches as real bytes, compute takes the times of its profile")
+        return synthetic_store.prepare(
+            experiment.workload, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
+        )
+    where = "the CPU" if experiment.device == "cpu" else experiment.device
+    progress.place(f"{place}chunks are decoded on {where}")
+    return prepare.prepare(
+        experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
+    )
+
+
 def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -> Json:
     """The run's `manifest.json`: everything that its numbers depend on."""
-    return {
-        "experiment": experiment.to_json(),
-        "backend": backend,
-        "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
-        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
-        "levels": prepare.describe_levels(prepared, experiment.codecs),
-        "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
-        "traces": {name: open_trace(name).sha256 for name in experiment.traces},
-        "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
-        "exact_answers": dict(prepared.exact_right),
-        "command": " ".join(["kvstream", *sys.argv[1:]]),
-    } | machine.describe()
+    return (
+        {
+            "experiment": experiment.to_json(),
+            "backend": backend,
+            "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
+            "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in experiment.units()],
+            "levels": prepare.describe_levels(prepared, experiment.codecs),
+            "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
+            "traces": {unit.trace: open_trace(unit.trace).sha256 for unit in experiment.units()},
+            "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
+            "exact_answers": dict(prepared.exact_right),
+            "command": " ".join(["kvstream", *sys.argv[1:]]),
+        }
+        | _workload(experiment, prepared)
+        | machine.describe()
+    )
+
+
+def _workload(experiment: Experiment, prepared: prepare.Prepared) -> Json:
+    """What a synthetic workload's numbers rest on, with the sizes as encoded."""
+    if not experiment.workload:
+        return {}
+    from testbed import synthetic, synthetic_store
+
+    workload = synthetic.parse(experiment.workload)
+    facts = workload.describe(experiment.contexts, experiment.codecs, experiment.chunk_tokens)
+    return {"workload": facts | {"kb_per_token": synthetic_store.kb_per_token(prepared), "compute": "by profile"}}
 
 
 class Stage:
@@ -161,7 +189,7 @@ class Stage:
                 "receiver",
                 lambda argv, **options: network.popen(network.receiver, argv, **options),
                 [
-                    *("-m", "testbed.receiver", "--store", store, "--model", self._prepared.model),
+                    *("-m", "testbed.receiver", "--store", store, *self._prepared.receiver_arguments),
                     *("--device", self._device, "--dtype", dtype),
                 ],
                 self._folder / "receiver.log",
@@ -291,6 +319,7 @@ class Stage:
             "seed": unit.seed,
             "start_s": zero_s,
             "padding_bytes": PADDING_BYTES,
+            "evaluate": not self._prepared.workload,
             "limits": {"session_s": SESSION_LIMIT_S},
         }
         if trace.per == "chunk":

@@ -209,7 +209,11 @@ class Session:
         if self._progress is not None and self._progress_due and self._in_flight:
             self._progress_due = False
             work += self._ask_progress(now_s)
-        while self._unrequested and self._has_place() and (not self._in_flight or self._may_look_ahead(now_s)):
+        while (
+            self._unrequested
+            and self._has_place()
+            and (not self._in_flight or (self._depth > 1 and self._may_look_ahead(now_s)))
+        ):
             work.append(self._request(now_s))
         if self._computing is None:
             if self._arrived:
@@ -367,7 +371,7 @@ class Session:
 
     def _may_look_ahead(self, now_s: float) -> bool:
         """Whether the next chunk may be chosen while another is in flight."""
-        if len(self._in_flight) >= self._depth:
+        if len(self._in_flight) >= self._depth or len(self._recent) < 2:
             return False
         rest_s = self._rest_s()
         return rest_s is not None and rest_s - (now_s - self._recent[-1][0]) <= self._lookahead_s + 1e-9
@@ -469,15 +473,13 @@ class Session:
 
     def _cost_s(self, chunk: int) -> float:
         level = self._chunks[chunk].level
-        if level == TEXT:
-            return self._costs.recompute_s[chunk] if self._costs.recompute_s else 0.0
-        return self._costs.decode_s[chunk][int(level or 0)]
+        if isinstance(level, int):
+            return self._costs.decode_s[chunk][level]
+        return self._costs.recompute_s[chunk] if self._costs.recompute_s else 0.0
 
     def _backlog_s(self, now_s: float) -> float:
         backlog_s = 0.0
-        for chunk in self._arrived:
-            backlog_s += self._cost_s(chunk)
-        for chunk in self._in_flight:
+        for chunk in (*self._arrived, *self._in_flight):
             backlog_s += self._cost_s(chunk)
         if self._computing is not None:
             backlog_s += max(0.0, self._cost_s(self._computing) - (now_s - self._computing_since_s))

@@ -20,11 +20,11 @@ _SEED = re.compile(r",(seed|name)=[^,]*")
 
 
 def by_setting(rows: Sequence[Mapping[str, Any]], schemes: Sequence[str]) -> list[Json]:
-    """One entry a setting, in the rows' order of first appearance: violations with Wilson's interval and TTFT of every
+    """One entry a setting, in the order of the units: violations with Wilson's interval and TTFT of every
     scheme. Units that are invalid for some scheme, or that some scheme has not run, are left out, as in the summary.
     """
     units: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["unit_id"]):
+    for row in sorted(rows, key=lambda row: int(row["unit_id"].partition("-")[0])):  # ids of one run differ in length
         units.setdefault(row["unit_id"], {})[row["scheme"]] = row
     found: dict[tuple[Any, ...], list[Mapping[str, Mapping[str, Any]]]] = {}
     for cells in units.values():

@@ -165,12 +165,11 @@ class _Driver:
     def _place(self) -> None:
         """Put the oldest waiting answer on the link; a receiver hears of it when its first frame is complete."""
         self._chunk, self._size, request_s = self._line.popleft()
-        self._first_s, self._last_s = self._link.transfer(request_s, self._size, self._chunk)
+        fine = self._fine and self._size > MIN_FRAME_BYTES
+        frame = frame_bytes(self._size) if fine else self._size
+        self._first_s, self._news_s, self._last_s = self._link.answer(request_s, self._size, frame, self._chunk)
         self._seen = False
-        self._news_s = self._last_s
-        if self._fine and self._size > MIN_FRAME_BYTES:
-            frame_s = self._first_s + self._link.time_between(self._first_s, frame_bytes(self._size), self._chunk)
-            self._news_s = min(frame_s, self._last_s)
+        if fine:
             self._change_s = self._link.next_change_s(self._first_s)
 
     def _tell(self, now_s: float) -> None:

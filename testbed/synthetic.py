@@ -1,6 +1,7 @@
 """Synthetic workloads: what a sender would offer for the models of the CacheGen paper, and what computing would take.
 
-No model runs and no cache exists. Shapes and context lengths are the paper's. Sizes and distortions of levels are those
+No model runs, and in the simulator no cache exists (over an emulated link one is drawn at random and encoded:
+`testbed.synthetic_store`). Shapes and context lengths are the paper's. Sizes and distortions of levels are those
 that the codecs were measured to have on the bundled model (`workloads/ladders.json`), per element; CacheGen's bins are
 widened until its default level costs the paper's 2.26 bit per element (18.5 KB a token on Mistral-7B). Seconds of
 recomputing, decoding and prefill come from a compute profile (`workloads/compute.toml`). Sizes and times are near the
@@ -74,7 +75,7 @@ class Workload:
         return Manifest(
             context=f"synthetic-{self.model}-{context}-{codec}",
             model=f"synthetic {self.model}",
-            codec={"codec_id": codec},
+            codec={"codec": codec},
             profile=None,
             kv=self.kv,
             levels=rungs,
@@ -102,7 +103,7 @@ class Workload:
 
     def costs(self, manifest: Manifest) -> Costs:
         """Seconds of every step of compute."""
-        codec = str(manifest.codec["codec_id"])
+        codec = str(manifest.codec["codec"])
         decode = ELEMENT_BYTES * self.kv.elements_per_token / (self.gpus * decode_bytes_per_s(codec, self.compute))
         chunks = manifest.chunks
         return Costs(

@@ -1,6 +1,7 @@
 """A warm receiver process: sessions on command, one JSON object a line on stdin, one answer a line on stdout.
 
     python -m testbed.receiver --model PATH_OR_NAME --store DIR [--threads N] [--device cpu]
+    python -m testbed.receiver --workload mistral-7b,compute=a40 --store DIR      compute by profile: testbed.profiled
 
 `--store` is the receiver's own copy of what a session is judged by (questions, exact log-probabilities) and of the
 chunks that the costs are measured on before any session; sessions themselves take everything from the sender. When
@@ -37,6 +38,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -65,8 +67,8 @@ REFUSALS = (SpecError, CodecError, PolicyError, TraceError)
 class Worker:
     """The state between commands: a model, a store to judge by, the costs measured so far."""
 
-    def __init__(self, model: Model, store: Store) -> None:
-        self.compute = Compute(model)
+    def __init__(self, compute: Compute, store: Store) -> None:
+        self.compute = compute
         self.store = store
         self._costs: dict[str, Costs] = {}
         self._load: gemv.GemvLoop | None = None
@@ -118,8 +120,7 @@ class Worker:
         """One session, and afterwards what its cache was worth."""
         context = str(command["context"])
         costs = await self.prepare(context)
-        questions = self.store.questions(context)
-        index = int(command.get("question", 0)) % len(questions)
+        index, prompt_ids = self._question(context, command)
         policy = make_policy(str(command["policy"]))
         load = self._begin_load() if command.get("load") else None
         try:
@@ -131,7 +132,7 @@ class Worker:
                     float(command["deadline_s"]),
                     compute=self.compute,
                     costs=costs,
-                    prompt_ids=questions[index].prompt_ids,
+                    prompt_ids=prompt_ids,
                     depth=int(command.get("depth", 2)),
                     overlap=bool(command.get("overlap", True)),
                     cold=bool(command.get("cold", False)),
@@ -163,6 +164,12 @@ class Worker:
             self._load = gemv.GemvLoop(self.compute.model.device)
         self._load.start()
         return self._load
+
+    def _question(self, context: str, command: dict[str, Any]) -> tuple[int, Sequence[int]]:
+        """Number and prompt of the question whose first token is timed."""
+        questions = self.store.questions(context)
+        index = int(command.get("question", 0)) % len(questions)
+        return index, questions[index].prompt_ids
 
     def _judge(self, context: str, index: int, fetched: Fetched) -> dict[str, Any]:
         """All questions over the cache that arrived, against the exact cache."""
@@ -229,6 +236,7 @@ async def obey_lines(worker: Worker, commands: IO[str], answers: IO[str]) -> Non
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m testbed.receiver", description="A warm receiver process.")
     parser.add_argument("--model", default="bundled", help="folder or name; default: the bundled model")
+    parser.add_argument("--workload", help="a synthetic workload instead of a model: compute takes its profile's times")
     parser.add_argument("--store", type=Path, required=True, help="questions, references and chunks to measure on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16")
@@ -239,19 +247,22 @@ def main(arguments: list[str] | None = None) -> int:
     os.dup2(2, 1)
     try:
         threads = set_threads(options.threads)
-        model = Model.load(options.model, device=options.device, dtype=options.dtype)
-        worker = Worker(model, Store(options.store, create=False))
+        store = Store(options.store, create=False)
+        if options.workload:
+            from testbed.profiled import ProfiledWorker
+
+            profiled = ProfiledWorker(options.workload, store)
+            worker: Worker = profiled
+            who = {"model": "", "name": profiled.workload.name}
+        else:
+            model = Model.load(options.model, device=options.device, dtype=options.dtype)
+            worker = Worker(Compute(model), store)
+            who = {"model": model.fingerprint, "name": model.name}
     except REFUSALS as error:
         print(f"receiver: {error}", file=sys.stderr)
         return 2
     scheduling = be_punctual()  # this thread only: the network's
-    ready = {
-        "ready": True,
-        "model": model.fingerprint,
-        "name": model.name,
-        "threads": threads,
-        "scheduling": scheduling,
-    }
+    ready = {"ready": True, **who, "threads": threads, "scheduling": scheduling}
     answers.write(json.dumps(ready) + "\n")
     answers.flush()
     try:

@@ -175,6 +175,25 @@ class TestFacts:
         assert len(FORMATS) == 14, "README, own-trace.md and CHANGELOG.md say fourteen"
 
 
+class TestPaper:
+    TEXT = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+
+    def test_tables_are_what_was_measured(self):
+        results = script("paper_results")
+        kept = json.loads(results.KEPT.read_text(encoding="utf-8"))
+        assert results.replaced(self.TEXT, results.blocks(kept)) == self.TEXT, "run: python scripts/paper_results.py"
+
+    def test_the_claim_holds_in_the_paper_s_form(self):
+        kept = json.loads(script("paper_results").KEPT.read_text(encoding="utf-8"))["paper_slo"]
+        [entry] = [entry for entry in kept["settings"] if entry["deadline_s"] == 1.0]
+        missed = {name: scheme["violations"] for name, scheme in entry["schemes"].items()}
+        assert entry["n"] >= 2000
+        assert 0.80 <= missed["8-bit"] <= 0.95
+        assert missed["cachegen"] <= missed["8-bit"] / 4
+        assert missed["ours"] < missed["cachegen"]
+        assert missed["our-oracle"] <= missed["ours"]
+
+
 class TestReadme:
     TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 

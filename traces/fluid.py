@@ -37,7 +37,7 @@ class FluidLink:
     doubles every round trip) until the link is the limit; None is a warm connection. Copies are cheap and independent.
     """
 
-    __slots__ = ("_round_end_s", "_round_sent", "_window", "free_at_s", "goodput", "rtt_s")
+    __slots__ = ("_ends", "_from", "_round_end_s", "_round_sent", "_window", "free_at_s", "goodput", "rtt_s")
 
     def __init__(self, goodput: Trace, rtt_s: float = 0.0, initial_window_bytes: int | None = None) -> None:
         if not 0.0 <= rtt_s < math.inf:
@@ -53,12 +53,15 @@ class FluidLink:
         self._window = math.inf if initial_window_bytes is None or rtt_s == 0.0 else float(initial_window_bytes)
         self._round_end_s = -math.inf
         self._round_sent = 0.0
+        self._from = (-1.0, 0.0)
+        self._ends: list[float] | None = None
 
     def copy(self) -> FluidLink:
         other = FluidLink.__new__(FluidLink)
         other.goodput, other.rtt_s, other.free_at_s = self.goodput, self.rtt_s, self.free_at_s
         other._window = self._window
         other._round_end_s, other._round_sent = self._round_end_s, self._round_sent
+        other._from, other._ends = self._from, self._ends
         return other
 
     def transfer(self, request_s: float, size_bytes: float, chunk: int = 0) -> tuple[float, float]:
@@ -66,40 +69,50 @@ class FluidLink:
 
         Takes the link: the next request is served after it. `chunk` picks the rate of a trace with one rate a chunk.
         """
+        first_s, _, last_s = self.answer(request_s, size_bytes, size_bytes, chunk)
+        return first_s, last_s
+
+    def answer(
+        self, request_s: float, size_bytes: float, frame: float, chunk: int = 0
+    ) -> tuple[float, float, float]:
+        """As `transfer`, with the end of the first `frame` bytes between: (first, frame, last), seconds."""
         start_s = request_s + self.rtt_s
         if start_s < self.free_at_s:
             start_s = self.free_at_s
         if start_s == math.inf:
-            return math.inf, math.inf
-        if self._window == math.inf:
-            first_s, last_s = (
-                start_s + self._serve(8.0, start_s, chunk),
-                start_s + self._serve(size_bytes * 8.0, start_s, chunk),
+            return math.inf, math.inf, math.inf
+        if self._window < math.inf:
+            first_s, last_s = self._slow_start(start_s, float(size_bytes), chunk)
+            frame_s = first_s + self._serve(frame * 8.0, first_s, chunk) if frame < size_bytes else last_s
+        elif self.goodput.per == "chunk" or size_bytes < 1:
+            first_s, frame_s, last_s = (
+                start_s + self._serve(bytes_ * 8.0, start_s, chunk) for bytes_ in (1.0, frame, size_bytes)
             )
         else:
-            first_s, last_s = self._slow_start(start_s, float(size_bytes), chunk)
+            first, some, whole = self.goodput.times_for((8.0, frame * 8.0, size_bytes * 8.0), start_s)
+            first_s, frame_s, last_s = start_s + first, start_s + some, start_s + whole
         self.free_at_s = last_s
-        return min(first_s, last_s), last_s
+        return min(first_s, last_s), min(frame_s, last_s), last_s
 
     def cut(self, at_s: float) -> None:
         """The newest answer was cancelled: the link is free at `at_s` unless it is free before."""
         self.free_at_s = min(self.free_at_s, at_s)
 
-    def time_between(self, start_s: float, size_bytes: float, chunk: int = 0) -> float:
-        """Seconds that `size_bytes` occupy the bottleneck from `start_s`, window or not; changes nothing."""
-        return self._serve(size_bytes * 8.0, start_s, chunk)
-
     def bytes_between(self, start_s: float, end_s: float, chunk: int = 0) -> float:
         """Bytes that a warm connection carries from `start_s` to `end_s`."""
         if self.goodput.per == "chunk":
             return self.goodput.chunk_rate(chunk) * (end_s - start_s) / 8.0
-        return (self.goodput.bits_by(end_s) - self.goodput.bits_by(start_s)) / 8.0
+        if start_s != self._from[0]:  # asked again and again about one transfer
+            self._from = (start_s, self.goodput.bits_by(start_s))
+        return (self.goodput.bits_by(end_s) - self._from[1]) / 8.0
 
     def next_change_s(self, after_s: float) -> float:
         """When the rate changes next, seconds; inf if it never does again."""
         if self.goodput.per == "chunk":
             return math.inf
-        edges = _edges(self.goodput)
+        if self._ends is None:
+            self._ends = _edges(self.goodput)
+        edges = self._ends
         if self.goodput.end != "loop":
             at = bisect_right(edges, after_s)
             return edges[at] if at < len(edges) else math.inf

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, cast, get_args, overload
@@ -251,6 +251,21 @@ class Trace:
         if target <= total:
             return max(self._when(target) - start_s, 0.0)
         return (length - start_s) + (target - total) / last if last > 0.0 else math.inf
+
+    def times_for(self, bits: Sequence[float], start_s: float) -> list[float]:
+        """`time_for` of several numbers of bits above 0, ascending, from one start: the start is looked up once."""
+        edges, sums, rates = self._edges, self._bits, self._rates
+        if 0.0 <= start_s < edges[-1]:
+            row = bisect_right(edges, start_s) - 1
+            base = sums[row] + rates[row] * (start_s - edges[row])
+            if base + bits[-1] <= sums[-1]:
+                found = []
+                for some in bits:
+                    target = base + some
+                    row = bisect_left(sums, target, row) - 1
+                    found.append(edges[row] + (target - sums[row]) / rates[row] - start_s)
+                return found
+        return [self.time_for(some, start_s) for some in bits]
 
     def _when(self, target: float) -> float:
         """The first time within one pass at which ``0 < target <= total`` bits have gone."""

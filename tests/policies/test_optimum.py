@@ -58,9 +58,14 @@ def ttft_by_hand(line: Line, options: tuple[int, ...]) -> float:
         size = line.sizes_bytes[k][option]
         _, end_s = link.transfer(begin_s, size, line.first_chunk + k)
         free_s = max(end_s, free_s) + line.compute_s[k][option]
-        news_s = begin_s + link.time_between(begin_s, min(size, frame_bytes(int(size))), line.first_chunk + k)
+        news_s = begin_s + _seconds(line, begin_s, min(size, frame_bytes(int(size))), k)
         begin_s = end_s + line.rtt_s if line.depth == 1 else max(end_s, news_s + line.rtt_s)
     return free_s + line.prefill_s
+
+
+def _seconds(line: Line, begin_s: float, size: float, k: int) -> float:
+    """What so many bytes take from a moment on, on a link of their own."""
+    return FluidLink(line.goodput, 0.0).transfer(begin_s, size, line.first_chunk + k)[1] - begin_s
 
 
 def every_plan(line: Line) -> list[Plan]:

@@ -1,0 +1,160 @@
+"""Does the additive distortion that policies minimise say what a session's cache is worth to the model?
+
+    python benchmarks/surrogate.py [--contexts N] [--sessions N] [--out FILE.json]
+
+Sessions with mixed levels over simulated links: policies that mix levels, on traces and deadlines that make them, under
+each codec. The cache of every session is put together from the encoded chunks that it chose (text is exact), and the
+bundled model reads on over it: some text, then questions about the context with their answers. Two divergences from
+the exact cache are measured: over all that follows the context, as a level's distortion is, and over the questions and
+answers alone, of which `measured_kl` in a run's results holds the answers.
+
+Printed: Spearman's rank correlation of `distortion` with each, by codec and over all sessions. The bar is 0.8. Contexts
+are those of the calibration's check text, which no profile was fitted to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from codec.api import Codec  # noqa: E402
+from policies.api import TEXT  # noqa: E402
+from testbed import calibrate, machine, plugs  # noqa: E402
+from testbed.compute import set_threads  # noqa: E402
+from testbed.llm import Model, calculate_kv, mean_kl  # noqa: E402
+from testbed.manifest import ChunkInfo, LevelInfo, Manifest  # noqa: E402
+from testbed.session import Costs, SessionFailed  # noqa: E402
+from testbed.simulator import simulate  # noqa: E402
+from traces.framing import goodput_per_capacity  # noqa: E402
+from traces.resolve import open_trace  # noqa: E402
+
+CODECS = ("kvstream", "cachegen", "uniform")
+CHUNK_TOKENS = 256
+POLICIES = ("random", "random,text=true", "cachegen", "buffer-based", "bola", "mpc", "kvstream")
+TRACES = (
+    "uniform,low=3Mbps,high=60Mbps,hold=0.2s,seed=3",
+    "step-down-up,scale_mean=25Mbps",
+    "lte-walk,scale_mean=20Mbps",
+    "family/markov-003,scale_mean=30Mbps",
+    "wifi,scale_mean=50Mbps",
+)
+DEADLINES_S = (0.5, 1.0, 2.0)
+BAR = 0.8
+
+
+def sessions(manifest: Any, costs: Costs, most: int) -> list[tuple[str, tuple[Any, ...], float]]:
+    """(policy, levels, distortion) of sessions that mixed levels, each mixture once, in a fixed order."""
+    units = list(itertools.product(POLICIES, TRACES, DEADLINES_S))
+    random.Random(1).shuffle(units)
+    found: dict[tuple[Any, ...], tuple[str, float]] = {}
+    for seed, (policy, trace, deadline_s) in enumerate(units):
+        goodput = open_trace(trace).scaled(goodput_per_capacity())
+        try:
+            record = simulate(
+                manifest, plugs.make_policy(policy), goodput, deadline_s=deadline_s, costs=costs, rtt_s=0.02, seed=seed
+            )
+        except SessionFailed:
+            continue
+        if len(set(record.levels)) > 1:
+            found.setdefault(record.levels, (policy, record.distortion))
+    return [(policy, levels, distortion) for levels, (policy, distortion) in found.items()][:most]
+
+
+def encoded(codec: Codec, kv: Any, ladder: tuple[float, ...], model: Model) -> tuple[Manifest, list[list[bytes]]]:
+    """A context as a sender would offer it, and [chunk][level] its bytes."""
+    tokens = kv.shape[2]
+    spans = [range(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS)]
+    data = [
+        [codec.encode(kv[:, :, span.start : span.stop], level, positions=span) for level in range(len(codec.levels))]
+        for span in spans
+    ]
+    levels = tuple(LevelInfo(level.name, nats, 0.0) for level, nats in zip(codec.levels, ladder, strict=True))
+    chunks = tuple(
+        ChunkInfo(span.start, span.stop, tuple(len(one) for one in row), len(span))
+        for span, row in zip(spans, data, strict=True)
+    )
+    return Manifest("check", model.fingerprint, codec.get_config(), None, model.kv, levels, chunks), data
+
+
+def arrived(codec: Codec, exact: Any, manifest: Manifest, data: list[list[bytes]], levels: tuple[Any, ...]) -> Any:
+    """The cache of a session."""
+    found = exact.clone()
+    for chunk, row, level in zip(manifest.chunks, data, levels, strict=True):
+        if level != TEXT:
+            codec.decode(row[level], found[:, :, chunk.start : chunk.stop])
+    return found
+
+
+def measure(contexts: int, most: int) -> list[dict[str, Any]]:
+    """A row a session."""
+    set_threads(None)
+    model = Model.load("bundled")
+    codecs = {name: calibrate.make_codec(name, model) for name in CODECS}
+    ladders = {name: calibrate.distortions(model, codec, CHUNK_TOKENS) for name, codec in codecs.items()}
+    rows = []
+    for index, sample in enumerate(calibrate.samples(model, "check", contexts)):
+        exact = calculate_kv(model, sample.context_ids)
+        wanted = calibrate.log_probs(model, exact, sample.suffix_ids)
+        for name, codec in codecs.items():
+            manifest, data = encoded(codec, exact, ladders[name], model)
+            n = len(manifest.chunks)
+            costs = Costs(((0.004,) * len(manifest.levels),) * n, (0.08,) * n, 0.03)
+            for policy, levels, distortion in sessions(manifest, costs, most):
+                cache = arrived(codec, exact, manifest, data, levels)
+                got = calibrate.log_probs(model, cache, sample.suffix_ids)
+                rows.append({
+                    "context": index, "codec": name, "policy": policy, "levels": list(levels), "distortion": distortion,
+                    "kl_after": mean_kl(wanted, got),
+                    "kl_answers": mean_kl(wanted[calibrate.SUFFIX_TOKENS :], got[calibrate.SUFFIX_TOKENS :]),
+                })  # fmt: skip
+            print(f"context {index}, {name}: {len(rows)} sessions so far", file=sys.stderr, flush=True)
+    return rows
+
+
+def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Spearman's correlation by codec and context, by codec, and over all."""
+    from scipy.stats import spearmanr
+
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        for group in (f"{row['codec']} {row['context']}", row["codec"], "all"):
+            groups[group].append(row)
+    found = {}
+    for group, members in sorted(groups.items()):
+        distortion = [row["distortion"] for row in members]
+        found[group] = {"sessions": len(members)} | {
+            what: float(spearmanr(distortion, [row[what] for row in members]).statistic)
+            for what in ("kl_after", "kl_answers")
+        }
+    return {"groups": found, "bar": BAR, "ok": found["all"]["kl_after"] >= BAR}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, default=4)
+    parser.add_argument("--sessions", type=int, default=20, help="at most so many for each context and codec")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    rows = measure(args.contexts, args.sessions)
+    result = judge(rows)
+    print(f"{'Spearman of distortion with':28} {'sessions':>8} {'KL of what follows':>19} {'KL of answers':>14}")
+    for name, group in result["groups"].items():
+        print(f"{name:28} {group['sessions']:8} {group['kl_after']:19.3f} {group['kl_answers']:14.3f}")
+    print(f"bar {BAR} for what follows: {'met' if result['ok'] else 'MISSED'}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result | {"rows": rows} | machine.describe(), indent=1) + "\n")
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
