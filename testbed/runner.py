@@ -43,7 +43,7 @@ COVERED_S: Final = 600.0
 SESSION_LIMIT_S: Final = 120.0
 
 
-def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
+def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     """Run every session that has no cell yet. Must be called inside a sandbox."""
     progress = Progress(quiet)
     traces = {name: open_trace(name) for name in experiment.traces}
@@ -62,7 +62,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
     manifest = describe(experiment, prepared, "mininet")
     run.create(manifest)
     progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
-    log = run.path / "events.jsonl"
+    log = (run.path / events.FILE_NAME).absolute()
     names = [scheme.name for scheme in experiment.schemes]
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
@@ -174,7 +174,7 @@ class Stage:
         zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
         self.shaper.arm(trace, zero_s, COVERED_S)
         self._announce(unit, scheme, trace, log)
-        answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s), SESSION_LIMIT_S + 30.0)
+        answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s, log), SESSION_LIMIT_S + 30.0)
         end_s = time.monotonic()
         if answer["status"] == "ok":
             end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
@@ -196,7 +196,7 @@ class Stage:
         )
         return result, answer["record"]["chunks"], link
 
-    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float) -> Json:
+    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float, log: Path) -> Json:
         command: Json = {
             "cmd": "session",
             "url": f"http://{self.network.sender_ip}:{PORT}",
@@ -210,6 +210,7 @@ class Stage:
             "start_s": zero_s,
             "padding_bytes": PADDING_BYTES,
             "limits": {"session_s": SESSION_LIMIT_S},
+            "news": {"file": str(log), "unit_id": unit.unit_id, "scheme": scheme.name},
         }
         if plugs.is_clairvoyant(scheme.policy):
             goodput = self._goodput(trace)

@@ -29,7 +29,7 @@ Offers = Mapping[tuple[str, str], tuple[Manifest, Costs]]
 """(context, codec) -> what a sender would offer, and what computing with it costs."""
 
 
-def run_simulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
+def run_simulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     """Run every session that has no cell yet, in virtual time."""
     progress = Progress(quiet)
     units = experiment.units()

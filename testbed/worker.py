@@ -13,6 +13,7 @@ the model is loaded the process prints `{"ready": true, "model": "<fingerprint>"
      "deadline_s": 1.0, ...}
         optional: "question": 0 (index of the timed one), "depth": 2, "overlap": true, "cold": false,
         "padding_bytes": 0, "start_s": null (CLOCK_MONOTONIC), "prior_bps": null, "concurrent": 1, "seed": 0,
+        "news": {"file": "/.../events.jsonl", "unit_id": "003", "scheme": "cachegen"} (told how the chunks get on),
         "evaluate": true, "limits": {"stall_s": 5, "reconnects": 3, "session_s": 120},
         "forecast": {"durations_s": [...], "rates_bps": [...], "end": "hold", "rtt_s": 0.04,
                      "initial_window_bytes": null}   (goodput from the session's start; for clairvoyant policies)
@@ -43,6 +44,7 @@ from policies.api import Forecast
 from policies.errors import PolicyError
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
+from testbed.dashboard.teller import Teller
 from testbed.emulator.clock import be_punctual
 from testbed.errors import SpecError
 from testbed.guard import TimedAsk
@@ -129,6 +131,7 @@ class Worker:
                     seed=int(command.get("seed", 0)),
                     ask=TimedAsk(),
                     limits=Limits(**command.get("limits", {})),
+                    tell=_teller(command),
                 )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
@@ -166,6 +169,11 @@ def _forecast(command: dict[str, Any]) -> Forecast | None:
         return None
     goodput = Trace("forecast", given["durations_s"], given["rates_bps"], end=given.get("end", "hold"))
     return Forecast(goodput, float(given["rtt_s"]), int(command.get("depth", 2)), given.get("initial_window_bytes"))
+
+
+def _teller(command: dict[str, Any]) -> Teller | None:
+    given = command.get("news")
+    return None if given is None else Teller(Path(given["file"]), given["unit_id"], given["scheme"])
 
 
 async def obey_lines(worker: Worker, commands: IO[str], answers: IO[str]) -> None:

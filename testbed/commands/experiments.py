@@ -27,7 +27,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Compare schemes over emulated links, or in the simulator where links cannot be emulated.",
     )
     _experiment_arguments(run)
-    run.add_argument("--live", action="store_true", help="show the run in a browser while it goes on")
+    run.add_argument("--live", action="store_true", help="print the URL of a page that shows the run as it goes on")
     run.set_defaults(run=run_command)
 
     simulate = subparsers.add_parser("simulate", help="the same comparison in the simulator: no root, no model")
@@ -70,17 +70,35 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from testbed.emulator import sandbox
 
-    if not sandbox.inside():
+    if not args.dry_run and not sandbox.inside():
         problem = sandbox.available()
         if problem is None:
-            return sandbox.run([sys.executable, "-m", "testbed.cli", *_own_arguments()])
-        if args.spec or args.link:
+            return _in_sandbox(args)
+        if args.spec or args.link or args.live:
             raise MachineError(problem)
         print(f"kvstream: no emulated link here ({problem}): this is the SIMULATOR")
         return simulate_command(args)
     from testbed import runner
 
     return _carry_out(args, runner.run_emulated)
+
+
+def _in_sandbox(args: argparse.Namespace) -> int:
+    """The same command in namespaces of its own; the dashboard stays outside, where a browser can reach it."""
+    from testbed.emulator import sandbox
+
+    argv = [sys.executable, "-m", "testbed.cli", *_own_arguments()]
+    if not args.live:
+        return sandbox.run(argv)
+    from testbed.dashboard.beside import beside
+
+    folder = Path(args.runs) / resolve(args).name
+    out = sys.stderr if args.json else sys.stdout
+    with beside(folder) as url:
+        print(f"Live: {url}", file=out, flush=True)
+        status = sandbox.run(argv)
+    print(f"To see it again: kvstream dashboard {folder}", file=out)
+    return status
 
 
 def simulate_command(args: argparse.Namespace) -> int:
@@ -111,12 +129,13 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
     run = Run(folder)
     quiet = args.json
     try:
-        run_units(experiment, run, quiet=quiet, live=getattr(args, "live", False))
+        run_units(experiment, run, quiet=quiet)
     except KeyboardInterrupt:
         if run.cells.is_dir() and any(run.cells.glob("*.json")):
-            conclude(run, quiet=quiet)
+            _end(run, conclude(run, quiet=quiet))
         raise
     summary = conclude(run, quiet=quiet)
+    _end(run, summary)
     if args.json:
         print(json.dumps(summary, indent=1))
     missed = [why for bar in judged if (why := bars.missed(bar, summary)) is not None]
@@ -130,6 +149,14 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
               "traces say; close what else runs on this machine and run again", file=sys.stderr)  # fmt: skip
         return 3
     return 1 if missed else 0
+
+
+def _end(run: Run, summary: dict[str, Any]) -> None:
+    """Tell who follows the run that nothing more comes."""
+    from testbed.dashboard import events
+
+    if (run.path / events.FILE_NAME).is_file():
+        events.append(run.path / events.FILE_NAME, events.RunEnd(summary["verdict"]))
 
 
 def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
