@@ -41,6 +41,8 @@ PADDING_BYTES: Final = 1 << 20
 COVERED_S: Final = 600.0
 """A trace is scheduled for so long; no session lasts longer."""
 SESSION_LIMIT_S: Final = 120.0
+ANNOUNCED_DEADLINES: Final = 5
+"""So many deadlines of its link are shown ahead while a session runs."""
 
 
 def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
@@ -237,7 +239,8 @@ class Stage:
                 unit.deadline_s,
                 len(manifest.chunks),
                 len(manifest.levels),
-                capacity=[] if trace.per == "chunk" else trace.changes(0.0, 2 * unit.deadline_s),
+                capacity=[] if trace.per == "chunk" else trace.changes(0.0, ANNOUNCED_DEADLINES * unit.deadline_s),
+                capacity_until_s=ANNOUNCED_DEADLINES * unit.deadline_s,
                 clairvoyant=plugs.is_clairvoyant(scheme.policy),
                 depth=scheme.depth,
                 overlap=scheme.overlap,

@@ -64,7 +64,7 @@ def write(run: Run, baseline: str = "") -> Path:
 
 def scheme_names(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Schemes in the experiment's order."""
-    listed = [entry if isinstance(entry, str) else entry["name"] for entry in manifest.get("schemes", [])]
+    listed = [entry["name"] for entry in manifest.get("schemes", [])]
     return listed or list(dict.fromkeys(row["scheme"] for row in rows))
 
 

@@ -170,7 +170,7 @@ def manifest() -> dict[str, Any]:
             ]
         },
         "command": "kvstream run",
-        "schemes": list(RULES),
+        "schemes": [{"name": name} for name in RULES],
         "units": [],
     }
 
