@@ -87,6 +87,8 @@ class Experiment:
     """A session over the fidelity limits is repeated so often before it is marked invalid."""
     limits: Mapping[str, float] = field(default_factory=dict)
     """Fidelity limits that differ from the defaults."""
+    is_quick: bool = False
+    """A look, not a comparison: the report says so."""
 
     def units(self) -> list[Unit]:
         """Every unit, in a fixed order. `{seed}` in a trace is the unit's seed: a link for each repetition."""
@@ -120,7 +122,7 @@ class Experiment:
         return asdict(self)
 
     def quick(self) -> Experiment:
-        """One context and one deadline: a look, not a comparison."""
+        """One context, deadline and offset of it."""
         return replace(
             self,
             name=f"{self.name}-quick",
@@ -128,6 +130,7 @@ class Experiment:
             deadlines_s=self.deadlines_s[:1],
             offsets_s=self.offsets_s[:1],
             repetitions=1,
+            is_quick=True,
         )
 
 

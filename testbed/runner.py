@@ -159,7 +159,7 @@ class Stage:
         return self._bounds[key]
 
     def settled(
-        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path, most_repeats: int
+        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path | None, most_repeats: int
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session, again while the link was not what the trace says, at most `most_repeats` times more."""
         repeats = 0
@@ -170,12 +170,13 @@ class Stage:
         return replace(result, repeats=repeats), chunks, link
 
     def session(
-        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
+        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path | None
     ) -> tuple[Outcome, list[Json], list[Json]]:
-        """One session on the link, with what the link did."""
+        """One session on the link, with what the link did. `log` is where it is told how it gets on, if anywhere."""
         zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
         self.shaper.arm(trace, zero_s, COVERED_S)
-        self._announce(unit, scheme, trace, log)
+        if log is not None:
+            self._announce(unit, scheme, trace, log)
         answer = self.receiver.ask(self._command(unit, scheme, trace, zero_s, log), SESSION_LIMIT_S + 30.0)
         end_s = time.monotonic()
         if answer["status"] == "ok":
@@ -198,7 +199,7 @@ class Stage:
         )
         return result, answer["record"]["chunks"], link
 
-    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float, log: Path) -> Json:
+    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float, log: Path | None) -> Json:
         command: Json = {
             "cmd": "session",
             "url": f"http://{self.network.sender_ip}:{PORT}",
@@ -212,8 +213,9 @@ class Stage:
             "start_s": zero_s,
             "padding_bytes": PADDING_BYTES,
             "limits": {"session_s": SESSION_LIMIT_S},
-            "news": {"file": str(log), "unit_id": unit.unit_id, "scheme": scheme.name},
         }
+        if log is not None:
+            command["news"] = {"file": str(log), "unit_id": unit.unit_id, "scheme": scheme.name}
         if plugs.is_clairvoyant(scheme.policy):
             goodput = self._goodput(trace)
             command["forecast"] = {

@@ -8,7 +8,7 @@ which. The driver calls `poll` after every event, carries out the work it return
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 

@@ -180,6 +180,8 @@ def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
             Console().print(summary.table(result))
         else:
             print(summary.text(result))
+        if manifest["experiment"].get("is_quick"):
+            print("--quick: one context and one deadline, a look and not comparable with other runs")
         if result["settings"]:
             print(f"\n{settings.text(result['settings'])}")
         print(f"\n{result['verdict']}\nReport: {page}")

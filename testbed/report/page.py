@@ -124,9 +124,10 @@ def _header(manifest: Mapping[str, Any], summary: Json) -> str:
     deadlines = ", ".join(f"{value:g} s" for value in experiment.get("deadlines_s", []))
     verdict, _, rest = summary["verdict"].partition(". ")
     facts = [
-        f"{units['counted']} units × {len(summary['schemes'])} schemes",
+        "a quick look, not comparable with other runs" if experiment.get("is_quick") else "",
+        f"{summaries.many(units['counted'], 'unit')} × {summaries.many(len(summary['schemes']), 'scheme')}",
         f"deadline {deadlines}" if deadlines else "",
-        f"{summary['traces']} traces",
+        summaries.many(summary["traces"], "trace"),
         {"mininet": "measured over an emulated link (Mininet)", "simulator": "simulated, nothing was sent"}.get(
             summary["backend"], summary["backend"]
         ),
@@ -260,7 +261,8 @@ def _viewer(cells: Sequence[Json], material: Material) -> str:
     }
     look_json = json.dumps(look).replace("</", r"<\/")
     scripts = "".join(f"<script>{_asset(name)}</script>" for name in ("uPlot.iife.min.js", "viewer.js", "picker.js"))
-    note = f"<p class=quiet>{left_out} units are left out to keep this page small.</p>" if left_out else ""
+    words = f"{summaries.many(left_out, 'unit')} left out to keep this page small."
+    note = f"<p class=quiet>{words}</p>" if left_out else ""
     return f"""<section aria-labelledby="sessions" class="screen"><h2 id="sessions">Sessions</h2>{note}
 <div id="picker" class="picker"></div><div id="viewer"></div>
 <script type="application/json" id="session-data">{data}</script>

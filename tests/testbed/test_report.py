@@ -77,7 +77,7 @@ def test_the_svg_in_the_page_takes_the_colour_of_its_text(page: str) -> None:
 def test_verdict_failures_and_invalid_units_are_told(page: str) -> None:
     assert "meets the deadline" in page
     assert "1 of 9 units left out" in page
-    assert "text: 1 sessions failed" in page
+    assert "text: 1 session failed" in page
     assert "p95 error 31 % over 5 %" in page
 
 
