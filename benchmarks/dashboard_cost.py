@@ -169,7 +169,7 @@ def judge(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "starved": float(np.median([row["starved"] for row in rows])),
                 "pairs": len(pairs),
                 "ttft_s": float(np.median([a for a, _ in pairs])) if pairs else None,
-                "slower_s": mean.mean if arm != "off" else None,
+                "slower_s": mean.value if arm != "off" else None,
                 "slower_low_s": mean.low if arm != "off" else None,
                 "slower_high_s": mean.high if arm != "off" else None,
             }

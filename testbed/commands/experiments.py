@@ -122,7 +122,7 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
     judged = [bars.parse(text) for text in args.fail_if]
     folder = Path(args.runs) / experiment.name
     if args.dry_run:
-        return _dry_run(experiment, folder)
+        return _dry_run(experiment, folder, args.command)
     if args.fresh and folder.exists():
         Run.open(folder)
         shutil.rmtree(folder)
@@ -219,12 +219,13 @@ def resolve(args: argparse.Namespace) -> Experiment:
     return chosen.quick() if args.quick else chosen
 
 
-def _dry_run(experiment: Experiment, folder: Path) -> int:
+def _dry_run(experiment: Experiment, folder: Path, command: str) -> int:
     units = experiment.units()
     sessions = len(units) * len(experiment.schemes)
     seconds = sum(unit.deadline_s + 0.7 for unit in units) * len(experiment.schemes)
+    where = f"about {max(1, round(seconds / 60))} min over emulated links" if command == "run" else "in the simulator"
     print(f"{experiment.name}: {len(units)} units x {len(experiment.schemes)} schemes = {sessions} sessions, "
-          f"about {max(1, round(seconds / 60))} min over emulated links, into {folder}")  # fmt: skip
+          f"{where}, into {folder}")  # fmt: skip
     for scheme in experiment.schemes:
         print(f"  scheme {scheme.name}: policy {scheme.policy}, codec {scheme.codec}, depth {scheme.depth}")
     for unit in units:

@@ -137,7 +137,12 @@ function kvViewer(root, look) {
       ctx.stroke();
       ctx.font = `${11 * dpr}px system-ui, sans-serif`;
       ctx.textAlign = x > u.bbox.left + u.bbox.width * 0.8 ? "right" : "left";
-      ctx.fillText(label, x + (ctx.textAlign === "left" ? 4 : -4) * dpr, u.bbox.top + (label === "deadline" ? 12 : 26) * dpr);
+      const at = [label, x + (ctx.textAlign === "left" ? 4 : -4) * dpr, u.bbox.top + (label === "deadline" ? 12 : 26) * dpr];
+      ctx.strokeStyle = css("--paper");   // a halo, so that lines behind the words do not cross them out
+      ctx.lineWidth = 4 * dpr;
+      ctx.setLineDash([]);
+      ctx.strokeText(...at);
+      ctx.fillText(...at);
     };
     line(session.deadline_s, css("--ink"), [5, 4], "deadline");
     line(session.ttft_s, css("--accent"), [], "first token");
