@@ -136,9 +136,7 @@ def ladder(model: Model, prepared: Sequence[Case]) -> list[dict[str, Any]]:
 def ratio(rows: Sequence[Mapping[str, Any]], chunk_tokens: int) -> dict[str, Any]:
     """The smallest kvstream level that is as good as level 1 of `artifact`, and how many times smaller it is."""
     mine = [r for r in rows if r["codec"] == "kvstream" and r["chunk_tokens"] == chunk_tokens]
-    (theirs,) = [
-        r for r in rows if (r["codec"], r["level"], r["chunk_tokens"]) == (Artifact.codec_id, 1, chunk_tokens)
-    ]
+    (theirs,) = [r for r in rows if (r["codec"], r["level"], r["chunk_tokens"]) == (Artifact.codec_id, 1, chunk_tokens)]
     good = [r for r in mine if r["kl"] <= theirs["kl"] and r["right"] >= theirs["right"]]
     if not good:
         return {"chunk_tokens": chunk_tokens, "level": None}

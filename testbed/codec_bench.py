@@ -17,9 +17,7 @@ CONTEXT = "docs"
 REPEATS = 3
 
 
-def measure(
-    model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measure(model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """One row a level: bits per element with everything but the profile counted, mean KL (nats) on held-out text,
     answers right, and elements a second of encoding and decoding one chunk (median of a few)."""
     (context,) = prepare.find_contexts([CONTEXT])

@@ -213,9 +213,7 @@ class _Member:
 # --- each for itself
 
 
-def simulate_shared(
-    requests: Sequence[Request], goodput: Trace, *, depth: int = 2, rtt_s: float = 0.0
-) -> list[Served]:
+def simulate_shared(requests: Sequence[Request], goodput: Trace, *, depth: int = 2, rtt_s: float = 0.0) -> list[Served]:
     """Every request on a connection of its own, the link shared evenly, one decoder for all, first come first served.
 
     Needs a trace over time. Raises SessionFailed when the link carries nothing more.

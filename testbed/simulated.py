@@ -113,15 +113,19 @@ def _describe(
     ladders: Json = {}
     for (_, codec), (manifest, _) in offers.items():
         ladders.setdefault(codec, [asdict(level) for level in manifest.levels])
-    return {
-        "experiment": experiment.to_json(),
-        "backend": "simulator",
-        "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
-        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in units],
-        "levels": ladders,
-        "costs": source.strip(),
-        "traces": {name: trace.sha256 for name, trace in traces.items()},
-    } | _workload(experiment) | machine.describe()
+    return (
+        {
+            "experiment": experiment.to_json(),
+            "backend": "simulator",
+            "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
+            "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in units],
+            "levels": ladders,
+            "costs": source.strip(),
+            "traces": {name: trace.sha256 for name, trace in traces.items()},
+        }
+        | _workload(experiment)
+        | machine.describe()
+    )
 
 
 def _workload(experiment: Experiment) -> Json:

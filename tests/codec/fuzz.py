@@ -5,7 +5,7 @@
 
 One input is a codec, a way to harm a chunk that it wrote, and the bytes for that. Checksums are made right again, so
 that what lies behind them is reached. Whatever comes out must be a `CodecError` or finite values; anything else, a
-crash or a hang included, is a finding. """
+crash or a hang included, is a finding."""
 
 from __future__ import annotations
 

@@ -66,9 +66,7 @@ def test_batches_close_after_the_window_or_when_full():
     assert batches([0.0, 1.0], 5.0, 1) == [(0.0, [0]), (1.0, [1])]
 
 
-@given(
-    st.lists(st.floats(0.0, 10.0), min_size=1, max_size=20), st.floats(0.0, 3.0), st.integers(1, 6)
-)
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=20), st.floats(0.0, 3.0), st.integers(1, 6))
 def test_every_request_is_in_one_batch_that_closes_in_time(arrivals_s, window_s, most):
     found = batches(arrivals_s, window_s, most)
     assert sorted(i for _, members in found for i in members) == list(range(len(arrivals_s)))
@@ -180,9 +178,7 @@ def test_equal_requests_get_equal_shares():
 
 def test_the_decoder_serves_one_at_a_time():
     served = simulate_shared([request(2, decode_s=0.3) for _ in range(3)], constant(100), depth=1)
-    steps = sorted(
-        (c.decode_start_s, c.decode_end_s) for one in served for c in one.record.chunks
-    )
+    steps = sorted((c.decode_start_s, c.decode_end_s) for one in served for c in one.record.chunks)
     for (_, end_s), (start_s, _) in pairwise(steps):
         assert start_s >= end_s - 1e-9
 
