@@ -93,7 +93,11 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
         "levels": prepare.describe_levels(prepared, experiment.codecs),
         "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
         "traces": {name: open_trace(name).sha256 for name in experiment.traces},
-        "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
+        "model": {
+            "name": prepared.model_name,
+            "source": Path(prepared.model).name,
+            "fingerprint": next(iter(prepared.manifests.values())).model,
+        },
         "exact_answers": dict(prepared.exact_right),
         "command": " ".join(["kvstream", *sys.argv[1:]]),
     } | machine.describe()

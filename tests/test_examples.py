@@ -62,7 +62,8 @@ def test_job_is_yaml_and_names_real_commands():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     job = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text(encoding="utf-8"))
     steps = [step["run"] for part in job["jobs"].values() for step in part["steps"] if "run" in step]
-    calls = [line.replace("kvstream/run_testbed.sh", "./run_testbed.sh") for step in steps for line in step.splitlines()]
+    lines = [line for step in steps for line in step.splitlines()]
+    calls = [line.replace("kvstream/run_testbed.sh", "./run_testbed.sh") for line in lines]
     parsed = [build_parser().parse_args(argv) for call in calls if (argv := kvstream_arguments(call)) is not None]
     assert {args.command for args in parsed} == {"policy", "simulate", "doctor", "run"}
 

@@ -319,27 +319,39 @@ def _judgement(fidelity: Mapping[str, Any]) -> str:
 
 def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
     """What is needed to do it again."""
+    models = ", ".join(sorted({row["model"] for row in rows}))
+    fingerprint = manifest.get("model", {}).get("fingerprint", "")
     facts = {
         "command": manifest.get("command", ""),
         "commit": manifest.get("git", ""),
-        "backend": manifest.get("backend", ""),
-        "model": ", ".join(sorted({row["model"] for row in rows})),
+        "machine": f"{manifest.get('cores', '?')} cores of {manifest.get('processor', '?')}",
         "kernel": manifest.get("kernel", ""),
-        "versions": manifest.get("versions", ""),
-        "sysctls": manifest.get("sysctls", ""),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
+        "model": f"{models} {_short(fingerprint)}" if fingerprint else models,
+        "profiles": _hashes(manifest.get("profiles", {})),
+        "traces": _hashes(manifest.get("traces", {})),
     }
-    items = "".join(f"<dt>{key}<dd><code>{escape(_plain(value))}</code>" for key, value in facts.items() if value)
-    experiment = escape(json.dumps(manifest["experiment"], indent=1))
+    items = "".join(f"<dt>{key}<dd><code>{escape(value)}</code>" for key, value in facts.items() if value)
+    folded = {
+        "The experiment as it was resolved": manifest["experiment"],
+        "The network and the shaper, as read back": {key: manifest.get(key) for key in ("network", "shaper")},
+    }
+    details = "".join(
+        f"<details><summary>{head}</summary><pre>{escape(json.dumps(body, indent=1))}</pre></details>"
+        for head, body in folded.items()
+        if any(body.values())
+    )
     return f"""<section aria-labelledby="provenance"><h2 id="provenance">Provenance</h2><dl>{items}</dl>
-<details><summary>The experiment as it was resolved</summary><pre>{experiment}</pre></details></section>"""
+{details}</section>"""
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return str(value)
+def _hashes(found: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {_short(digest)}" for name, digest in found.items() if digest)
+
+
+def _short(digest: str) -> str:
+    """Enough of a SHA-256 to compare; the whole one stands in manifest.json."""
+    return digest[:12]
 
 
 def _number(value: float | None) -> str:

@@ -81,6 +81,14 @@ def test_verdict_failures_and_invalid_units_are_told(page: str) -> None:
     assert "p95 error 31 % over 5 %" in page
 
 
+def test_what_the_numbers_depend_on_is_told(page: str) -> None:
+    for fact in ("0123456789ab", "2 cores of a processor", "6.1.0-test", "torch 2.13.0", "9f1c2ab0 f1f1f1f1f1f1"):
+        assert fact in page, fact
+    assert "steady,scale_mean=30Mbps abababababab" in page
+    assert "cachegen cdcdcdcdcdcd" in page
+    assert "&quot;cc&quot;: &quot;cubic&quot;" in page
+
+
 def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path, contexts=("docs",), spoil=False)
     text = "<script>alert(1)</script>"
