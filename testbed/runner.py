@@ -8,7 +8,6 @@ and session are judged after it; a session over the fidelity limits is repeated,
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -99,7 +98,7 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
             "fingerprint": next(iter(prepared.manifests.values())).model,
         },
         "exact_answers": dict(prepared.exact_right),
-        "command": " ".join(["kvstream", *sys.argv[1:]]),
+        "command": machine.command(),
     } | machine.describe()
 
 

@@ -122,6 +122,7 @@ def _describe(
             "levels": ladders,
             "costs": source.strip(),
             "traces": {name: trace.sha256 for name, trace in traces.items()},
+            "command": machine.command(),
         }
         | _workload(experiment)
         | machine.describe()
