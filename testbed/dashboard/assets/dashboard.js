@@ -111,23 +111,28 @@
     gauges(session, now === null ? Infinity : now);
   }
 
-  function frame() {
-    requestAnimationFrame(frame);
-    if (following && live) {
+  // A session that runs shares its processors with this page as often as not: few pictures, and little time for them.
+  const LIVE_EVERY_MS = 150, LIVE_SHARE = 0.05;
+
+  function drawLive() {
+    const began = performance.now();
+    if (following && live && !document.hidden) {
       const now = liveNow();
-      if (frame.last && now - frame.last >= 0 && now - frame.last < 0.04 && frame.key === key(live.session)) return;   // 25 pictures a second are plenty
-      frame.last = now; frame.key = key(live.session);
       live.session.link = liveLink(now);
       draw(live.session, now, true, 2 * live.session.deadline_s);
       $("time").max = Math.max(now, 2 * live.session.deadline_s);
       $("time").value = now;
       $("clock").textContent = now.toFixed(2) + " s";
-    } else if (playing) {
-      const end = length(playing.session);
-      const now = Math.min(playing.from + (performance.now() / 1000 - playing.at) * +$("speed").value, end);
-      seek(now);
-      if (now >= end) stop();
     }
+    setTimeout(drawLive, Math.max(LIVE_EVERY_MS, (performance.now() - began) / LIVE_SHARE));
+  }
+
+  function drawPlaying() {
+    const end = length(playing.session);
+    const now = Math.min(playing.from + (performance.now() / 1000 - playing.at) * +$("speed").value, end);
+    seek(now);
+    if (now >= end) stop();
+    else playing.next = requestAnimationFrame(drawPlaying);
   }
 
   function seek(now) {
@@ -140,6 +145,7 @@
   }
 
   function stop() {
+    if (playing) cancelAnimationFrame(playing.next);
     playing = null;
     $("play").textContent = "Play";
     $("play").setAttribute("aria-pressed", "false");
@@ -148,7 +154,7 @@
   function play() {
     if (!shown) return;
     const end = length(shown), from = +$("time").value >= end - 0.01 ? 0 : +$("time").value;
-    playing = { session: shown, from, at: performance.now() / 1000 };
+    playing = { session: shown, from, at: performance.now() / 1000, next: requestAnimationFrame(drawPlaying) };
     $("play").textContent = "Pause";
     $("play").setAttribute("aria-pressed", "true");
   }
@@ -238,7 +244,7 @@
       if (last && !live) choose(last);
     },
     run_start(event) { $("name").textContent = event.name; total = event.sessions; began = performance.now(); doneAtStart = rows.size; mode("live"); follow(true); table(); },
-    session_start(event) { startLive(event); frame.last = 0; mode("live"); },
+    session_start(event) { startLive(event); mode("live"); },
     chunk: news,
     session_end(event) { end(event.row); },
     run_end() { mode("finished"); follow(false); live = null; },
@@ -261,5 +267,5 @@
     handlers[event.event]?.(event);
   });
   source.addEventListener("error", () => { if (source.readyState !== EventSource.OPEN) $("mode").textContent = "the run's server is gone; kvstream dashboard shows it again"; });
-  requestAnimationFrame(frame);
+  drawLive();
 })();
