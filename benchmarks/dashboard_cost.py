@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CONTEXT, CODEC, CHUNK_TOKENS, POLICY = "docs", "kvstream", 256, "fixed,level=4"
-TRACES = ("steady,scale_mean=32Mbps", "step,rates=45Mbps:10Mbps:50Mbps,hold=0.25s", "constant,rate=200Mbps")
+TRACES = ("steady,scale_mean=32Mbps", "step,rates=45Mbps:10Mbps:50Mbps,hold=0.25s", "constant,rate=60Mbps")
 ARMS = ("off", "dashboard", "browser")
 SETTLE_S = 2.0
 """A browser is busy for a while after its page is there."""

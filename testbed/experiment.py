@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,20 @@ class Unit:
         """Readable, and unique by a hash of what the unit is."""
         facts = repr((self.context, self.trace, self.offset_s, self.deadline_s, self.link, self.seed))
         return f"{self.index:03d}-{self.context}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+SESSION_S = 0.7
+"""What a session over an emulated link takes beside its deadline: settling the link, asking the questions."""
+
+
+def predicted_s(units: Iterable[Unit]) -> float:
+    """How long one session of each unit takes over an emulated link, roughly."""
+    return sum(unit.deadline_s + SESSION_S for unit in units)
+
+
+def about(seconds: float) -> str:
+    """`about 40 s`, `about 3 min`."""
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
     manifest = describe(experiment, prepared, "mininet")
     run.create(manifest)
-    progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
+    progress.begin(experiment, len(units) * len(experiment.schemes), [unit for unit, _ in todo], emulated=True)
     log = (run.path / events.FILE_NAME).absolute()
     names = [scheme.name for scheme in experiment.schemes]
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))

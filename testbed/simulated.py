@@ -40,7 +40,7 @@ def run_simulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     run.create(_describe(experiment, units, traces, offers, source))
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
     progress.place(f"SIMULATOR: virtual links and clock, no model; {source}")
-    progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
+    progress.begin(experiment, len(units) * len(experiment.schemes), [unit for unit, _ in todo], emulated=False)
     model = synthetic.parse(experiment.workload).name if experiment.workload else "none"
 
     @lru_cache(maxsize=64)

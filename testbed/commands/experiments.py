@@ -220,10 +220,12 @@ def resolve(args: argparse.Namespace) -> Experiment:
 
 
 def _dry_run(experiment: Experiment, folder: Path, command: str) -> int:
+    from testbed.experiment import about, predicted_s
+
     units = experiment.units()
     sessions = len(units) * len(experiment.schemes)
-    seconds = sum(unit.deadline_s + 0.7 for unit in units) * len(experiment.schemes)
-    where = f"about {max(1, round(seconds / 60))} min over emulated links" if command == "run" else "in the simulator"
+    length = about(predicted_s(units) * len(experiment.schemes))
+    where = f"{length} over emulated links" if command == "run" else "in the simulator"
     print(f"{experiment.name}: {len(units)} units x {len(experiment.schemes)} schemes = {sessions} sessions, "
           f"{where}, into {folder}")  # fmt: skip
     for scheme in experiment.schemes:
