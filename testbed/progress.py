@@ -53,8 +53,6 @@ class Progress:
         rest = about(max(0.0, (time.monotonic() - self._begun_s) / self._done_s * self._left_s))
         ttft = "no first token" if row.ttft_s is None else f"TTFT {row.ttft_s:.2f} s"
         mark = row.status if row.status != "ok" else "met" if row.met else "missed"
-        line = (
-            f"  {row.scheme:<18} {row.unit_id:<28} {ttft:<14} {mark:<8} {self._left} to go, {rest}"
-        )
+        line = f"  {row.scheme:<18} {row.unit_id:<28} {ttft:<14} {mark:<8} {self._left} to go, {rest}"
         end = "\n" if self._left == 0 else ""
         print(f"\r\033[K{line}", end=end, flush=True)
