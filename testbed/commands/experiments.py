@@ -133,6 +133,7 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
     except KeyboardInterrupt:
         if run.cells.is_dir() and any(run.cells.glob("*.json")):
             _end(run, conclude(run, quiet=quiet))
+        print(f"Finished sessions are kept in {folder}: run it again, without --fresh, and it goes on", file=sys.stderr)
         raise
     summary = conclude(run, quiet=quiet)
     _end(run, summary)
