@@ -10,7 +10,8 @@ the same warm processes, at one fixed level so that nothing adapts. The arms:
     browser    the same with a page open in headless Chromium, which draws on the processors of this very machine
 
 Nothing is repeated: a session whose link was not what the trace says counts against its arm. TTFTs are compared over
-the units whose sessions were valid in both arms; the interval is a bootstrap over units.
+the units whose sessions were valid in both arms, and over all units; the interval is a bootstrap over units. What else
+runs on the machine makes sessions invalid in every arm, so its load is kept too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +150,13 @@ def judge(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row an arm: valid sessions, what fidelity looks at, and TTFT against `off`."""
     import numpy as np
 
-    from testbed import stats
-
     table = []
     sessions = {(row["unit"], row["arm"]): row for row in found}
     for arm in dict.fromkeys(sorted((row["arm"] for row in found), key=ARMS.index)):
         rows = [row for row in found if row["arm"] == arm]
-        valid = [
-            row["unit"] for row in rows if row["status"] == "ok" and sessions[row["unit"], "off"]["status"] == "ok"
-        ]
-        pairs = [(sessions[unit, arm]["ttft_s"], sessions[unit, "off"]["ttft_s"]) for unit in valid]
-        mean = stats.paired_difference([a for a, _ in pairs], [b for _, b in pairs], [str(unit) for unit in valid])
+        pairs = [(row, sessions[row["unit"], "off"]) for row in rows]
+        valid = [pair for pair in pairs if all(row["status"] == "ok" for row in pair)]
+        answered = [pair for pair in pairs if all(row["ttft_s"] is not None for row in pair)]
         errors = [row["median_error"] for row in rows if row["median_error"] is not None]
         table.append(
             {
@@ -168,31 +166,39 @@ def judge(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "median_error": float(np.median(errors)) if errors else None,
                 "lateness_p99_s": float(np.median([row["lateness_p99_s"] for row in rows])),
                 "starved": float(np.median([row["starved"] for row in rows])),
-                "pairs": len(pairs),
-                "ttft_s": float(np.median([a for a, _ in pairs])) if pairs else None,
-                "slower_s": mean.value if arm != "off" else None,
-                "slower_low_s": mean.low if arm != "off" else None,
-                "slower_high_s": mean.high if arm != "off" else None,
+                "ttft_s": float(np.median([row["ttft_s"] for row, _ in answered])) if answered else None,
+                "slower_valid": None if arm == "off" else slower(valid),
+                "slower_all": None if arm == "off" else slower(answered),
             }
         )
     return table
 
 
+def slower(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Mean of an arm's TTFT minus that with nobody watching, seconds, with its interval."""
+    from testbed import stats
+
+    watched, alone = [row["ttft_s"] for row, _ in pairs], [row["ttft_s"] for _, row in pairs]
+    return asdict(stats.paired_difference(watched, alone, [str(row["unit"]) for row, _ in pairs]))
+
+
 def show(table: list[dict[str, Any]]) -> None:
-    print(
-        f"{'arm':<10} {'valid':>7} {'error':>7} {'late p99':>9} {'waited':>9} {'TTFT':>8}  slower than off (ms, 95 %)"
-    )
+    print(f"{'arm':<10} {'valid':>7} {'error':>7} {'late p99':>9} {'waited':>9} {'TTFT':>8}  slower than off, 95 %: "
+          "valid units; all units")  # fmt: skip
     for row in table:
-        slower = "-"
-        if row["slower_s"] is not None:
-            interval = "" if row["slower_low_s"] is None else (
-                f" [{1e3 * row['slower_low_s']:+.1f}, {1e3 * row['slower_high_s']:+.1f}]")  # fmt: skip
-            slower = f"{1e3 * row['slower_s']:+.1f}{interval} over {row['pairs']} units"
         error = "-" if row["median_error"] is None else f"{100 * row['median_error']:.2f} %"
         ttft = "-" if row["ttft_s"] is None else f"{row['ttft_s']:.3f} s"
         valid, late = f"{row['valid']}/{row['sessions']}", f"{1e3 * row['lateness_p99_s']:.2f} ms"
         waited = f"{1e3 * row['starved']:.0f} ms/s"
-        print(f"{row['arm']:<10} {valid:>7} {error:>7} {late:>9} {waited:>9} {ttft:>8}  {slower}")
+        words = "; ".join(_words(row[key]) for key in ("slower_valid", "slower_all"))
+        print(f"{row['arm']:<10} {valid:>7} {error:>7} {late:>9} {waited:>9} {ttft:>8}  {words}")
+
+
+def _words(mean: dict[str, Any] | None) -> str:
+    if mean is None or mean["value"] is None:
+        return "-"
+    interval = "" if mean["low"] is None else f" [{1e3 * mean['low']:+.1f}, {1e3 * mean['high']:+.1f}]"
+    return f"{1e3 * mean['value']:+.1f} ms{interval} (n = {mean['n']})"
 
 
 def main() -> int:
@@ -210,7 +216,7 @@ def main() -> int:
     from testbed.emulator import sandbox
 
     with tempfile.TemporaryDirectory() as name:
-        folder, over = Path(name), threading.Event()
+        folder, over, load = Path(name), threading.Event(), os.getloadavg()[0]
         helper = threading.Thread(target=arrange, args=(folder, over))
         helper.start()
         try:
@@ -224,7 +230,7 @@ def main() -> int:
     table = judge(found)
     show(table)
     if options.out:
-        body = {"table": table, "sessions": found} | machine.describe()
+        body = {"table": table, "load": load, "sessions": found} | machine.describe()
         options.out.write_text(json.dumps(body, indent=1) + "\n")
     return 0
 
