@@ -3,12 +3,13 @@
 #   ./run_testbed.sh              the main job: policies compared over emulated links
 #   ./run_testbed.sh test [ARGS]  the tests (ARGS go to pytest)
 #   ./run_testbed.sh setup        only the set-up
-#   ./run_testbed.sh ARGS...      kvstream ARGS...
+#   ./run_testbed.sh ARGS...      kvstream ARGS..., in the caller's directory
 set -euo pipefail
-cd "$(dirname "$(readlink -f "$0")")"
+ROOT=$(dirname "$(readlink -f "$0")")
 VENV=${KVSTREAM_VENV:-.venv}
+case $VENV in /*) ;; *) VENV=$ROOT/$VENV ;; esac
+BIN=$VENV/bin
 
-absolute_venv() { case $VENV in /*) printf '%s' "$VENV" ;; *) printf '%s/%s' "$PWD" "$VENV" ;; esac }
 say() { printf 'kvstream: %s\n' "$*" >&2; }
 
 find_python() {
@@ -39,15 +40,21 @@ PY
     printf '%s\n' "${need[@]}" | sort -u | grep . || true
 }
 
+can_install() { [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; }
+
+apt_install() {
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null
+}
+
 install_system_packages() {
     local missing
     missing=$(system_packages "$1" | tr '\n' ' ')
     [ -n "${missing// /}" ] || return 0
-    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+    if can_install; then
         say "installing system packages: $missing"
         # shellcheck disable=SC2086  # one word a package
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-            apt-get install -y -qq --no-install-recommends $missing; } >/dev/null || {
+        apt_install $missing || {
             say "apt-get failed; run: apt-get update && apt-get install --no-install-recommends $missing"
             exit 4
         }
@@ -59,36 +66,58 @@ install_system_packages() {
     fi
 }
 
-setup() {
-    local python stamp want
+# Only the tests look at pages in a browser; without one they are skipped.
+install_chromium() {
+    command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 && return 0
+    if can_install; then
+        say "installing the system package chromium (for the browser tests)"
+        apt_install chromium || say "apt-get cannot install chromium here: the browser tests are skipped"
+    else
+        say "no Chromium: the browser tests are skipped; an administrator can add it with:"
+        say "  sudo apt-get install --no-install-recommends chromium"
+    fi
+}
+
+# setup EXTRAS: the virtual environment with these extras of the package; in a subshell, because it changes directory
+setup() (
+    cd "$ROOT"
+    local python stamp want extras
+    extras=$1
     python=$(find_python)
-    stamp=$VENV/.kvstream-setup
+    stamp=$VENV/.kvstream-setup-$extras
     want=$({ cat pyproject.toml constraints.txt; "$python" -V; pwd; } | sha256sum | cut -d' ' -f1)
     install_system_packages "$python"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         say "setting up $VENV (once; a few minutes)"
-        [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-            -c constraints.txt -e '.[run,torchac,dev]'
-        printf '%s\n' "$want" >"$stamp"
+        [ -x "$BIN/python" ] || "$python" -m venv "$VENV"
+        "$BIN/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+        printf '%s\n' "$want" | tee "$stamp" >"$VENV/.kvstream-setup-$TO_RUN"
     fi
     # Compiled kernels are cached per user.
     local warm=${XDG_CACHE_HOME:-$HOME/.cache}/kvstream/warm-$want
     if [ ! -e "$warm" ]; then
         say "compiling kernels (once)"
-        PATH=$(absolute_venv)/bin:$PATH "$VENV/bin/python" -m testbed.warm >/dev/null
+        PATH=$BIN:$PATH "$BIN/python" -m testbed.warm >/dev/null
         mkdir -p "$(dirname "$warm")" && touch "$warm"
     fi
-}
+)
 
-setup
-BIN=$(absolute_venv)/bin
+TO_RUN=run,torchac
+TO_TEST=run,torchac,dev
 export PATH=$BIN:$PATH:/usr/sbin:/sbin
 case ${1:-run} in
-    setup) say "ready" ;;
+    setup)
+        setup "$TO_TEST"
+        say "ready"
+        ;;
     test)
         shift
-        exec bash scripts/test.sh "$@"
+        setup "$TO_TEST"
+        install_chromium
+        exec bash "$ROOT/scripts/test.sh" "$@"
         ;;
-    *) exec "$BIN/python" -m testbed.cli "${@:-run}" ;;
+    *)
+        setup "$TO_RUN"
+        exec "$BIN/kvstream" "${@:-run}"
+        ;;
 esac

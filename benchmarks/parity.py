@@ -132,9 +132,7 @@ def measure(
             for index, (_, name, depth) in chosen:
                 unit = Unit(index, CONTEXT, name, 0.0, 5.0, link_text, seed=index)
                 scheme = Scheme(f"{Path(__file__).resolve()}:Drawn,seed={index}", CODEC, depth=depth, label="drawn")
-                result, chunks, _ = stage.settled(
-                    unit, scheme, traces[name], fidelity.Limits(), folder / "events", MOST_REPEATS
-                )
+                result, chunks, _ = stage.settled(unit, scheme, traces[name], fidelity.Limits(), None, MOST_REPEATS)
                 found = {
                     "trace": name,
                     "rtt_ms": 2000.0 * link.delay_s,

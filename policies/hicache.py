@@ -1,9 +1,11 @@
 """The prefetch timeout of SGLang's HiCache: fetch until base + n * t, then recompute what is missing.
 
 HiCache loads a prefix from storage until a timeout of a base plus a time per 1,024 tokens, stops, and prefills the rest
-(policy `timeout`; 1 s and 0.25 s are its defaults). Mapping to a deadline: the timeout is at most `share` of it. Every
-fetched chunk takes `level`. At the timeout the chunk in flight is given up as well: `progress` replaces it by its text,
-and what had arrived of it is waste. A receiver without a model fetches on.
+(its prefetch policy `timeout`, formula in sgl-project/sglang pull request 10512). The defaults are those since pull
+request 23309 (April 2026): 2 s, 0.1 s per 1,024 tokens, at most 30 s; before, 1 s, 0.25 s and no bound. Mapping to a
+deadline: the timeout is at most `share` of it. Every fetched chunk takes `level`. At the timeout the chunk in flight is
+given up as well: `progress` replaces it by its text, and what had arrived of it is waste. A receiver without a model
+fetches on.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ class HiCache:
 
     level: int | str = "highest"
     """Of the fetched chunks: lowest, medium, highest or a number."""
-    base_s: float = 1.0
+    base_s: float = 2.0
     """Timeout of a context of no tokens."""
-    per_ki_token_s: float = 0.25
+    per_ki_token_s: float = 0.1
     """What 1,024 tokens add to it."""
+    most_s: float = 30.0
+    """The timeout is at most this."""
     share: float = 0.5
-    """The timeout is at most this fraction of the deadline."""
+    """And at most this fraction of the deadline."""
     _timeout_s: float = field(default=-1.0, init=False, repr=False, compare=False)
 
     def choose(self, obs: Observation) -> Choice:
         if self._timeout_s < 0.0:
             asked_s = self.base_s + self.per_ki_token_s * sum(obs.tokens) / 1024.0
-            self._timeout_s = min(asked_s, self.share * obs.deadline_s)
+            self._timeout_s = min(asked_s, self.most_s, self.share * obs.deadline_s)
         reason = {"timeout_s": self._timeout_s}
         if obs.recompute_s is not None and obs.now_s >= self._timeout_s:
             return Choice(TEXT, reason=reason)

@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
-# Everything that is checked, in the order in which it fails fastest: style, types, tests.
+# Everything that is checked, in the order in which it fails fastest: scripts/check.sh, then the tests.
 # Arguments go to pytest; with arguments, only pytest runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "$#" -eq 0 ]; then
-    ruff check .
-    mypy
-fi
+[ "$#" -gt 0 ] || scripts/check.sh
 exec python -m pytest "$@"

@@ -106,4 +106,5 @@ def write_junit(path: Path, name: str, bars: Sequence[Bar], summary: Mapping[str
             failures += 1
             ElementTree.SubElement(case, "failure", message=why)
     suite.set("failures", str(failures))
+    ElementTree.indent(suite)
     ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

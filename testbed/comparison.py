@@ -27,7 +27,8 @@ def compare(before: str, after: str) -> dict[str, Any]:
     combined = [
         row | {"scheme": f"{row['scheme']}@{label}"} for part, label in zip(rows, labels, strict=True) for row in part
     ]
-    baseline = f"{runs[0].manifest['experiment']['baseline'] or rows[0][0]['scheme']}@{labels[0]}"
+    first = runs[0].manifest
+    baseline = f"{first['experiment']['baseline'] or first['schemes'][0]['name']}@{labels[0]}"
     return summary.summarise(combined, baseline=baseline)
 
 

@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,20 @@ class Unit:
         return f"{self.index:03d}-{self.context}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
+SESSION_S = 0.7
+"""What a session over an emulated link takes beside its deadline: settling the link, asking the questions."""
+
+
+def predicted_s(units: Iterable[Unit]) -> float:
+    """How long one session of each unit takes over an emulated link, roughly."""
+    return sum(unit.deadline_s + SESSION_S for unit in units)
+
+
+def about(seconds: float) -> str:
+    """`about 40 s`, `about 3 min`."""
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A resolved experiment; its JSON form stands in a run's manifest."""
@@ -93,6 +107,8 @@ class Experiment:
     """Emulated links: record the packets of every session at both ends, and keep what they say."""
     probe: bool = False
     """Before a session the link is probed with a train of packets; policies see the result as `prior_bps`."""
+    is_quick: bool = False
+    """A look, not a comparison: the report says so."""
 
     def units(self) -> list[Unit]:
         """Every unit, in a fixed order. `{seed}` in a trace is the unit's seed: a link for each repetition."""
@@ -126,7 +142,7 @@ class Experiment:
         return asdict(self)
 
     def quick(self) -> Experiment:
-        """One context and one deadline: a look, not a comparison."""
+        """One context, deadline and offset of it."""
         return replace(
             self,
             name=f"{self.name}-quick",
@@ -134,6 +150,7 @@ class Experiment:
             deadlines_s=self.deadlines_s[:1],
             offsets_s=self.offsets_s[:1],
             repetitions=1,
+            is_quick=True,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,11 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def command() -> str:
+    """The command line that is running, as one would type it again."""
+    return shlex.join(["kvstream", *sys.argv[1:]])
 
 
 def cache_dir() -> Path:

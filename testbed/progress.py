@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from testbed.experiment import SESSION_S, about, predicted_s
+
 if TYPE_CHECKING:
-    from testbed.experiment import Experiment
+    from testbed.experiment import Experiment, Unit
     from testbed.results import Row
 
 
@@ -28,7 +30,8 @@ class Progress:
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._terminal = sys.stdout.isatty()
-        self._done = self._left = 0
+        self._done_s = self._left_s = 0.0
+        self._left = 0
         self._begun_s = time.monotonic()
 
     def say(self, line: str) -> None:
@@ -36,12 +39,15 @@ class Progress:
         if not self._quiet:
             print(line, flush=True)
 
-    def begin(self, experiment: Experiment, sessions: int, todo: int) -> None:
-        self._left = todo
+    def begin(self, experiment: Experiment, sessions: int, todo: Sequence[Unit], emulated: bool) -> None:
+        """`sessions` in all; `todo` holds the unit of each that is still to run."""
+        self._left, self._left_s = len(todo), predicted_s(todo)
         self._begun_s = time.monotonic()
         words = f"{experiment.name}: {len(experiment.units())} units x {len(experiment.schemes)} schemes"
-        if todo < sessions:
-            words += f", {sessions - todo} of {sessions} sessions are there already"
+        if len(todo) < sessions:
+            words += f", {sessions - len(todo)} of {sessions} sessions are there already"
+        if emulated and todo:
+            words += f", {about(self._left_s)}"
         self.say(words)
 
     def place(self, words: str) -> None:
@@ -49,13 +55,14 @@ class Progress:
         self.say(words)
 
     def step(self, row: Row) -> None:
-        self._done += 1
         self._left -= 1
+        self._left_s -= row.deadline_s + SESSION_S
+        self._done_s += row.deadline_s + SESSION_S
         if self._quiet or not self._terminal:
             return
-        rest_s = (time.monotonic() - self._begun_s) / self._done * self._left
+        rest = about(max(0.0, (time.monotonic() - self._begun_s) / self._done_s * self._left_s))
         ttft = "no first token" if row.ttft_s is None else f"TTFT {row.ttft_s:.2f} s"
         mark = row.status if row.status != "ok" else "met" if row.met else "missed"
-        line = f"  {row.scheme:<18} {row.unit_id:<28} {ttft:<14} {mark:<8} {self._left} to go, about {rest_s:.0f} s"
+        line = f"  {row.scheme:<18} {row.unit_id:<28} {ttft:<14} {mark:<8} {self._left} to go, {rest}"
         end = "\n" if self._left == 0 else ""
         print(f"\r\033[K{line}", end=end, flush=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import aiohttp
 
@@ -35,6 +35,7 @@ from testbed.session import (
     PREFILL,
     Ask,
     Cancel,
+    ChunkRecord,
     Costs,
     Decode,
     Fetch,
@@ -52,6 +53,11 @@ STEP_S = 0.001
 that come in a second at 25 Gbit/s."""
 SPIN_S = 0.002
 """The event loop's timers are good to a millisecond; the rest to the start is spun away."""
+
+TELL_EVERY_S = 0.05
+
+Tell: TypeAlias = Callable[[Sequence[ChunkRecord], float], None]
+"""Who is told how the chunks get on, and when: seconds since the request."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +100,22 @@ async def fetch_session(
     limits: Limits | None = None,
     on_chunk: Callable[[int], object] | None = None,
     others: Sequence[Client] = (),
+    tell: Tell | None = None,
 ) -> Fetched:
     """One request for one context: its cache in `compute`, and the first token after `prompt_ids`.
 
     `start_s` is the CLOCK_MONOTONIC at which to begin (None: as soon as the connection stands); `padding_bytes` are
     sent over the connection before, so that its congestion window is open; `cold` connects within the session.
     `on_chunk` hears of each chunk's first byte at once. With `others` the chunks lie on several senders: chunk i on the
-    one that is i modulo their number, `client` being number 0.
+    one that is i modulo their number, `client` being number 0. `tell` is called on the event loop's thread every
+    TELL_EVERY_S; what it takes, the session waits for.
     Raises SessionFailed with the reason, SpecError for settings that cannot be meant.
     """
     if getattr(policy, "clairvoyant", False):
         if forecast is None:
             raise SpecError(f"policy {type(policy).__name__} is clairvoyant; it needs a forecast")
         policy.foresee(forecast)  # type: ignore[attr-defined]
-    run = _Run(client, context, compute, costs, tuple(prompt_ids), limits or Limits(), others)
+    run = _Run(client, context, compute, costs, tuple(prompt_ids), limits or Limits(), others, tell)
     run.on_chunk = on_chunk
     run.settings = {
         "policy": policy,
@@ -135,6 +143,7 @@ class _Run:
         prompt_ids: tuple[int, ...],
         limits: Limits,
         others: Sequence[Client],
+        tell: Tell | None,
     ) -> None:
         self._client = client
         self._context = context
@@ -142,6 +151,7 @@ class _Run:
         self._costs = costs
         self._prompt_ids = prompt_ids
         self._limits = limits
+        self._tell = tell
         self.settings: dict[str, Any] = {}
         self.on_chunk: Callable[[int], object] | None = None
 
@@ -158,6 +168,7 @@ class _Run:
         self._texts: dict[int, str] = {}
         """[chunk]: SHA-256 of its text as the sender says."""
         self._wake: asyncio.TimerHandle | None = None
+        self._telling: asyncio.TimerHandle | None = None
         self._profile: asyncio.Task[None] | None = None
         self._decodes_pieces = False
         self._stepped_s = 0.0
@@ -179,8 +190,9 @@ class _Run:
         except (OSError, aiohttp.ClientError) as error:
             raise SessionFailed(f"no connection to the sender: {error}") from error
         finally:
-            if self._wake is not None:
-                self._wake.cancel()
+            for timer in (self._wake, self._telling):
+                if timer is not None:
+                    timer.cancel()
             if self._profile is not None:
                 tasks.append(self._profile)
             for task in tasks:
@@ -278,6 +290,8 @@ class _Run:
             manifest, costs=self._costs, rtt_s=self._rtt_s, places=self._compute.places, **self.settings
         )
         self._step()
+        if self._tell is not None:
+            self._tell_on(self._tell)
 
     # --- work
 
@@ -298,6 +312,11 @@ class _Run:
     def _on_wake(self) -> None:
         self._wake = None
         self._guarded(self._step)
+
+    def _tell_on(self, tell: Tell) -> None:
+        assert self._session is not None
+        tell(self._session.chunks, self._now_s())
+        self._telling = self._loop.call_later(TELL_EVERY_S, self._guarded, self._tell_on, tell)
 
     def _guarded(self, step: Any, *arguments: Any) -> None:
         """For callbacks of the event loop, where an exception would otherwise only be logged."""

@@ -8,7 +8,6 @@ and session are judged after it; a session over the fidelity limits is repeated,
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -47,9 +46,11 @@ PADDING_BYTES: Final = 1 << 20
 COVERED_S: Final = 600.0
 """A trace is scheduled for so long; no session lasts longer."""
 SESSION_LIMIT_S: Final = 120.0
+ANNOUNCED_DEADLINES: Final = 5
+"""So many deadlines of its link are shown ahead while a session runs."""
 
 
-def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
+def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     """Run every session that has no cell yet. Must be called inside a sandbox."""
     progress = Progress(quiet)
     traces = {name: open_trace(name) for name in dict.fromkeys(unit.trace for unit in experiment.units())}
@@ -64,8 +65,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
     manifest = describe(experiment, prepared, "mininet")
     run.create(manifest)
-    progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
-    log = run.path / "events.jsonl"
+    progress.begin(experiment, len(units) * len(experiment.schemes), [unit for unit, _ in todo], emulated=True)
+    log = (run.path / events.FILE_NAME).absolute()
     names = [scheme.name for scheme in experiment.schemes]
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(units) * len(names)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
@@ -120,9 +121,13 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
             "levels": prepare.describe_levels(prepared, experiment.codecs),
             "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
             "traces": {unit.trace: open_trace(unit.trace).sha256 for unit in experiment.units()},
-            "model": {"name": prepared.model_name, "source": Path(prepared.model).name},
+            "model": {
+                "name": prepared.model_name,
+                "source": Path(prepared.model).name,
+                "fingerprint": next(iter(prepared.manifests.values())).model,
+            },
             "exact_answers": dict(prepared.exact_right),
-            "command": " ".join(["kvstream", *sys.argv[1:]]),
+            "command": machine.command(),
         }
         | _workload(experiment, prepared)
         | machine.describe()
@@ -224,7 +229,7 @@ class Stage:
         return self._bounds[key]
 
     def settled(
-        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path, most_repeats: int
+        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path | None, most_repeats: int
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session, again while the link was not what the trace says, at most `most_repeats` times more."""
         repeats = 0
@@ -235,9 +240,9 @@ class Stage:
         return replace(result, repeats=repeats), chunks, link
 
     def session(
-        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path
+        self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path | None
     ) -> tuple[Outcome, list[Json], list[Json]]:
-        """One session on the link, with what the link did."""
+        """One session on the link, with what the link did. `log` is where it is told how it gets on, if anywhere."""
         prior_bps = self._prior_bps(trace)
         with ExitStack() as stack:
             captures = None
@@ -248,8 +253,9 @@ class Stage:
             self.shaper.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
             for shaper, up in self._ups:
                 shaper.arm(up, zero_s, COVERED_S)
-            self._announce(unit, scheme, trace, log)
-            command = self._command(unit, scheme, trace, zero_s) | {"prior_bps": prior_bps}
+            if log is not None:
+                self._announce(unit, scheme, trace, log)
+            command = self._command(unit, scheme, trace, zero_s, log) | {"prior_bps": prior_bps}
             answer = self.receiver.ask(command, SESSION_LIMIT_S + 30.0)
             end_s = time.monotonic()
             if answer["status"] == "ok":
@@ -304,7 +310,7 @@ class Stage:
     def _manifest(self, unit: Unit, scheme: Scheme) -> Manifest:
         return self._prepared.manifests[unit.context, scheme.codec]
 
-    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float) -> Json:
+    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float, log: Path | None) -> Json:
         urls = [f"http://{ip}:{PORT}" for ip in self.network.sender_ips]
         command: Json = {
             "cmd": "session",
@@ -324,6 +330,8 @@ class Stage:
         }
         if trace.per == "chunk":
             command["steps"] = str(self.shaper.steps)
+        if log is not None:
+            command["news"] = {"file": str(log), "unit_id": unit.unit_id, "scheme": scheme.name}
         if plugs.is_clairvoyant(scheme.policy):
             goodput = self._goodput(trace)
             command["forecast"] = {
@@ -350,7 +358,8 @@ class Stage:
                 unit.deadline_s,
                 len(manifest.chunks),
                 len(manifest.levels),
-                capacity=[] if trace.per == "chunk" else trace.changes(0.0, 2 * unit.deadline_s),
+                capacity=[] if trace.per == "chunk" else trace.changes(0.0, ANNOUNCED_DEADLINES * unit.deadline_s),
+                capacity_until_s=ANNOUNCED_DEADLINES * unit.deadline_s,
                 clairvoyant=plugs.is_clairvoyant(scheme.policy),
                 depth=scheme.depth,
                 overlap=scheme.overlap,

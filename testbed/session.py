@@ -201,6 +201,11 @@ class Session:
         self._prefilling = False
         self._ttft_s: float | None = None
 
+    @property
+    def chunks(self) -> Sequence[ChunkRecord]:
+        """Every chunk as it is now, for who watches."""
+        return self._chunks
+
     # --- what the driver asks
 
     def poll(self, now_s: float) -> list[Work]:

@@ -29,7 +29,7 @@ Offers = Mapping[tuple[str, str], tuple[Manifest, Costs]]
 """(context, codec) -> what a sender would offer, and what computing with it costs."""
 
 
-def run_simulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) -> None:
+def run_simulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     """Run every session that has no cell yet, in virtual time."""
     progress = Progress(quiet)
     units = experiment.units()
@@ -39,8 +39,8 @@ def run_simulated(experiment: Experiment, run: Run, *, quiet: bool, live: bool) 
     offers, source = _offers(experiment, progress)
     run.create(_describe(experiment, units, traces, offers, source))
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
-    progress.begin(experiment, len(units) * len(experiment.schemes), len(todo))
     progress.place(f"SIMULATOR: virtual links and clock, no model; {source}")
+    progress.begin(experiment, len(units) * len(experiment.schemes), [unit for unit, _ in todo], emulated=False)
     model = synthetic.parse(experiment.workload).name if experiment.workload else "none"
 
     @lru_cache(maxsize=64)
@@ -124,6 +124,7 @@ def _describe(
             "levels": ladders,
             "costs": source.strip(),
             "traces": {name: trace.sha256 for name, trace in traces.items()},
+            "command": machine.command(),
         }
         | _workload(experiment)
         | machine.describe()

@@ -159,7 +159,7 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
         hopeless = _place(summary) + _hopeless(list(entries.values()))
         return hopeless[0].upper() + hopeless[1:]
     ours, base = entries[name], entries[summary["baseline"]]
-    rate = f"{_percent(ours['met_rate'])} of {ours['n']} units"
+    rate = f"{_percent(ours['met_rate'])} of {many(ours['n'], 'unit')}"
     if name == base["scheme"]:
         rivals = [entry for key, entry in entries.items() if key != name and not entry["clairvoyant"]]
         if not rivals:
@@ -185,7 +185,7 @@ def _place(summary: Json) -> str:
 
 
 def _hopeless(entries: Sequence[Json]) -> str:
-    words = f"no scheme meets the deadline in any of {entries[0]['n']} units: it is out of reach here."
+    words = f"no scheme meets the deadline in any of {many(entries[0]['n'], 'unit')}: it is out of reach here."
     arriving = [entry for entry in entries if entry["ttft_p50_s"] is not None]
     if arriving:
         fastest = min(arriving, key=lambda entry: entry["ttft_p50_s"])
@@ -194,13 +194,13 @@ def _hopeless(entries: Sequence[Json]) -> str:
 
 
 def _often(ours: Json, base: Json, p: float) -> str:
-    rates = f"({_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {ours['n']} units)"
+    rates = f"({_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {many(ours['n'], 'unit')})"
     if ours["met"] == base["met"]:
         return f"as often as {base['scheme']} {rates}"
     if p >= 0.05:
         return f"about as often as {base['scheme']} {rates}"
     if base["met"] == 0:
-        return f"in {_percent(ours['met_rate'])} of {ours['n']} units, {base['scheme']} never"
+        return f"in {_percent(ours['met_rate'])} of {many(ours['n'], 'unit')}, {base['scheme']} never"
     if ours["met"] < base["met"]:
         return f"less often than {base['scheme']} {rates}"
     return f"{ours['met'] / base['met']:.2g}x as often as {base['scheme']} {rates}"
@@ -249,16 +249,17 @@ def notes(summary: Json) -> list[str]:
     if any(entry["clairvoyant"] for entry in summary["schemes"]):
         lines.append("* is told the future of the link")
     if units["invalid"]:
-        lines.append(f"{units['invalid']} of {units['seen']} units left out: the link was not what the trace says")
+        seen = many(units["seen"], "unit")
+        lines.append(f"{units['invalid']} of {seen} left out: the link was not what the trace says")
         lines.append(f"  most often: {units['invalid_reason']}")
     if units["incomplete"]:
-        lines.append(f"{units['incomplete']} of {units['seen']} units left out: not every scheme has run yet")
+        lines.append(f"{units['incomplete']} of {many(units['seen'], 'unit')} left out: not every scheme has run yet")
     for entry in summary["schemes"]:
         if entry["failed"]:
-            lines.append(f"{entry['scheme']}: {entry['failed']} sessions failed (counted as missed)")
+            lines.append(f"{entry['scheme']}: {many(entry['failed'], 'session')} failed (counted as missed)")
         if entry["policy_faults"]:
             lines.append(
-                f"{entry['scheme']}: {entry['policy_faults']} choices replaced, the policy's could not be used"
+                f"{entry['scheme']}: {many(entry['policy_faults'], 'choice')} replaced, the policy's could not be used"
             )
     return lines
 
@@ -324,6 +325,11 @@ def _seconds(value: float | None) -> str:
 
 def _nats(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.0e}"
+
+
+def many(count: int, noun: str) -> str:
+    """`1 unit`, `9 units`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def bytes_words(value: float | None) -> str:

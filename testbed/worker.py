@@ -16,6 +16,7 @@ the model is loaded the process prints `{"ready": true, "model": "<fingerprint>"
         "padding_bytes": 0, "start_s": null (CLOCK_MONOTONIC), "prior_bps": null, "concurrent": 1, "seed": 0,
         "steps": null (the shaper's socket, told as each chunk's first byte comes),
         "others": ["http://10.1.1.1:8700", ...] (senders of the other chunks: see testbed.spread),
+        "news": {"file": "/.../events.jsonl", "unit_id": "003", "scheme": "cachegen"} (told how the chunks get on),
         "evaluate": true, "limits": {"stall_s": 5, "reconnects": 3, "session_s": 120},
         "forecast": {"durations_s": [...], "rates_bps": [...], "end": "hold", "rtt_s": 0.04,
                      "initial_window_bytes": null}   (goodput from the session's start; for clairvoyant policies)
@@ -49,6 +50,7 @@ from policies.errors import PolicyError
 from testbed import gemv
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
+from testbed.dashboard.teller import Teller
 from testbed.emulator.clock import be_punctual
 from testbed.emulator.replay import teller
 from testbed.errors import SpecError
@@ -146,6 +148,7 @@ class Worker:
                     limits=Limits(**command.get("limits", {})),
                     on_chunk=stack.enter_context(teller(command.get("steps"))),
                     others=[await stack.enter_async_context(Client(url)) for url in command.get("others", ())],
+                    tell=_teller(command),
                 )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
@@ -210,6 +213,11 @@ def _forecast(command: dict[str, Any]) -> Forecast | None:
         per=given.get("per", "time"),
     )
     return Forecast(goodput, float(given["rtt_s"]), int(command.get("depth", 2)), given.get("initial_window_bytes"))
+
+
+def _teller(command: dict[str, Any]) -> Teller | None:
+    given = command.get("news")
+    return None if given is None else Teller(Path(given["file"]), given["unit_id"], given["scheme"])
 
 
 async def obey_lines(worker: Worker, commands: IO[str], answers: IO[str]) -> None:

@@ -28,7 +28,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _experiment_arguments(run)
     run.add_argument("--capture", action="store_true", help="record packets at both ends: round trips, retransmissions")
-    run.add_argument("--live", action="store_true", help="show the run in a browser while it goes on")
+    run.add_argument("--live", action="store_true", help="print the URL of a page that shows the run as it goes on")
     run.set_defaults(run=run_command)
 
     simulate = subparsers.add_parser("simulate", help="the same comparison in the simulator: no root, no model")
@@ -73,17 +73,35 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from testbed.emulator import sandbox
 
-    if not sandbox.inside():
+    if not args.dry_run and not sandbox.inside():
         problem = sandbox.available()
         if problem is None:
-            return sandbox.run([sys.executable, "-m", "testbed.cli", *_own_arguments()])
-        if args.spec or args.link:
+            return _in_sandbox(args)
+        if args.spec or args.link or args.live:
             raise MachineError(problem)
         print(f"kvstream: no emulated link here ({problem}): this is the SIMULATOR")
         return simulate_command(args)
     from testbed import runner
 
     return _carry_out(args, runner.run_emulated)
+
+
+def _in_sandbox(args: argparse.Namespace) -> int:
+    """The same command in namespaces of its own; the dashboard stays outside, where a browser can reach it."""
+    from testbed.emulator import sandbox
+
+    argv = [sys.executable, "-m", "testbed.cli", *_own_arguments()]
+    if not args.live:
+        return sandbox.run(argv)
+    from testbed.dashboard.beside import beside
+
+    folder = Path(args.runs) / resolve(args).name
+    out = sys.stderr if args.json else sys.stdout
+    with beside(folder) as url:
+        print(f"Live: {url}", file=out, flush=True)
+        status = sandbox.run(argv)
+    print(f"To see it again: kvstream dashboard {folder}", file=out)
+    return status
 
 
 def simulate_command(args: argparse.Namespace) -> int:
@@ -107,19 +125,21 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
     judged = [bars.parse(text) for text in args.fail_if]
     folder = Path(args.runs) / experiment.name
     if args.dry_run:
-        return _dry_run(experiment, folder)
+        return _dry_run(experiment, folder, args.command)
     if args.fresh and folder.exists():
         Run.open(folder)
         shutil.rmtree(folder)
     run = Run(folder)
     quiet = args.json
     try:
-        run_units(experiment, run, quiet=quiet, live=getattr(args, "live", False))
+        run_units(experiment, run, quiet=quiet)
     except KeyboardInterrupt:
         if run.cells.is_dir() and any(run.cells.glob("*.json")):
-            conclude(run, quiet=quiet)
+            _end(run, conclude(run, quiet=quiet))
+        print(f"Finished sessions are kept in {folder}: run it again, without --fresh, and it goes on", file=sys.stderr)
         raise
     summary = conclude(run, quiet=quiet)
+    _end(run, summary)
     if args.json:
         print(json.dumps(summary, indent=1))
     missed = [why for bar in judged if (why := bars.missed(bar, summary)) is not None]
@@ -133,6 +153,14 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
               "traces say; close what else runs on this machine and run again", file=sys.stderr)  # fmt: skip
         return 3
     return 1 if missed else 0
+
+
+def _end(run: Run, summary: dict[str, Any]) -> None:
+    """Tell who follows the run that nothing more comes."""
+    from testbed.dashboard import events
+
+    if (run.path / events.FILE_NAME).is_file():
+        events.append(run.path / events.FILE_NAME, events.RunEnd(summary["verdict"]))
 
 
 def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
@@ -156,6 +184,8 @@ def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
             Console().print(summary.table(result))
         else:
             print(summary.text(result))
+        if manifest["experiment"].get("is_quick"):
+            print("--quick: one context and one deadline, a look and not comparable with other runs")
         if result["settings"]:
             print(f"\n{settings.text(result['settings'])}")
         print(f"\n{result['verdict']}\nReport: {page}")
@@ -202,12 +232,15 @@ def resolve(args: argparse.Namespace) -> Experiment:
     return chosen.quick() if args.quick else chosen
 
 
-def _dry_run(experiment: Experiment, folder: Path) -> int:
+def _dry_run(experiment: Experiment, folder: Path, command: str) -> int:
+    from testbed.experiment import about, predicted_s
+
     units = experiment.units()
     sessions = len(units) * len(experiment.schemes)
-    seconds = sum(unit.deadline_s + 0.7 for unit in units) * len(experiment.schemes)
+    length = about(predicted_s(units) * len(experiment.schemes))
+    where = f"{length} over emulated links" if command == "run" else "in the simulator"
     print(f"{experiment.name}: {len(units)} units x {len(experiment.schemes)} schemes = {sessions} sessions, "
-          f"about {max(1, round(seconds / 60))} min over emulated links, into {folder}")  # fmt: skip
+          f"{where}, into {folder}")  # fmt: skip
     for scheme in experiment.schemes:
         print(f"  scheme {scheme.name}: policy {scheme.policy}, codec {scheme.codec}, depth {scheme.depth}")
     for unit in units:

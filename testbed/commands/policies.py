@@ -66,6 +66,7 @@ def check_command(args: argparse.Namespace) -> int:
     from testbed import policy_check
     from testbed.plugs import make_policy
 
+    make_policy(args.policy)  # a file or class that is not there is one error, not one a check
     findings = policy_check.check(lambda: make_policy(args.policy))
     if args.json:
         print(json.dumps([vars(finding) for finding in findings], indent=1))

@@ -43,7 +43,9 @@ class SessionStart:
     n_chunks: int
     n_levels: int
     capacity: Sequence[tuple[float, float]] = ()
-    """(from t_s, bit/s at layer 2): the trace's steps from 0 to about twice the deadline."""
+    """(from t_s, bit/s at layer 2): the trace's steps from 0 on."""
+    capacity_until_s: float = 0.0
+    """What the link does later is not told."""
     clairvoyant: bool = False
     depth: int = 2
     overlap: bool = True

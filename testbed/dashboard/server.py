@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -98,9 +99,10 @@ async def _events(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     feed = Feed(request.app[RUN])
     state, offset = feed.state()
-    await response.write(_sse(state))
-    async for event in feed.follow(offset):
-        await response.write(_sse(event))
+    with suppress(ConnectionResetError):  # the browser has gone
+        await response.write(_sse(state))
+        async for event in feed.follow(offset):
+            await response.write(_sse(event))
     return response
 
 

@@ -9,13 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
 from testbed.dashboard.events import ChunkNews, line
 from testbed.session import ChunkRecord
-
-EVERY_S: Final = 0.05
-"""How often a receiver should call."""
 
 
 class Teller:

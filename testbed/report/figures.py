@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Json: TypeAlias = dict[str, Any]
+
+WIDTH, HEIGHT = 5.4, 3.9
+"""Inches: small enough that the writing can still be read when a phone shrinks it."""
+FAR_APART = 20
+"""Distortions that differ by more than this factor stand on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def theme() -> Iterator[None]:
     settings = {
         **seaborn.axes_style("ticks"),
         **seaborn.plotting_context("notebook", font_scale=0.9),
-        "figure.figsize": (6.4, 3.6),
+        "figure.figsize": (WIDTH, HEIGHT),
         "figure.constrained_layout.use": True,
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
@@ -87,10 +92,10 @@ def theme() -> Iterator[None]:
     matplotlib.use(backend)
 
 
-def _new(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+def _new(height: float = HEIGHT) -> tuple[Figure, Axes]:
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height))
+    return pyplot.subplots(figsize=(WIDTH, height))
 
 
 def _headline(material: Material) -> Figure | None:
@@ -121,9 +126,8 @@ def _headline(material: Material) -> Figure | None:
             **_point(style, 13 if style.marker == "*" else 7.5),
         )
     axes.set_xlim(-4, 104)
-    axes.set_ylim(bottom=0 if min(entry["distortion"] for entry in entries) >= 0 else None)
+    _distortion_axis(axes, [entry["distortion"] for entry in entries])
     axes.set_xlabel("deadline missed (% of units)")
-    axes.set_ylabel("distortion (nats of KL)")
     axes.annotate("better", (0.02, 0.03), (0.1, 0.14), "axes fraction", arrowprops={"arrowstyle": "->", "color": INK})
     axes.grid()
     _legend(axes)
@@ -253,14 +257,11 @@ def _regret(material: Material) -> Figure | None:
 
 
 def _levels(material: Material) -> Figure | None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     ladders = {codec: levels for codec, levels in material.levels.items() if levels}
     if not ladders:
         return None
     figure, axes = _new()
     palette = ("#0b7abf", "#c97a00", "#0f9b76", "#b8599f", "#7a7a7a", "#a9713a")
-    positive = [level["distortion"] for levels in ladders.values() for level in levels if level["distortion"] > 0]
     for index, (codec, levels) in enumerate(ladders.items()):
         ordered = sorted(levels, key=lambda level: level["bits_per_element"])
         colour = palette[index % len(palette)]
@@ -276,20 +277,11 @@ def _levels(material: Material) -> Figure | None:
         for level in ordered:
             at = (level["bits_per_element"], level["distortion"])
             axes.annotate(level["name"], at, place, ha=side, textcoords="offset points", fontsize="x-small")
-    lossless = any(level["distortion"] == 0 for levels in ladders.values() for level in levels)
-    if positive and max(positive) / min(positive) > 20:
-        axes.set_yscale("symlog", linthresh=min(positive)) if lossless else axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(min(positive) / 1.5 if not lossless else 0, max(positive) * 1.5)
-    else:
-        axes.set_ylim(bottom=0)
+    _distortion_axis(axes, [level["distortion"] for levels in ladders.values() for level in levels])
     axes.set_xlim(left=0)
     axes.set_xlabel("bits per element of the KV cache")
-    axes.set_ylabel("distortion (nats of KL)")
     axes.grid()
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -304,8 +296,34 @@ def _point(style: Style, size: float) -> Json:
     }
 
 
+def _distortion_axis(axes: Axes, values: Sequence[float]) -> None:
+    """From zero; where values lie far apart, logarithmic, with zero (nothing is lost) below the smallest."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_ylabel("distortion (nats of KL)")
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) <= FAR_APART * min(positive):
+        axes.set_ylim(bottom=0)
+        return
+    low, high = min(positive) / 1.5, max(positive) * 1.5
+    within = (1, 2, 5) if high < 300 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in within if low <= step * 10.0**decade <= high]
+    if len(positive) < len(values):
+        axes.set_yscale("symlog", linthresh=low, linscale=0.3)
+        low, ticks = 0.0, [0.0, *ticks]
+    else:
+        axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", handlelength=1.8)
+    """Below the axes, which keep the whole width."""
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", handlelength=1.8, columnspacing=1.2)
 
 
 Painter: TypeAlias = Callable[[Material], "Figure | None"]

@@ -64,7 +64,7 @@ def write(run: Run, baseline: str = "") -> Path:
 
 def scheme_names(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Schemes in the experiment's order."""
-    listed = [entry if isinstance(entry, str) else entry["name"] for entry in manifest.get("schemes", [])]
+    listed = [entry["name"] for entry in manifest.get("schemes", [])]
     return listed or list(dict.fromkeys(row["scheme"] for row in rows))
 
 
@@ -124,9 +124,10 @@ def _header(manifest: Mapping[str, Any], summary: Json) -> str:
     deadlines = ", ".join(f"{value:g} s" for value in experiment.get("deadlines_s", []))
     verdict, _, rest = summary["verdict"].partition(". ")
     facts = [
-        f"{units['counted']} units × {len(summary['schemes'])} schemes",
+        "a quick look, not comparable with other runs" if experiment.get("is_quick") else "",
+        f"{summaries.many(units['counted'], 'unit')} × {summaries.many(len(summary['schemes']), 'scheme')}",
         f"deadline {deadlines}" if deadlines else "",
-        f"{summary['traces']} traces",
+        summaries.many(summary["traces"], "trace"),
         {"mininet": "measured over an emulated link (Mininet)", "simulator": "simulated, nothing was sent"}.get(
             summary["backend"], summary["backend"]
         ),
@@ -260,7 +261,8 @@ def _viewer(cells: Sequence[Json], material: Material) -> str:
     }
     look_json = json.dumps(look).replace("</", r"<\/")
     scripts = "".join(f"<script>{_asset(name)}</script>" for name in ("uPlot.iife.min.js", "viewer.js", "picker.js"))
-    note = f"<p class=quiet>{left_out} units are left out to keep this page small.</p>" if left_out else ""
+    words = f"{summaries.many(left_out, 'unit')} left out to keep this page small."
+    note = f"<p class=quiet>{words}</p>" if left_out else ""
     return f"""<section aria-labelledby="sessions" class="screen"><h2 id="sessions">Sessions</h2>{note}
 <div id="picker" class="picker"></div><div id="viewer"></div>
 <script type="application/json" id="session-data">{data}</script>
@@ -337,27 +339,39 @@ def _judgement(fidelity: Mapping[str, Any]) -> str:
 
 def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
     """What is needed to do it again."""
+    models = ", ".join(sorted({row["model"] for row in rows}))
+    fingerprint = manifest.get("model", {}).get("fingerprint", "")
     facts = {
         "command": manifest.get("command", ""),
         "commit": manifest.get("git", ""),
-        "backend": manifest.get("backend", ""),
-        "model": ", ".join(sorted({row["model"] for row in rows})),
+        "machine": f"{manifest.get('cores', '?')} cores of {manifest.get('processor', '?')}",
         "kernel": manifest.get("kernel", ""),
-        "versions": manifest.get("versions", ""),
-        "sysctls": manifest.get("sysctls", ""),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
+        "model": f"{models} {_short(fingerprint)}" if fingerprint else models,
+        "profiles": _hashes(manifest.get("profiles", {})),
+        "traces": _hashes(manifest.get("traces", {})),
     }
-    items = "".join(f"<dt>{key}<dd><code>{escape(_plain(value))}</code>" for key, value in facts.items() if value)
-    experiment = escape(json.dumps(manifest["experiment"], indent=1))
+    items = "".join(f"<dt>{key}<dd><code>{escape(value)}</code>" for key, value in facts.items() if value)
+    folded = {
+        "The experiment as it was resolved": manifest["experiment"],
+        "The network and the shaper, as read back": {key: manifest.get(key) for key in ("network", "shaper")},
+    }
+    details = "".join(
+        f"<details><summary>{head}</summary><pre>{escape(json.dumps(body, indent=1))}</pre></details>"
+        for head, body in folded.items()
+        if any(body.values())
+    )
     return f"""<section aria-labelledby="provenance"><h2 id="provenance">Provenance</h2><dl>{items}</dl>
-<details><summary>The experiment as it was resolved</summary><pre>{experiment}</pre></details></section>"""
+{details}</section>"""
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return str(value)
+def _hashes(found: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {_short(digest)}" for name, digest in found.items() if digest)
+
+
+def _short(digest: str) -> str:
+    """Enough of a SHA-256 to compare; the whole one stands in manifest.json."""
+    return digest[:12]
 
 
 def _number(value: float | None) -> str:

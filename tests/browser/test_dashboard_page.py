@@ -64,7 +64,7 @@ def test_a_run_is_followed_as_it_goes_on(tmp_path: Path, finished: Run, serve: S
     title = page.locator(".v-title")
     expect(page.locator("#mode")).to_have_text("live")
     steps = [(0.0, 3e7), (0.5, 1e7)]
-    append(file, SessionStart(unit, "cachegen", "cachegen", "cachegen", "docs", "steady", 1.0, 16, 4, steps))
+    append(file, SessionStart(unit, "cachegen", "cachegen", "cachegen", "docs", "steady", 1.0, 16, 4, steps, 5.0))
     expect(title).to_contain_text("cachegen on docs over steady")
     for chunk in cell["chunks"][:9]:
         append(file, ChunkNews(unit, "cachegen", chunk["decode_end_s"], chunk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from testbed.dashboard.beside import beside
 from testbed.dashboard.events import FILE_NAME, read
 from testbed.emulator import sandbox, topology
 from testbed.errors import MachineError
@@ -45,30 +45,38 @@ def test_a_real_run_is_seen_as_it_goes_on(tmp_path: Path, open_page: Open) -> No
     if (why_not := sandbox.available()) is not None:
         pytest.skip(why_not)
     (tmp_path / "live.toml").write_text(SPEC)
-    run = tmp_path / "runs" / "live"
-    with beside(run) as url:
-        page = open_page(url).page
-        expect(page.locator("#mode")).to_have_text("live")
-        going = subprocess.Popen(
-            [sys.executable, "-m", "testbed.cli", "run", "live.toml", "--json"],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    with subprocess.Popen(
+        [sys.executable, "-m", "testbed.cli", "run", "live.toml", "--live"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as going:
+        assert going.stdout is not None
         try:
-            expect(page.locator(".v-title")).to_contain_text("on docs over constant", timeout=240_000)
+            said = going.stdout.readline()
+            assert said.startswith("Live: http://127.0.0.1:"), said
+            page = open_page(said.split()[1]).page
+            expect(page.locator("#mode")).to_have_text("live")
+            title, chunks = page.locator(".v-title"), page.locator("#g-chunks")
+            expect(title).to_contain_text("on docs over constant", timeout=240_000)
             expect(page.locator("#name")).to_have_text("live")
+            # a session takes a second and more: some of its chunks are here, others are not
+            expect(chunks).to_have_text(re.compile(r"^([2-9]|1[0-4]) of 16"), timeout=20_000)
+            expect(page.locator(".v-lanes line.v-now")).to_have_count(1)
             expect(page.locator("#table tbody tr")).to_have_count(2, timeout=120_000)
-            expect(page.locator(".v-title")).to_contain_text("first token after", timeout=20_000)
-            expect(page.locator("#g-chunks")).to_have_text("16 of 16")
-            _, errors = going.communicate(timeout=120)
+            expect(title).to_contain_text("first token after", timeout=20_000)
+            expect(chunks).to_have_text("16 of 16")
+            page.goto("about:blank")  # the browser lets go before the server does
+            rest, _ = going.communicate(timeout=120)
         finally:
             going.kill()
-            going.wait()
-        assert going.returncode in (0, 3), errors
-        page.goto("about:blank")  # the browser lets go before the server does
-    kinds = [json.loads(line)["event"] for line, _ in read(run / FILE_NAME)]
-    assert kinds[0] == "run_start"
+    assert going.returncode in (0, 3), rest
+    assert "kvstream dashboard runs/live" in rest
+    told = [json.loads(line) for line, _ in read(tmp_path / "runs" / "live" / FILE_NAME)]
+    kinds = [event["event"] for event in told]
+    assert (kinds[0], kinds[-1]) == ("run_start", "run_end")
     assert kinds.count("session_end") == 2
+    partial = [e for e in told if e["event"] == "chunk" and 0 < e["record"]["received_bytes"] < e["record"]["bytes"]]
+    assert partial, "chunks are told of while they travel"

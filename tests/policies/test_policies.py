@@ -295,6 +295,10 @@ class TestCakeAndHiCache:
         assert choose("hicache", observation(recompute=0.1, now_s=0.49)).level == 2
         assert choose("hicache", observation(recompute=0.1, now_s=0.51)).level == TEXT
 
+    def test_the_timeout_has_a_bound_of_its_own(self) -> None:
+        assert choose("hicache", observation(recompute=0.1, now_s=0.19), most_s=0.2).level == 2
+        assert choose("hicache", observation(recompute=0.1, now_s=0.21), most_s=0.2).level == TEXT
+
 
 class TestKVStream:
     def test_text_alone_when_all_of_it_fits(self) -> None:

@@ -159,10 +159,16 @@ def manifest() -> dict[str, Any]:
             "seed": 1,
         },
         "backend": "mininet",
-        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "git": "0123456789ab",
+        "processor": "a processor",
+        "cores": 2,
+        "model": {"name": "made", "source": "made", "fingerprint": "f1" * 32},
+        "traces": dict.fromkeys(TRACES, "ab" * 32),
+        "profiles": {"cachegen": "cd" * 32},
+        "network": {"link": {"queue_s": 0.05, "cc": "cubic"}},
+        "shaper": {"qdisc": "htb"},
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "kernel": "6.1.0-test",
-        "sysctls": {"net.ipv4.tcp_congestion_control": "cubic"},
         "levels": {
             "cachegen": [
                 {"name": f"level {i}", "distortion": d, "bits_per_element": b}
@@ -170,7 +176,7 @@ def manifest() -> dict[str, Any]:
             ]
         },
         "command": "kvstream run",
-        "schemes": list(RULES),
+        "schemes": [{"name": name} for name in RULES],
         "units": [],
     }
 

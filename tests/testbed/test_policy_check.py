@@ -95,3 +95,13 @@ def test_a_constructor_that_fails_is_a_finding() -> None:
     found = wrong(make)
     assert all("no such file" in detail or "no choice" in detail for name, detail in found.items() if detail)
     assert len(found) > 10
+
+
+def test_a_class_that_is_not_there_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from testbed.cli import USAGE, main
+
+    (tmp_path / "mine.py").write_text("class Mine:\n    def choose(self, obs): ...\n")
+    assert main(["policy", "check", f"{tmp_path / 'mine.py'}:Yours"]) == USAGE
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "no class 'Yours'; it has Mine" in said.err

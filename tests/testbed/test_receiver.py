@@ -28,7 +28,7 @@ from testbed.errors import SpecError
 from testbed.llm import Model, generate_with_kv
 from testbed.receiver import Fetched, Limits, fetch_session
 from testbed.sender import Sender
-from testbed.session import Costs, SessionFailed
+from testbed.session import ChunkRecord, Costs, SessionFailed
 from testbed.store import encodings
 from tests.testbed.conftest import Stored, save_tiny_model, store_context
 from tests.testbed.link import Link
@@ -191,6 +191,20 @@ def test_goodput_is_seen_while_a_chunk_is_under_way(stored: Stored, compute: Com
     measured = [t.goodput_bps for t in policy.asked[-1].transfers]
     assert all(6e6 < rate < 9e6 for rate in measured), measured
     assert all(0 < f.received_bytes < f.bytes for obs in policy.asked[1:] for f in obs.in_flight)
+
+
+def test_who_watches_is_told_how_the_chunks_get_on(stored: Stored, compute: Compute) -> None:
+    told: list[tuple[float, int]] = []
+
+    def tell(chunks: Sequence[ChunkRecord], now_s: float) -> None:
+        told.append((now_s, sum(chunk.received_bytes for chunk in chunks)))
+
+    fetched = run(stored, compute, Plan(0), rate_bps=2e6, tell=tell)
+    moments, received = zip(*told, strict=True)
+    assert list(moments) == sorted(moments)
+    assert list(received) == sorted(received)
+    assert received[0] == 0
+    assert len({amount for amount in received if 0 < amount < fetched.record.bytes}) > 2
 
 
 def test_a_profile_is_fetched_when_it_is_not_known(tmp_path: Path, tiny_model: Model) -> None:

@@ -78,7 +78,7 @@ def test_the_svg_in_the_page_takes_the_colour_of_its_text(page: str) -> None:
 def test_verdict_failures_and_invalid_units_are_told(page: str) -> None:
     assert "meets the deadline" in page
     assert "1 of 9 units left out" in page
-    assert "text: 1 sessions failed" in page
+    assert "text: 1 session failed" in page
     assert "p95 error 31 % over 5 %" in page
 
 
@@ -96,6 +96,14 @@ def test_captures_have_a_table_of_their_own() -> None:
     assert "in 0 of 1 sessions" in section
     assert "&lt;b&gt;<td>–<td>0.05<td>0.04<td>1448<td>0.02" in section
     assert "Packets were recorded" not in report_page._fidelity([row | {"capture": None}])
+
+
+def test_what_the_numbers_depend_on_is_told(page: str) -> None:
+    for fact in ("0123456789ab", "2 cores of a processor", "6.1.0-test", "torch 2.13.0", "9f1c2ab0 f1f1f1f1f1f1"):
+        assert fact in page, fact
+    assert "steady,scale_mean=30Mbps abababababab" in page
+    assert "cachegen cdcdcdcdcdcd" in page
+    assert "&quot;cc&quot;: &quot;cubic&quot;" in page
 
 
 def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_an_unknown_baseline_is_refused() -> None:
 
 def test_the_table_is_at_most_100_columns_wide_and_marks_the_oracle(tmp_path: Path) -> None:
     run = make_run(tmp_path, contexts=("docs",), spoil=False)
-    summary = summarise(run.rows(), run.manifest["schemes"])
+    summary = summarise(run.rows(), [scheme["name"] for scheme in run.manifest["schemes"]])
     lines = text(summary).splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) == 1 + 7 + 1

@@ -98,7 +98,7 @@ def test_what_a_workload_does_not_have_is_named(change, says):
 def paper(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     run = Run(tmp_path_factory.mktemp("run") / "paper")
     chosen = experiment.from_dict(SPEC)
-    run_simulated(chosen, run, quiet=True, live=False)
+    run_simulated(chosen, run, quiet=True)
     return SimpleNamespace(run=run, experiment=chosen, rows=run.rebuild())
 
 
@@ -151,7 +151,7 @@ def test_a_finished_run_is_not_simulated_again_and_a_cut_off_one_goes_on(paper, 
     stamp = cells[0].stat().st_mtime_ns
     gone = cells[1].read_text()
     cells[1].unlink()
-    run_simulated(paper.experiment, Run(paper.run.path), quiet=True, live=False)
+    run_simulated(paper.experiment, Run(paper.run.path), quiet=True)
     assert cells[0].stat().st_mtime_ns == stamp
     again = {(c["row"]["scheme"], c["row"]["ttft_s"]) for c in json.loads(cells[1].read_text())["cells"]}
     assert again == {(c["row"]["scheme"], c["row"]["ttft_s"]) for c in json.loads(gone)["cells"]}

@@ -16,23 +16,18 @@
     return Math.round(bytes) + " B";
   }
 
+  const duration = (s) => (s < 90 ? Math.ceil(s) + " s" : Math.round(s / 60) + " min");
+
   // --- the session under way
 
   function startLive(start) {
-    const t = [], capacity = [];
-    for (let at = 0; at <= 2 * start.deadline_s + 1e-9; at += start.deadline_s / 100) {
-      t.push(at);
-      let rate = null;
-      for (const [from, bps] of start.capacity) if (from <= at) rate = bps;
-      capacity.push(rate);
-    }
     live = {
       session: {
         ...start, ttft_s: null, met: false, status: "", why: "", distortion: null, oracle_distortion: null, oracle_levels: [],
         chunks: Array.from({ length: start.n_chunks }, (_, i) => ({ chunk: i, level: null, bytes: null, request_s: null, first_byte_s: null, last_byte_s: null, decode_start_s: null, decode_end_s: null, reason: {}, fault: null })),
         link: { t: [], capacity: [], delivered: [] },
       },
-      t, capacity, arrivals: [[0, 0]], clock: performance.now() / 1000,
+      t: [], capacity: [], step: 0, arrivals: [[0, 0]], clock: null,
     };
   }
 
@@ -42,17 +37,25 @@
     if (!chunk) return;
     Object.assign(chunk, record);
     // the run's clock is the true one; ours only fills the time between two messages
-    live.clock = Math.min(live.clock, performance.now() / 1000 - event.t_s);
+    live.clock = Math.min(live.clock ?? Infinity, performance.now() / 1000 - event.t_s);
     const received = live.session.chunks.reduce((sum, c) => sum + (c.last_byte_s !== null ? c.bytes : c.received_bytes || 0), 0);
-    live.arrivals.push([event.t_s, received]);
+    const last = live.arrivals[live.arrivals.length - 1];
+    if (last[0] < event.t_s) live.arrivals.push([event.t_s, received]);
+    else last[1] = received;   // chunks that are told of together
   }
 
   function liveNow() {
-    return Math.min(performance.now() / 1000 - live.clock, 2 * live.session.deadline_s);
+    return live.clock === null ? 0 : performance.now() / 1000 - live.clock;
   }
 
-  // Capacity is known ahead, arrivals up to now: one time axis for both.
+  // Capacity is known ahead, arrivals up to now: one time axis for both, which grows with the session.
   function liveLink(now) {
+    const { deadline_s: deadline, capacity: steps } = live.session, known = steps.length ? live.session.capacity_until_s : 0;
+    for (let at = (live.t.length * deadline) / 100; at <= Math.max(2 * deadline, now + deadline / 2); at = (live.t.length * deadline) / 100) {
+      while (live.step + 1 < steps.length && steps[live.step + 1][0] <= at + 1e-9) live.step++;
+      live.t.push(at);
+      live.capacity.push(at <= known ? steps[live.step][1] : null);
+    }
     const delivered = [];
     let i = 0;
     for (const at of live.t) {
@@ -69,7 +72,7 @@
     const by = (t) => (t !== null && t <= now ? t : null);
     const chunks = session.chunks.map((c) => {
       if (c.request_s === null || c.request_s > now) return { ...c, level: null, bytes: null, request_s: null, first_byte_s: null, last_byte_s: null, decode_start_s: null, decode_end_s: null, reason: {}, fault: null };
-      return { ...c, first_byte_s: by(c.first_byte_s), last_byte_s: by(c.last_byte_s), decode_start_s: by(c.decode_start_s), decode_end_s: by(c.decode_end_s) };
+      return { ...c, first_byte_s: by(c.first_byte_s), last_byte_s: by(c.last_byte_s), ends_s: c.last_byte_s, received_bytes: 0, decode_start_s: by(c.decode_start_s), decode_end_s: by(c.decode_end_s) };
     });
     const delivered = session.link.delivered.map((x, i) => (session.link.t[i] <= now ? x : null));
     const over = session.ttft_s !== null && session.ttft_s <= now;
@@ -96,7 +99,7 @@
     $("g-lag").textContent = here.length === done.length ? "none" : `${here.length - done.length} chunks, ${Math.max(0, (now - oldest) * 1000).toFixed(0)} ms`;
   }
 
-  function draw(session, now, follow) {
+  function draw(session, now, follow, span = null) {
     const levels = Math.max(1, session.n_levels);
     if (levels !== ladder) {
       ladder = levels;
@@ -104,27 +107,32 @@
       $("viewer").replaceWith(fresh);
       viewer = kvViewer(fresh, { levels: look.ladders[levels], text: look.text });
     }
-    viewer.show(session, { now, follow });
+    viewer.show(session, { now, follow, span });
     gauges(session, now === null ? Infinity : now);
   }
 
-  function frame() {
-    requestAnimationFrame(frame);
-    if (following && live) {
+  // A session that runs shares its processors with this page as often as not: few pictures, and little time for them.
+  const LIVE_EVERY_MS = 150, LIVE_SHARE = 0.05;
+
+  function drawLive() {
+    const began = performance.now();
+    if (following && live && !document.hidden) {
       const now = liveNow();
-      if (frame.last && now - frame.last >= 0 && now - frame.last < 0.04 && frame.key === key(live.session)) return;   // 25 pictures a second are plenty
-      frame.last = now; frame.key = key(live.session);
       live.session.link = liveLink(now);
-      draw(live.session, now, true);
-      $("time").max = 2 * live.session.deadline_s;
+      draw(live.session, now, true, 2 * live.session.deadline_s);
+      $("time").max = Math.max(now, 2 * live.session.deadline_s);
       $("time").value = now;
       $("clock").textContent = now.toFixed(2) + " s";
-    } else if (playing) {
-      const end = length(playing.session);
-      const now = Math.min(playing.from + (performance.now() / 1000 - playing.at) * +$("speed").value, end);
-      seek(now);
-      if (now >= end) stop();
     }
+    setTimeout(drawLive, Math.max(LIVE_EVERY_MS, (performance.now() - began) / LIVE_SHARE));
+  }
+
+  function drawPlaying() {
+    const end = length(playing.session);
+    const now = Math.min(playing.from + (performance.now() / 1000 - playing.at) * +$("speed").value, end);
+    seek(now);
+    if (now >= end) stop();
+    else playing.next = requestAnimationFrame(drawPlaying);
   }
 
   function seek(now) {
@@ -137,6 +145,7 @@
   }
 
   function stop() {
+    if (playing) cancelAnimationFrame(playing.next);
     playing = null;
     $("play").textContent = "Play";
     $("play").setAttribute("aria-pressed", "false");
@@ -145,7 +154,7 @@
   function play() {
     if (!shown) return;
     const end = length(shown), from = +$("time").value >= end - 0.01 ? 0 : +$("time").value;
-    playing = { session: shown, from, at: performance.now() / 1000 };
+    playing = { session: shown, from, at: performance.now() / 1000, next: requestAnimationFrame(drawPlaying) };
     $("play").textContent = "Pause";
     $("play").setAttribute("aria-pressed", "true");
   }
@@ -195,7 +204,7 @@
     $("progress").max = Math.max(total, rows.size, 1);
     $("progress").value = rows.size;
     const rest = total - rows.size, gone = rows.size - doneAtStart;
-    const eta = live && gone > 0 && rest > 0 ? `, about ${Math.ceil((((performance.now() - began) / gone) * rest) / 1000)} s left` : "";
+    const eta = live && gone > 0 && rest > 0 ? `, about ${duration((((performance.now() - began) / gone) * rest) / 1000)} left` : "";
     $("facts").textContent = `${rows.size} of ${Math.max(total, rows.size)} sessions${eta}`;
   }
 
@@ -235,7 +244,7 @@
       if (last && !live) choose(last);
     },
     run_start(event) { $("name").textContent = event.name; total = event.sessions; began = performance.now(); doneAtStart = rows.size; mode("live"); follow(true); table(); },
-    session_start(event) { startLive(event); frame.last = 0; mode("live"); },
+    session_start(event) { startLive(event); mode("live"); },
     chunk: news,
     session_end(event) { end(event.row); },
     run_end() { mode("finished"); follow(false); live = null; },
@@ -257,6 +266,6 @@
     const event = JSON.parse(message.data);
     handlers[event.event]?.(event);
   });
-  source.addEventListener("error", () => { if (source.readyState !== EventSource.OPEN) $("mode").textContent = "the server is gone"; });
-  requestAnimationFrame(frame);
+  source.addEventListener("error", () => { if (source.readyState !== EventSource.OPEN) $("mode").textContent = "the run's server is gone; kvstream dashboard shows it again"; });
+  drawLive();
 })();

@@ -3,14 +3,15 @@
 //
 //   const viewer = kvViewer(element, look);      look = {levels: [colour...], text: colour}
 //   viewer.show(session);                        a finished session
-//   viewer.show(session, {now: t_s, follow: true});   a growing one, again and again; follow selects its newest chunk
+//   viewer.show(session, {now: t_s, follow: true});   a growing one, again and again; follow selects its newest chunk;
+//                                                {span: s} shows so many seconds, and scrolls with now
 "use strict";
 
 function kvViewer(root, look) {
   const SVG = "http://www.w3.org/2000/svg";
   const LANE = { transfer: [6, 30], compute: [48, 30] };
   const LANES_HEIGHT = 84;
-  let session = null, plot = null, selected = 0, nowS = null, keep = null;
+  let session = null, plot = null, selected = 0, nowS = null, spanS = null, keep = null;
 
   root.innerHTML = `
     <p class="v-title" data-part="title"></p>
@@ -72,6 +73,13 @@ function kvViewer(root, look) {
     return [link.t, link.capacity.map((x) => (x === null ? null : x / 1e6)), rates(link), link.delivered.map((x) => (x === null ? null : x / 1e6))];
   }
 
+  // What is shown: the stretch chosen by hand, a window that goes along with a running session, or all of it.
+  function view() {
+    if (keep) return keep;
+    const from = spanS ? Math.max(0, nowS - 0.75 * spanS) : 0;
+    return [from, spanS ? from + spanS : endS()];
+  }
+
   function endS() {
     const last = session.link.t.length ? session.link.t[session.link.t.length - 1] : 0;
     return Math.max(session.deadline_s * 1.08, (session.ttft_s || 0) * 1.03, last, nowS || 0);
@@ -80,22 +88,23 @@ function kvViewer(root, look) {
   function makePlot() {
     const axis = (more) => ({ stroke: () => css("--quiet"), grid: { stroke: () => css("--rule"), width: 1 }, ticks: { stroke: () => css("--rule"), width: 1 }, font: "12px system-ui, sans-serif", ...more });
     const narrow = root.clientWidth < 560;
+    const rate = (u, v) => (v === null ? "" : number(v) + " Mbit/s");
     const options = {
       width: root.clientWidth,
       height: 220,
       legend: { live: true, mount: (u, legend) => part.legend.replaceChildren(legend) },
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
-      scales: { x: { time: false, range: (u, low, high) => keep || [0, endS()] }, mbit: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] }, mb: { range: (u, low, high) => [0, Math.max(high || 0, (session.total_bytes || 0) / 1e6, 0.001) * 1.08] } },
+      scales: { x: { time: false, range: view }, mbit: { range: (u, low, high) => [0, Math.max(high || 1, 0.001) * 1.08] }, mb: { range: (u, low, high) => [0, Math.max(high || 0, (session.total_bytes || 0) / 1e6, 0.001) * 1.08] } },
       series: [
-        { label: "time", value: (u, v) => (v === null ? "–" : v.toFixed(2) + " s") },
-        { label: "capacity", scale: "mbit", stroke: () => css("--quiet"), width: 1, fill: () => css("--capacity"), paths: uPlot.paths.stepped({ align: 1 }), value: (u, v) => number(v) + " Mbit/s", points: { show: false } },
-        { label: "arriving", scale: "mbit", stroke: () => css("--accent"), width: 2, value: (u, v) => number(v) + " Mbit/s", points: { show: false } },
-        { label: "delivered", scale: "mb", stroke: () => css("--delivered"), width: 2, dash: [6, 4], value: (u, v) => number(v) + " MB", points: { show: false } },
+        { label: "time", value: (u, v) => (v === null ? "" : v.toFixed(2) + " s") },
+        { label: "capacity", scale: "mbit", stroke: () => css("--quiet"), width: 1, fill: () => css("--capacity"), paths: uPlot.paths.stepped({ align: 1 }), value: rate, points: { show: false } },
+        { label: "arriving", scale: "mbit", stroke: () => css("--accent"), width: 2, value: rate, points: { show: false } },
+        { label: "delivered", scale: "mb", stroke: () => css("--delivered"), width: 2, dash: [6, 4], value: (u, v) => (v === null ? "" : size(v * 1e6)), points: { show: false } },
       ],
       axes: [
         axis({ values: (u, splits) => splits.map((v) => +v.toFixed(3) + " s") }),
         axis({ scale: "mbit", size: narrow ? 44 : 62, label: narrow ? undefined : "Mbit/s", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
-        axis({ scale: "mb", side: 1, size: narrow ? 44 : 56, values: (u, splits) => splits.map((v) => String(+v.toPrecision(2))), grid: { show: false }, label: narrow ? undefined : "MB", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
+        axis({ scale: "mb", side: 1, size: narrow ? 52 : 72, values: (u, splits) => splits.map((v) => (v ? size(v * 1e6) : "0")), grid: { show: false }, label: narrow ? undefined : "delivered", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
       ],
       hooks: {
         draw: [(u) => { drawLines(u); drawLanes(u); }],
@@ -128,7 +137,12 @@ function kvViewer(root, look) {
       ctx.stroke();
       ctx.font = `${11 * dpr}px system-ui, sans-serif`;
       ctx.textAlign = x > u.bbox.left + u.bbox.width * 0.8 ? "right" : "left";
-      ctx.fillText(label, x + (ctx.textAlign === "left" ? 4 : -4) * dpr, u.bbox.top + (label === "deadline" ? 12 : 26) * dpr);
+      const at = [label, x + (ctx.textAlign === "left" ? 4 : -4) * dpr, u.bbox.top + (label === "deadline" ? 12 : 26) * dpr];
+      ctx.strokeStyle = css("--paper");   // a halo, so that lines behind the words do not cross them out
+      ctx.lineWidth = 4 * dpr;
+      ctx.setLineDash([]);
+      ctx.strokeText(...at);
+      ctx.fillText(...at);
     };
     line(session.deadline_s, css("--ink"), [5, 4], "deadline");
     line(session.ttft_s, css("--accent"), [], "first token");
@@ -210,13 +224,21 @@ function kvViewer(root, look) {
     part.key.innerHTML = used.map((l) => `<span><i style="background:${colour(l)}"></i>${name(l)}${l === 0 ? " (smallest)" : ""}</span>`).join("");
   }
 
+  // The share of a chunk that is here; a travelling one's bytes are known while the session runs, else only its times.
+  function arrived(chunk) {
+    if (chunk.last_byte_s !== null || !chunk.bytes) return 1;
+    if (chunk.received_bytes) return chunk.received_bytes / chunk.bytes;
+    return nowS !== null && chunk.first_byte_s !== null && chunk.ends_s ? (nowS - chunk.first_byte_s) / (chunk.ends_s - chunk.first_byte_s) : 0;
+  }
+
   function strip() {
-    const row = (head, levels) => `<tr><th scope="row">${head}</th>` + session.chunks.map((c, i) => {
+    const row = (head, levels, filling) => `<tr><th scope="row">${head}</th>` + session.chunks.map((c, i) => {
       const level = levels[i] ?? null;
-      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${level === null ? "var(--panel)" : colour(level)}">${level === null ? "" : level === "text" ? "T" : level}</td>`;
+      const here = filling ? arrived(c) : 1;
+      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${level === null ? "var(--panel)" : colour(level)};--here:${Math.round(100 * here)}%">${level === null ? "" : level === "text" ? "T" : level}</td>`;
     }).join("") + "</tr>";
     const oracle = session.oracle_levels && session.oracle_levels.length ? row("oracle", session.oracle_levels) : "";
-    part.strip.innerHTML = `<table aria-label="Level of every chunk"><tbody>${row(escape(session.scheme), session.chunks.map((c) => c.level))}${oracle}</tbody></table>`;
+    part.strip.innerHTML = `<table aria-label="Level of every chunk"><tbody>${row(escape(session.scheme), session.chunks.map((c) => c.level), true)}${oracle}</tbody></table>`;
   }
 
   function detail() {
@@ -253,10 +275,11 @@ function kvViewer(root, look) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (plot) { makePlot(); strip(); } });
 
   return {
-    show(next, { now = null, follow = false } = {}) {
+    show(next, { now = null, follow = false, span = null } = {}) {
       if (!session || session.unit_id !== next.unit_id || session.scheme !== next.scheme) { keep = null; selected = 0; }
       session = next;
       nowS = now;
+      spanS = span;
       if (follow) selected = session.chunks.reduce((last, c, i) => (c.request_s !== null ? i : last), 0);
       if (plot) plot.setData(data()); else makePlot();
       title(); key(); strip(); detail();

@@ -1,0 +1,46 @@
+"""Two runs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from testbed import comparison
+from testbed.errors import SpecError
+from tests.testbed.made_run import make_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("old", "new"):
+        make_run(folder / name, contexts=("docs",), spoil=False)
+    return folder / "old", folder / "new"
+
+
+def test_the_first_scheme_is_the_baseline_unless_the_experiment_names_one(runs: tuple[Path, Path]) -> None:
+    old, new = runs
+    manifest = json.loads((old / "manifest.json").read_text())
+    first = manifest["schemes"][0]["name"]
+    for baseline, expected in (("", first), ("fixed-highest", "fixed-highest")):
+        manifest["experiment"]["baseline"] = baseline
+        (old / "manifest.json").write_text(json.dumps(manifest))
+        result = comparison.compare(str(old), str(new))
+        assert result["baseline"] == f"{expected}@old"
+        assert f"{first}@new - {expected}@old" in comparison.text(result)
+
+
+def test_equal_runs_do_not_differ(runs: tuple[Path, Path]) -> None:
+    result = comparison.compare(*map(str, runs))
+    entries = {entry["scheme"]: entry for entry in result["schemes"]}
+    base = result["baseline"].removesuffix("@old")
+    assert entries[f"{base}@new"]["versus"]["met"] == 0
+    assert entries[f"{base}@new"]["versus"]["distortion"] == 0
+
+
+def test_runs_of_other_units_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", contexts=("code",), spoil=False)
+    with pytest.raises(SpecError, match="differ in"):
+        comparison.compare(str(runs[0]), str(other.path))
