@@ -33,7 +33,7 @@ from codec.api import Decoder
 from codec.container import Arrival, Header
 from codec.entropy import device as shared
 from codec.entropy import escapes, rans_triton, sections
-from codec.entropy.device import DeviceStreams
+from codec.entropy.device import DeviceReconstruction, DeviceStreams
 from codec.entropy.escapes import RECORD
 from codec.entropy.rans_triton import DeviceTables, advance, begin
 from codec.errors import CodecError
@@ -86,6 +86,8 @@ class DeviceLevel:
     """int32 `[C]`: which of the wide columns a column is; -1 for the others."""
     fine: DeviceTables | None
     """Tables of the further bits, None where no column is wide."""
+    symbols: DeviceReconstruction | None
+    """That further bits are taken as they are."""
 
 
 class DeviceModel:
@@ -141,6 +143,7 @@ class DeviceModel:
         def copy(array: NDArray[Any], dtype: Any) -> Tensor:
             return torch.from_numpy(array.astype(dtype)).to(device)
 
+        fine = rans_triton.to_device(UNIFORM, shift[wide] - 1, device) if len(wide) else None
         some = wide if len(wide) else np.zeros(1, np.int64)
         return DeviceLevel(
             tables=rans_triton.to_device(codec.classes.tables, own, device, codec.classes.values),
@@ -150,7 +153,8 @@ class DeviceModel:
             wide=0 if not len(wide) else 1 if int(shift.max()) <= _EXACT_SHIFT else 2,
             wide_half=copy((1 << shift[some].astype(np.int32)) >> 1, np.int32),
             wide_index=copy(index, np.int32),
-            fine=rans_triton.to_device(UNIFORM, shift[wide] - 1, device) if len(wide) else None,
+            fine=fine,
+            symbols=rans_triton.reconstruction(fine, 1) if fine else None,
         )
 
     @contextmanager
@@ -247,7 +251,8 @@ class Job:
         assert tables is not None
         with model.beside():
             self._bits = torch.empty((streams.tokens, streams.columns), dtype=torch.uint8, device=model.device)
-            how = rans_triton.reconstruction(tables, streams.tokens)
+            how = self.level.symbols
+            assert how is not None
             self._bits_damaged = rans_triton.launch_decode(streams, tables, how, self._bits)
 
     def values(self, escaped: NDArray[Any]) -> None:
