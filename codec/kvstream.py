@@ -76,7 +76,8 @@ class KVStream(Codec):
         self.rope = rope_of_profile(found)
         frequencies = found.tensor("tables", np.uint16, (None, ALPHABET))
         # Rounded to what a GPU's matrix units take without rounding: all decoders then have the same operands.
-        values = found.tensor("values", np.float32, frequencies.shape).astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused with the classes
+            values = found.tensor("values", np.float32, frequencies.shape).astype(np.float16).astype(np.float32)
         self.classes = Classes(Tables(frequencies), values)
         self._steps = found.tensor("steps", np.float32, (None,))
         self._class_of_column = found.tensor("classes", np.uint8, (len(self._steps), columns))

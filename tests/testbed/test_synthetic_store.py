@@ -26,6 +26,7 @@ from testbed.client import Client  # noqa: E402
 from testbed.concurrent import Request, Served  # noqa: E402
 from testbed.errors import SpecError  # noqa: E402
 from testbed.group import fetch_batched, fetch_shared  # noqa: E402
+from testbed.landing import Inflow  # noqa: E402
 from testbed.manifest import KVShape  # noqa: E402
 from testbed.prepare import Prepared  # noqa: E402
 from testbed.profiled import Profiled  # noqa: E402
@@ -182,7 +183,7 @@ def test_bytes_of_another_place_or_model_are_noticed(prepared):
         compute.open(manifest, 0)
         wrong = memoryview(store.get_kv(f"{manifest.context}/0", 1))
         with pytest.raises(CodecError, match="asked for tokens from 15"):
-            compute.decode(1, 1, wrong)
+            compute.decode(Inflow(1, 1, wrong))
         with pytest.raises(CodecError, match="text of chunk 0"):
             compute.recompute(0, memoryview(b"abc"))
         with pytest.raises(SpecError, match="stands for synthetic mistral-7b"):
