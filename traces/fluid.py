@@ -72,9 +72,7 @@ class FluidLink:
         first_s, _, last_s = self.answer(request_s, size_bytes, size_bytes, chunk)
         return first_s, last_s
 
-    def answer(
-        self, request_s: float, size_bytes: float, frame: float, chunk: int = 0
-    ) -> tuple[float, float, float]:
+    def answer(self, request_s: float, size_bytes: float, frame: float, chunk: int = 0) -> tuple[float, float, float]:
         """As `transfer`, with the end of the first `frame` bytes between: (first, frame, last), seconds."""
         start_s = request_s + self.rtt_s
         if start_s < self.free_at_s:
