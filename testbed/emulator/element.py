@@ -7,8 +7,10 @@ the receivers, queue 1 what comes back; `testbed.emulator.impairments` puts the 
     {"report": true}                                   answered with a line of JSON: the counters
     {"steps": [[CLOCK_MONOTONIC, delay_s, loss], ..]}  delay and loss from then on, replacing earlier steps
 
-A packet is due `delay` after it was read. Times are kept by a scheduling slice of 0.1 ms, so that a busy machine does
-not make the delay longer; what it still adds is counted.
+A packet is due `delay` after it came. While packets come in quick succession they are looked at every PERIOD_S, which
+is what the processor time goes by; one that was found then came half of that ago on average, and one that is due within
+half of it goes now, so that the looks add nothing to the delay on average. Times are kept by a scheduling slice of 0.1
+ms, so that a busy machine does not make the delay longer; what it still adds is counted.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from testbed.emulator.requests import Requests
 EARLY_S: Final = 0.00003
 """Packets that are due this soon go along: waking up again would take longer."""
 BATCH: Final = 256
-PERIOD_S: Final = 0.00025
+PERIOD_S: Final = 0.0004
 """While packets come in quick succession they are looked at this often; one that comes alone is seen at once."""
 LATE_BINS_S: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 
@@ -62,14 +64,14 @@ class Lane:
             return self.held[0][0] if self.held else None
         return self.heap[0][0] if self.heap else None
 
-    def take(self) -> None:
-        """Read what waits and decide when each packet goes, or that it does not."""
+    def take(self, unseen_s: float) -> None:
+        """Read what waits and decide when each packet goes, or that it does not. It came up to `unseen_s` ago."""
         packets = self.queue.receive(BATCH)
-        now = time.monotonic()
+        came_s = time.monotonic() - unseen_s / 2.0
         self.counts["packets"] += len(packets)
         if self.plain:
             # After a delay became shorter, what comes now must not go before what is held.
-            due = self.last_due_s = max(now + self.delay_s, self.last_due_s)
+            due = self.last_due_s = max(came_s + self.delay_s, self.last_due_s)
             self.held.extend((due, packet_id) for packet_id, _ in packets)
             return
         dropped = []
@@ -77,11 +79,11 @@ class Lane:
             if self.losses is not None and self.losses.draw():
                 dropped.append((packet_id, DROP))
                 continue
-            due = now + max(self.delay_s + self.jitter_s * self.random.uniform(-1.0, 1.0), 0.0)
+            due = came_s + max(self.delay_s + self.jitter_s * self.random.uniform(-1.0, 1.0), 0.0)
             if self.ordered:
                 due = self.last_due_s = max(due, self.last_due_s)
             if self.reorder and self.random.random() < self.reorder:
-                due = now
+                due = came_s
                 self.counts["reordered"] += 1
             copy = b""
             if self.duplicate and self.random.random() < self.duplicate:
@@ -91,10 +93,10 @@ class Lane:
             self.counts["dropped"] += len(dropped)
             self.queue.decide(dropped)
 
-    def release(self) -> None:
-        """Let go what is due."""
+    def release(self, early_s: float) -> None:
+        """Let go what is due within `early_s`."""
         now = time.monotonic()
-        limit = now + EARLY_S
+        limit = now + early_s
         if self.plain:
             last = None
             while self.held and self.held[0][0] <= limit:
@@ -169,12 +171,13 @@ def main(settings: dict[str, Any]) -> None:
     last_s = 0.0
     steps: deque[list[float]] = deque()
     while True:
-        pause = last_s + PERIOD_S - time.monotonic()
-        if pause > 0.0:
-            time.sleep(pause)
+        pause_s = max(last_s + PERIOD_S - time.monotonic(), 0.0)
+        if pause_s:
+            time.sleep(pause_s)
         due = [time_s for lane in lanes if (time_s := lane.next_due_s()) is not None]
         due += [steps[0][0]] if steps else []
         wait = max(min(due) - time.monotonic(), 0.0) if due else None
+        early_s = EARLY_S
         for readable in select.select(watched, [], [], wait)[0]:
             if readable == requests.fileno():
                 asked = requests.read()
@@ -187,8 +190,8 @@ def main(settings: dict[str, Any]) -> None:
                         reports = [lane.report() for lane in lanes]
                         print(json.dumps({"lanes": reports, "cpu_s": spent_s(), "scheduling": punctual}), flush=True)
             else:
-                by_descriptor[readable].take()
-                last_s = time.monotonic()
+                by_descriptor[readable].take(pause_s)
+                last_s, early_s = time.monotonic(), PERIOD_S / 2.0
         while steps and steps[0][0] <= time.monotonic():
             _, delay_s, loss = steps.popleft()
             for lane in lanes:
@@ -196,7 +199,7 @@ def main(settings: dict[str, Any]) -> None:
                 if lane.losses is not None:
                     lane.losses.set(loss)
         for lane in lanes:
-            lane.release()
+            lane.release(early_s)
 
 
 if __name__ == "__main__":
