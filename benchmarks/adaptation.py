@@ -1,6 +1,6 @@
 """Adaptation policies against CacheGen's Algorithm 1 and the oracle, on trace families that none was tuned on.
 
-    python benchmarks/adaptation.py [--split tune|held-out] [--policy NAME ...] [--json FILE]
+    python benchmarks/adaptation.py [--split tune|held-out] [--policy NAME[,SETTING=VALUE...] ...] [--json FILE]
 
 In the simulator, depth 2, no model: four contexts x six trace families x eight traces x three start offsets x three
 deadlines, round trips 0 and 40 ms. Every policy runs on every unit. Printed per policy: units that miss the deadline,
@@ -26,8 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from policies import registry
-from testbed import shipped
+from testbed import plugs, shipped
 from testbed.bounds import line_of, oracle_plan
 from testbed.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
 from testbed.session import Costs, SessionFailed
@@ -115,7 +114,7 @@ def session(job: tuple[Unit, str]) -> tuple[bool, float | None]:
     try:
         record = simulate(
             manifest,
-            registry.make(policy),
+            plugs.make_policy(policy),
             goodput(unit.trace, unit.offset_s),
             deadline_s=unit.deadline_s,
             costs=costs,
@@ -212,7 +211,9 @@ def _print(rows: Iterable[Row], what: Callable[[Row], str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("tune", "held-out"), default="held-out")
-    parser.add_argument("--policy", nargs="+", default=list(POLICIES), help="names; the baseline is always among them")
+    parser.add_argument(
+        "--policy", nargs="+", default=list(POLICIES), help="with settings, if any; the baseline comes too"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     names = list(dict.fromkeys((BASELINE, *args.policy)))

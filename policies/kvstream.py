@@ -42,9 +42,9 @@ Z_SCORES = tuple(NormalDist().inv_cdf((i + 0.5) / SCENARIOS) for i in range(SCEN
 class KVStream:
     """Text from the front, hedged levels from the back."""
 
-    miss: float = 1.0
+    miss: float = 0.7
     """Cost of a missed deadline, in distortions of the smallest level."""
-    memory: float = 0.3
+    memory: float = 0.6
     """Half-life of the throughput estimate, as a fraction of the deadline."""
     spread: float = 0.5
     """Spread of log(actual / estimated) throughput before any error was seen."""
