@@ -191,5 +191,8 @@ class ProfiledWorker(Worker):
             return {"ok": True, "status": "failed", "error": str(error)}
         return {"ok": True, "status": "ok", "served": [asdict(one) for one in served]}
 
+    def _make_room(self, contexts: Sequence[str]) -> None:
+        return None
+
     def _question(self, context: str, command: dict[str, Any]) -> tuple[int, Sequence[int]]:
         return 0, (0,) * self.workload.prompt

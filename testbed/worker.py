@@ -80,8 +80,7 @@ class Worker:
         match command.get("cmd"):
             case "prepare":
                 contexts = [str(context) for context in command["contexts"]]
-                # at once for all, because what is captured on a cache goes with it
-                self.compute.reserve(max(map(self._room, contexts), default=0))
+                self._make_room(contexts)
                 return {"ok": True, "costs": {context: asdict(await self.prepare(context)) for context in contexts}}
             case "session":
                 return await self.session(command)
@@ -112,6 +111,11 @@ class Worker:
             lambda chunk, level: self.store.get_kv(chunk_id(context, chunk), level),
             longest.prompt_ids,
         )
+
+    def _make_room(self, contexts: Sequence[str]) -> None:
+        """Memory for the longest of these contexts; at once for all, because what is captured on a cache goes with
+        it."""
+        self.compute.reserve(max(map(self._room, contexts), default=0))
 
     def _room(self, context: str) -> int:
         """Tokens of a context and of what is asked after it."""

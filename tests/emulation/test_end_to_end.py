@@ -72,6 +72,24 @@ policy = "cachegen"
 codec = "uniform"
 """
 
+WORKLOAD_SPEC = """
+workload = "mistral-7b,compute=a40,prompt=0"
+contexts = ["300"]
+chunk_tokens = 150
+traces = ["uniform,low=200Mbps,high=400Mbps,per=chunk,seed=1"]
+deadlines_s = [3.0]
+links = ["queue=50ms"]
+most_repeats = 6
+
+[[schemes]]
+policy = "fixed,level=lowest"
+codec = "uniform"
+
+[[schemes]]
+policy = "cachegen"
+codec = "uniform"
+"""
+
 
 def cells(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     loaded = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
@@ -154,6 +172,18 @@ def test_packets_and_a_prior_on_request(tmp_path):
     windows = [json.loads(line) for line in (folder / "packets.jsonl").read_text().splitlines()]
     assert [window["t_s"] for window in windows[:3]] == pytest.approx([0.0, 0.1, 0.2])
     assert len(list((folder / "packets").iterdir())) == 2
+
+
+def test_a_synthetic_workload_sends_real_bytes_and_says_what_it_is(tmp_path):
+    (tmp_path / "work.toml").write_text(WORKLOAD_SPEC)
+    done = kvstream("run", "work.toml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["backend"] == "mininet"
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "work" / "sessions.jsonl").read_text().splitlines()]
+    assert {row["status"] for row in rows} == {"ok"}, [row["why"] for row in rows]
+    assert all("synthetic" in row["model"] and row["measured_kl"] is None for row in rows)
+    [fixed] = [row for row in rows if row["policy"].startswith("fixed")]
+    assert fixed["ttft_s"] > fixed["bytes"] * 8 / 400e6, "no faster than the link"
 
 
 def test_a_finished_run_is_not_run_again(run):
