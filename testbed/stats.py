@@ -129,6 +129,11 @@ def regret(
     return clustered_mean([gap for gap, _ in both], [cluster for _, cluster in both])
 
 
+def times(ratio: float) -> str:
+    """A ratio in words: `1.8x`, `110x`."""
+    return f"{ratio:.2g}x" if ratio < 99.5 else f"{ratio:.0f}x"
+
+
 def verdict(
     name: str,
     baseline: str,
@@ -154,9 +159,9 @@ def verdict(
     elif min(ours, base) == 0:
         often = f"meets the deadline {'sometimes and ' + baseline + ' never' if ours else 'never, unlike ' + baseline}"
     elif ours > base:
-        often = f"meets the deadline {ours / base:.2g}x as often as {baseline}"
+        often = f"meets the deadline {times(ours / base)} as often as {baseline}"
     else:
-        often = f"misses the deadline {(n - ours) / max(n - base, 1):.2g}x as often as {baseline}"
+        often = f"misses the deadline {times((n - ours) / max(n - base, 1))} as often as {baseline}"
     often += f" ({ours} against {base} of {n} units, p = {p:.2g})"
     if distortion.value is None:
         return f"{name} {often}."

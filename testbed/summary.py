@@ -203,7 +203,7 @@ def _often(ours: Json, base: Json, p: float) -> str:
         return f"in {_percent(ours['met_rate'])} of {many(ours['n'], 'unit')}, {base['scheme']} never"
     if ours["met"] < base["met"]:
         return f"less often than {base['scheme']} {rates}"
-    return f"{ours['met'] / base['met']:.2g}x as often as {base['scheme']} {rates}"
+    return f"{stats.times(ours['met'] / base['met'])} as often as {base['scheme']} {rates}"
 
 
 def _at_distortion(ours: Json, base: Json) -> str:
@@ -217,7 +217,8 @@ def _at_distortion(ours: Json, base: Json) -> str:
     ratio = ours["distortion"] / base["distortion"]
     if 0.95 < ratio < 1.05:
         return f", at the same distortion {nats}"
-    return f", at {ratio:.2g}x its distortion {nats}" if ratio > 1 else f", at {1 / ratio:.2g}x less distortion {nats}"
+    how = f"{stats.times(ratio)} its" if ratio > 1 else f"{stats.times(1 / ratio)} less"
+    return f", at {how} distortion {nats}"
 
 
 # --- the table

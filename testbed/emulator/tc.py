@@ -71,9 +71,12 @@ class Interface:
         self._socket.bind((0, 0))
         self._socket.settimeout(5.0)
         self._sequence = 0
+        # Opened once: binding or closing such a socket waits for the kernel's other readers, 7 ms and more.
+        self._raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 
     def close(self) -> None:
         self._socket.close()
+        self._raw.close()
 
     def create(self, rate_bps: float, limit_bytes: int, packet_bytes: int) -> None:
         """Put the queueing in place, replacing whatever was on the interface. Raises KernelRefused."""
@@ -125,10 +128,9 @@ class Interface:
     def wake(self) -> None:
         """Make the kernel look at the queue again: a valve that opens does not. Sends one 60-byte frame that no host
         listens to (EtherType 0x88B5, for local experiments)."""
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
-            raw.bind((self.name, 0))
-            with contextlib.suppress(OSError):  # a full queue drops the frame, after it was woken
-                raw.send(b"\xff" * 6 + bytes(6) + b"\x88\xb5" + bytes(46), socket.MSG_DONTWAIT)
+        frame = b"\xff" * 6 + bytes(6) + b"\x88\xb5" + bytes(46)
+        with contextlib.suppress(OSError):  # a full queue drops the frame, after it was woken
+            self._raw.sendto(frame, socket.MSG_DONTWAIT, (self.name, 0))
 
     def _ask(
         self, kind: int, flags: int, handle: int, parent: int, payload: bytes = b"", wanted: int | None = None

@@ -13,6 +13,7 @@ from testbed.stats import (
     mcnemar,
     paired_difference,
     regret,
+    times,
     ttft_quantiles,
     verdict,
     wilson,
@@ -107,3 +108,8 @@ def test_the_verdict_says_how_often_and_whether_chance_explains_it() -> None:
     never = verdict("text", "ours", [False] * 20, [True] * 20, Mean(None, None, None, 0, 0))
     assert "never, unlike ours" in never
     assert "nothing can be compared" in verdict("a", "b", [], [], less)
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(1.83, "1.8x"), (13.2, "13x"), (99.7, "100x"), (112.1, "112x")])
+def test_ratios_are_words(ratio: float, words: str) -> None:
+    assert times(ratio) == words
