@@ -309,33 +309,45 @@ def check_chunk(data: memoryview, start: int, level: LevelOrText) -> None:
 def measure_costs(
     compute: Compute, manifest: Manifest, get: Callable[[int, LevelOrText], bytes], prompt_ids: Sequence[int]
 ) -> Costs:
-    """Median seconds of each step on this machine, with everything warm afterwards.
-
-    Decoding is measured on the first chunk of every size, at every level. Recomputing is measured on the first, middle
-    and last chunk and interpolated by position, since attention grows with what lies before. `get` gives a chunk's
-    bytes.
-    """
+    """Median seconds of each step on this machine, with everything warm afterwards. `get` gives a chunk's bytes."""
     compute.open(manifest, len(prompt_ids))
-    chunks = manifest.chunks
+    recompute_s, prefill_s = measure_model(compute, manifest, get, prompt_ids)
+    return Costs(measure_decoding(compute, manifest, get), recompute_s, prefill_s)
+
+
+def measure_decoding(
+    compute: Compute, manifest: Manifest, get: Callable[[int, LevelOrText], bytes]
+) -> tuple[tuple[float, ...], ...]:
+    """Seconds of decoding [chunk][level] of the open context, measured on the first chunk of every size."""
     levels = range(len(manifest.levels))
     decode_s: dict[int, tuple[float, ...]] = {}
-    for index, chunk in enumerate(chunks):
+    for index, chunk in enumerate(manifest.chunks):
         if chunk.tokens not in decode_s:
             decode_s[chunk.tokens] = tuple(_median_s(_decode, compute, index, x, get(index, x)) for x in levels)
+    _, _, cache = compute._ready()
+    cache.poison()
+    return tuple(decode_s[chunk.tokens] for chunk in manifest.chunks)
+
+
+def measure_model(
+    compute: Compute, manifest: Manifest, get: Callable[[int, LevelOrText], bytes], prompt_ids: Sequence[int]
+) -> tuple[tuple[float, ...], float]:
+    """Seconds of recomputing [chunk] and of the prefill in the open context; the codec does not matter.
+
+    Recomputing is measured on the first, middle and last chunk and interpolated by position, since attention grows
+    with what lies before.
+    """
+    chunks = manifest.chunks
     # what lies before must be numbers, not NaN, whose arithmetic may take another time
     _, _, cache = compute._ready()
     cache.storage.normal_()
-    known = sorted({0, len(chunks) // 2, len(chunks) - 1})
-    points = [
-        (chunks[i].start, _median_s(compute.recompute, i, memoryview(get(i, TEXT))) / chunks[i].tokens) for i in known
-    ]
+    points = []
+    for index in sorted({0, len(chunks) // 2, len(chunks) - 1}):
+        chunk_s = _median_s(compute.recompute, index, memoryview(get(index, TEXT)))
+        points.append((chunks[index].start, chunk_s / chunks[index].tokens))
     prefill_s = _median_s(compute.prefill, prompt_ids)
     cache.poison()
-    return Costs(
-        decode_s=tuple(decode_s[c.tokens] for c in chunks),
-        recompute_s=tuple(_interpolate(points, c.start) * c.tokens for c in chunks),
-        prefill_s=prefill_s,
-    )
+    return tuple(_interpolate(points, chunk.start) * chunk.tokens for chunk in chunks), prefill_s
 
 
 def _decode(compute: Compute, chunk: int, level: int, data: bytes) -> Step:

@@ -19,7 +19,7 @@ def offers(experiment: Experiment, say: Callable[[str], None]) -> dict[tuple[str
     """Encode an experiment's contexts and measure, as the receiver of an emulated run does."""
     prepared = prepare.prepare(experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, say)
     set_threads(None)
-    worker = Worker(Compute(Model.load(prepared.model)), Store(prepared.path, create=False))
+    worker = Worker(Compute(Model.load(prepared.model)), Store(prepared.path, create=False), learns=False)
     try:
         say("measuring what computing takes here")
         costs = asyncio.run(_measured(worker, prepared.ids.values()))

@@ -37,6 +37,7 @@ class Outcome:
     answers: int | None = None
     fidelity: Mapping[str, Any] = field(default_factory=dict)
     repeats: int = 0
+    strain: Mapping[str, float] | None = None
     prior_bps: float | None = None
     """What the policy was told of the link beforehand."""
     capture: Mapping[str, Any] | None = None
@@ -97,6 +98,7 @@ def row_of(unit: Unit, scheme: Scheme, model: str, backend: str, outcome: Outcom
         regret=regret,
         fidelity=dict(outcome.fidelity),
         repeats=outcome.repeats,
+        strain=None if outcome.strain is None else dict(outcome.strain),
         prior_bps=outcome.prior_bps,
         capture=None if outcome.capture is None else dict(outcome.capture),
     )

@@ -135,7 +135,7 @@ class ProfiledWorker(Worker):
 
     def __init__(self, workload: str, store: Store) -> None:
         self.workload = synthetic.parse(workload)
-        super().__init__(Profiled(self.workload), store)
+        super().__init__(Profiled(self.workload), store, learns=False)
 
     async def prepare(self, context: str) -> Costs:
         if context not in self._costs:

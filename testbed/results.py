@@ -69,6 +69,8 @@ class Row:
     fidelity: Json
     repeats: int
     """Sessions thrown away before this one because the link was not what the trace says."""
+    strain: Json | None = None
+    """How many times as long as alone the steps of compute were reckoned to take (testbed.rehearsal)."""
     prior_bps: float | None = None
     """Goodput that the link was probed for before the session; None without a probe, or if nothing came through."""
     capture: Json | None = None

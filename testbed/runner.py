@@ -30,6 +30,7 @@ from testbed.manifest import Manifest
 from testbed.outcome import Bound, Outcome
 from testbed.process import Process
 from testbed.progress import Progress
+from testbed.rehearsal import Strain
 from testbed.results import Json, Run
 from testbed.session import Costs
 from traces.framing import goodput_per_capacity
@@ -80,7 +81,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
             packets=experiment.capture,
             probe=experiment.probe,
         ) as stage:
-            manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings, "costs": stage.costs_json}
+            manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings}
+            manifest |= {"costs": stage.costs_json}
             run.create(manifest)
             for unit, scheme in sessions:
                 trace = traces[unit.trace]
@@ -202,9 +204,12 @@ class Stage:
             stack.callback(self.receiver.close)
             ids = list(dict.fromkeys(self._prepared.ids.values()))
             self.costs_json = self.receiver.ask({"cmd": "prepare", "contexts": ids}, SESSION_LIMIT_S)["costs"]
-            costs = {key: _costs(value) for key, value in self.costs_json.items()}
-            self.costs = {pair: costs[key] for pair, key in self._prepared.ids.items()}
-            """[context, codec]: what computing takes here."""
+            self._alone = {pair: _costs(self.costs_json[key]) for pair, key in self._prepared.ids.items()}
+            self.costs = dict(self._alone)
+            """[context, codec]: what computing takes here, in the light of the last sessions."""
+            rehearsed = self.receiver.ask({"cmd": "rehearse", "contexts": ids} | self._senders(), SESSION_LIMIT_S)
+            for pair, key in self._prepared.ids.items():
+                self._bear(pair, rehearsed["strain"][key])
             self._stack = stack.pop_all()
         return self
 
@@ -279,8 +284,10 @@ class Stage:
             answers_right=answer.get("answers_right"),
             answers=answer.get("answers"),
             fidelity=verdict.to_json(),
+            strain=answer["strain"],
             prior_bps=prior_bps,
         )
+        self._bear((unit.context, scheme.codec), answer["strain"])
         chunks = answer["record"]["chunks"]
         return (result, chunks, link) if captures is None else (*self._joined(result, chunks, measured, captures), link)
 
@@ -307,15 +314,17 @@ class Stage:
         finally:
             self.shaper.finish()
 
+    def _bear(self, pair: tuple[str, str], strain: Mapping[str, float]) -> None:
+        """Reckon with the strain that the receiver reports."""
+        self.costs[pair] = Strain(**strain).on(self._alone[pair])
+
     def _manifest(self, unit: Unit, scheme: Scheme) -> Manifest:
         return self._prepared.manifests[unit.context, scheme.codec]
 
     def _command(self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float, log: Path | None) -> Json:
-        urls = [f"http://{ip}:{PORT}" for ip in self.network.sender_ips]
         command: Json = {
             "cmd": "session",
-            "url": urls[0],
-            "others": urls[1:],
+            **self._senders(),
             "context": self._prepared.ids[unit.context, scheme.codec],
             "policy": scheme.policy,
             "deadline_s": unit.deadline_s,
@@ -343,6 +352,11 @@ class Stage:
                 "initial_window_bytes": None,
             }
         return command
+
+    def _senders(self) -> Json:
+        """Where the chunks are, as the receiver is told."""
+        url, *others = [f"http://{ip}:{PORT}" for ip in self.network.sender_ips]
+        return {"url": url, "others": others}
 
     def _announce(self, unit: Unit, scheme: Scheme, trace: Trace, log: Path) -> None:
         manifest = self._manifest(unit, scheme)

@@ -10,6 +10,9 @@ the model is loaded the process prints `{"ready": true, "model": "<fingerprint>"
     {"cmd": "prepare", "contexts": ["docs-raw-1"]}
         builds codecs, warms every code path, measures: {"ok": true, "costs": {"docs-raw-1": {"decode_s": [[...]],
         "recompute_s": [...], "prefill_s": 0.04}}}
+    {"cmd": "rehearse", "contexts": ["docs-raw-1"], "url": "http://10.0.0.1:8700"}       optional: "others"
+        holds sessions to learn what costs are in sessions (testbed.rehearsal): {"ok": true, "strain": {"docs-raw-1":
+        {"decode": 1.8, "recompute": 1.3, "prefill": 1.5}}}
     {"cmd": "session", "url": "http://10.0.0.1:8700", "context": "docs-raw-1", "policy": "cachegen",
      "deadline_s": 1.0, ...}
         optional: "question": 0 (index of the timed one), "depth": 2, "overlap": true, "cold": false,
@@ -21,7 +24,8 @@ the model is loaded the process prints `{"ready": true, "model": "<fingerprint>"
         "forecast": {"durations_s": [...], "rates_bps": [...], "end": "hold", "rtt_s": 0.04,
                      "initial_window_bytes": null}   (goodput from the session's start; for clairvoyant policies)
         {"ok": true, "status": "ok", "record": {...}, "token": 51, "zero_s": ..., "late_s": ..., "rtt_s": ...,
-         "answer_ok": true, "answers_right": 7, "answers": 8, "measured_kl": 0.0021, ...}
+         "answer_ok": true, "answers_right": 7, "answers": 8, "measured_kl": 0.0021, ...,
+         "strain": {"decode": 1.8, ...}}     (what the costs were corrected by)
         {"ok": true, "status": "failed", "error": "the sender is lost after 3 reconnections: ..."}
     {"cmd": "quit"}
 
@@ -45,11 +49,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from codec.errors import CodecError
-from policies.api import Forecast
+from policies.api import Forecast, LevelOrText, Policy
 from policies.errors import PolicyError
 from testbed import gemv
 from testbed.client import Client
-from testbed.compute import Compute, measure_costs, set_threads
+from testbed.compute import Compute, measure_decoding, measure_model, set_threads
 from testbed.dashboard.teller import Teller
 from testbed.emulator.clock import be_punctual
 from testbed.emulator.replay import teller
@@ -58,21 +62,29 @@ from testbed.guard import TimedAsk
 from testbed.llm import SIDE_BY_SIDE_TOKENS, Model, Question, mean_kl
 from testbed.plugs import make_policy
 from testbed.receiver import Fetched, Limits, fetch_session
+from testbed.rehearsal import REHEARSALS, Experience, Rehearsal, Strain
 from testbed.session import Costs, SessionFailed, SessionRecord
 from testbed.store import Store, chunk_id
 from traces.errors import TraceError
 from traces.trace import Trace
 
+REHEARSAL_S = 60.0
+"""A deadline that a rehearsal has no use for."""
 REFUSALS = (SpecError, CodecError, PolicyError, TraceError)
 
 
 class Worker:
     """The state between commands: a model, a store to judge by, the costs measured so far."""
 
-    def __init__(self, compute: Compute, store: Store) -> None:
+    def __init__(self, compute: Compute, store: Store, *, learns: bool) -> None:
+        """`learns`: correct the costs by what sessions take. A GPU's steps have the GPU to themselves."""
         self.compute = compute
         self.store = store
         self._costs: dict[str, Costs] = {}
+        """[context]: what its steps take alone."""
+        self._model_costs: dict[tuple[Any, ...], tuple[tuple[float, ...], float]] = {}
+        """[chunks, tokens of the prompt]: recomputing and prefill, which are the same for every codec."""
+        self._experience = Experience() if learns else None
         self._load: gemv.GemvLoop | None = None
 
     async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -82,9 +94,11 @@ class Worker:
                 contexts = [str(context) for context in command["contexts"]]
                 self._make_room(contexts)
                 return {"ok": True, "costs": {context: asdict(await self.prepare(context)) for context in contexts}}
+            case "rehearse":
+                return await self.rehearse([str(context) for context in command["contexts"]], command)
             case "session":
                 return await self.session(command)
-        raise SpecError(f"command {command.get('cmd')!r} is unknown; there are prepare, session and quit")
+        raise SpecError(f"command {command.get('cmd')!r} is unknown; there are prepare, rehearse, session and quit")
 
     async def prepare(self, context: str) -> Costs:
         """Build a context's codec, allocate for it, and measure what its steps take here."""
@@ -105,12 +119,15 @@ class Worker:
         self.compute.reserve(self._room(context))
         for length in sorted({len(question.prompt_ids) for question in questions}):
             self.compute.capture(manifest.tokens, length)
-        return measure_costs(
-            self.compute,
-            manifest,
-            lambda chunk, level: self.store.get_kv(chunk_id(context, chunk), level),
-            longest.prompt_ids,
-        )
+
+        def get(chunk: int, level: LevelOrText) -> bytes:
+            return self.store.get_kv(chunk_id(context, chunk), level)
+
+        self.compute.open(manifest, len(longest.prompt_ids))
+        same = (*((chunk.start, chunk.stop) for chunk in manifest.chunks), len(longest.prompt_ids))
+        if same not in self._model_costs:
+            self._model_costs[same] = measure_model(self.compute, manifest, get, longest.prompt_ids)
+        return Costs(measure_decoding(self.compute, manifest, get), *self._model_costs[same])
 
     def _make_room(self, contexts: Sequence[str]) -> None:
         """Memory for the longest of these contexts; at once for all, because what is captured on a cache goes with
@@ -122,43 +139,84 @@ class Worker:
         tokens = self.store.manifest(context).tokens
         return tokens + max(SIDE_BY_SIDE_TOKENS, *map(_length, self.store.questions(context)))
 
+    async def rehearse(self, contexts: Sequence[str], command: dict[str, Any]) -> dict[str, Any]:
+        """Hold sessions to learn from, REHEARSALS for each codec."""
+        groups: dict[str, list[str]] = {}
+        for context in contexts:
+            groups.setdefault(self._codec_key(context), []).append(context)
+        for group in groups.values() if self._experience is not None else ():
+            for context in group * -(-REHEARSALS // len(group)):
+                _, prompt_ids = self._question(context, {})
+                try:
+                    await self._fetch(command, context, Rehearsal(), REHEARSAL_S, prompt_ids=prompt_ids)
+                except SessionFailed as error:
+                    raise SpecError(f"the rehearsal of {context} failed: {error}") from error
+        return {"ok": True, "strain": {context: asdict(self._strain(context)) for context in contexts}}
+
+    async def _fetch(
+        self, command: dict[str, Any], context: str, policy: Policy, deadline_s: float, **settings: Any
+    ) -> Fetched:
+        """A session with the senders of a command; it is learned from."""
+        alone = await self.prepare(context)
+        async with contextlib.AsyncExitStack() as stack:
+            client, *others = [
+                await stack.enter_async_context(Client(str(url)))
+                for url in (command["url"], *command.get("others", ()))
+            ]
+            fetched = await fetch_session(
+                client,
+                context,
+                policy,
+                deadline_s,
+                compute=self.compute,
+                costs=self._strain(context).on(alone),
+                others=others,
+                on_chunk=stack.enter_context(teller(command.get("steps"))),
+                **settings,
+            )
+        if self._experience is not None:
+            prefill_s = fetched.record.ttft_s - fetched.prefill_start_s
+            self._experience.learn(self._codec_key(context), alone, fetched.record, prefill_s)
+        return fetched
+
+    def _strain(self, context: str) -> Strain:
+        return Strain() if self._experience is None else self._experience.strain(self._codec_key(context))
+
+    def _codec_key(self, context: str) -> str:
+        return json.dumps(self.store.manifest(context).codec, sort_keys=True)
+
     async def session(self, command: dict[str, Any]) -> dict[str, Any]:
         """One session, and afterwards what its cache was worth."""
         context = str(command["context"])
-        costs = await self.prepare(context)
         index, prompt_ids = self._question(context, command)
         policy = make_policy(str(command["policy"]))
+        strain = self._strain(context)
         load = self._begin_load() if command.get("load") else None
         try:
-            async with Client(str(command["url"])) as client, contextlib.AsyncExitStack() as stack:
-                fetched = await fetch_session(
-                    client,
-                    context,
-                    policy,
-                    float(command["deadline_s"]),
-                    compute=self.compute,
-                    costs=costs,
-                    prompt_ids=prompt_ids,
-                    depth=int(command.get("depth", 2)),
-                    overlap=bool(command.get("overlap", True)),
-                    cold=bool(command.get("cold", False)),
-                    padding_bytes=int(command.get("padding_bytes", 0)),
-                    start_s=command.get("start_s"),
-                    forecast=_forecast(command),
-                    prior_bps=command.get("prior_bps"),
-                    concurrent=int(command.get("concurrent", 1)),
-                    seed=int(command.get("seed", 0)),
-                    ask=TimedAsk(),
-                    limits=Limits(**command.get("limits", {})),
-                    on_chunk=stack.enter_context(teller(command.get("steps"))),
-                    others=[await stack.enter_async_context(Client(url)) for url in command.get("others", ())],
-                    tell=_teller(command),
-                )
+            fetched = await self._fetch(
+                command,
+                context,
+                policy,
+                float(command["deadline_s"]),
+                prompt_ids=prompt_ids,
+                depth=int(command.get("depth", 2)),
+                overlap=bool(command.get("overlap", True)),
+                cold=bool(command.get("cold", False)),
+                padding_bytes=int(command.get("padding_bytes", 0)),
+                start_s=command.get("start_s"),
+                forecast=_forecast(command),
+                prior_bps=command.get("prior_bps"),
+                concurrent=int(command.get("concurrent", 1)),
+                seed=int(command.get("seed", 0)),
+                ask=TimedAsk(),
+                limits=Limits(**command.get("limits", {})),
+                tell=_teller(command),
+            )
         except SessionFailed as error:
             return {"ok": True, "status": "failed", "error": str(error)}
         finally:
             rounds = [] if load is None else load.stop()
-        result = {"ok": True, "status": "ok", **session_json(fetched)}
+        result = {"ok": True, "status": "ok", **session_json(fetched), "strain": asdict(strain)}
         if rounds:
             # to the last decoding, before the prompt's prefill
             result["load"] = gemv.slowdown(rounds, fetched.zero_s, fetched.zero_s + fetched.prefill_start_s)
@@ -268,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
             who = {"model": "", "name": profiled.workload.name}
         else:
             model = Model.load(options.model, device=options.device, dtype=options.dtype)
-            worker = Worker(Compute(model), store)
+            worker = Worker(Compute(model), store, learns=model.device.type == "cpu")
             who = {"model": model.fingerprint, "name": model.name}
     except REFUSALS as error:
         print(f"receiver: {error}", file=sys.stderr)

@@ -587,6 +587,8 @@ def test_processes_stay_warm_across_sessions(worker: WorkerProcess, stored_unifo
     manifest = stored_uniform.store.manifest("ctx8")
     with sender_process(stored_uniform) as (_, port):
         url = f"http://127.0.0.1:{port}"
+        strain = worker.command("rehearse", contexts=["ctx8"], url=url)["strain"]["ctx8"]
+        assert min(strain.values()) > 0.0
         kls = {}
         for policy in ("fixed,level=0", "highest", "text", "cachegen", "buffer-based"):
             start_s = time.monotonic() + 0.05
@@ -598,6 +600,7 @@ def test_processes_stay_warm_across_sessions(worker: WorkerProcess, stored_unifo
             assert record["met"]
             assert record["policy_faults"] == 0
             assert answer["answers"] == 3
+            assert answer["strain"].keys() == strain.keys()
             assert abs(answer["zero_s"] - start_s) < 0.2
             sizes = dict(encodings(manifest))
             assert record["bytes"] == sum(sizes[f"{i}/{level}"] for i, level in enumerate(record["levels"]))
@@ -612,6 +615,7 @@ def test_the_worker_refuses_and_goes_on(worker: WorkerProcess) -> None:
         ('{"cmd": "dance"}', "unknown"),
         ('{"cmd": "prepare", "contexts": ["none"]}', "no context 'none'"),
         ('{"cmd": "session", "context": "ctx8"}', "cannot be read"),
+        ('{"cmd": "rehearse", "contexts": ["ctx8"], "url": "http://127.0.0.1:9"}', "the rehearsal of ctx8 failed"),
         ('{"cmd": "session", "context": "ctx8", "policy": "nope", "url": "http://x", "deadline_s": 1}', "nope"),
         ('{"cmd": "session", "context": "ctx8", "policy": "highest", "url": "x", "deadline_s": 1}', "give an address"),
     ):
