@@ -12,7 +12,8 @@ All that depends on the model is in the profile; a chunk holds the coded coeffic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -206,26 +207,32 @@ class KVStream(Codec):
             kvstream_triton.decode(model, header.level, header.positions, parts, target)
             return
         layers, heads, dim = self.shape
+        columns, step = heads * dim, float(self._steps[header.level])
         own = self._class_of_column[header.level]
         coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
         patches = self._patches(chunk)
-        step = float(self._steps[header.level])
-        columns = heads * dim
-        coefficients = np.empty((heads, header.tokens, dim), np.float32)
-        for low, (layer, side) in zip(range(0, len(own), columns), np.ndindex(layers, 2), strict=True):
-            for segment in range(coded.segments):
-                part = coded.part(segment, low, low + columns)
-                first = segment * coded.segment_tokens
-                rans.decode_dequantised(
-                    part, own[low : low + columns], self.classes.tables, columns, part.tokens,
-                    coefficients[:, first : first + part.tokens], values=self.classes.values,
+
+        def blocks(numbers: range, threads: int | None) -> None:
+            """The keys (even numbers) or values (odd) of some layers."""
+            coefficients = np.empty((heads, header.tokens, dim), np.float32)
+            for number in numbers:
+                layer, side = divmod(number, 2)
+                low, high = number * columns, (number + 1) * columns
+                for segment in range(coded.segments):
+                    part = coded.part(segment, low, high)
+                    first = segment * coded.segment_tokens
+                    rans.decode_dequantised(
+                        part, own[low:high], self.classes.tables, columns, part.tokens,
+                        coefficients[:, first : first + part.tokens], values=self.classes.values, threads=threads,
+                    )  # fmt: skip
+                patches.apply(coefficients, low)
+                values = synthesise(
+                    torch.from_numpy(coefficients), layer, side, self.mean[layer, side],
+                    self._basis[layer, side] * step, self.rope, header.positions,
                 )  # fmt: skip
-            patches.apply(coefficients, low)
-            values = synthesise(
-                torch.from_numpy(coefficients), layer, side, self.mean[layer, side],
-                self._basis[layer, side] * step, self.rope, header.positions,
-            )  # fmt: skip
-            target.write(layer, side, values.to(target.device))
+                target.write(layer, side, values.to(target.device))
+
+        _shared_out(blocks, 2 * layers)
 
     def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu") -> Decoder:
         if not self.decodes_pieces(device):
@@ -255,6 +262,30 @@ class KVStream(Codec):
         shape = (header.layers, header.heads, header.head_dim)
         if shape != self.shape:
             raise CodecError(f"the cache has (layers, heads, head_dim) {shape}, the profile's model {self.shape}")
+
+
+def _shared_out(blocks: Callable[[range, int | None], None], count: int) -> None:
+    """Call `blocks` with numbers below `count` and the threads that each may use: on as many threads as torch has.
+
+    Threads of torch within an operation would not do: between operations they spin, and keep the entropy decoder's
+    threads from the processors.
+    """
+    allowed = torch.get_num_threads()
+    workers = min(allowed, count)
+    if workers == 1:
+        blocks(range(count), None)
+        return
+
+    def work(first: int) -> None:
+        with torch.inference_mode():  # each thread has a mode of its own
+            blocks(range(first, count, workers), 1)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+            list(pool.map(work, range(workers)))
+    finally:
+        torch.set_num_threads(allowed)
 
 
 @dataclass(frozen=True)

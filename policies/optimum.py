@@ -29,7 +29,9 @@ from policies.relaxation import Prices, Terms, ascend, suffix_sums
 __all__ = ["BEAM", "TOLERANCE_S", "Line", "Plan", "least_distortion", "least_ttft"]
 
 BEAM = 48
-"""States a stage keeps in the first search; each further one keeps eight times as many."""
+"""States a stage keeps in the first search, which finds a plan to beat."""
+WIDER = 64
+"""Each further search keeps so many times as many: what a search in between finds is seldom worth its time."""
 
 TOLERANCE_S = 1e-9
 """A plan may be later than the deadline by this: sums in another order differ by rounding."""
@@ -58,9 +60,9 @@ def least_distortion(line: Line, deadline_s: float, *, widest: int | None = None
     while True:
         found, complete = search.run(known, width)
         known = found or known
-        width *= 8
-        if complete or (widest is not None and width > widest):
+        if complete or width == widest:
             return known
+        width = width * WIDER if widest is None else min(width * WIDER, widest)
 
 
 def least_ttft(line: Line) -> Plan:
