@@ -11,6 +11,8 @@ alike. Its container, a Python pickle, is replaced by ours. A row of zeros, whic
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from codec.uniform import as_bytes, checked_scale, quantise
 
 MAX_BINS = 32
 SEGMENT_TOKENS = 256
-PADDING = bytes(2)
+PADDING_BYTES = 2
 """What the decoder may read past the last string."""
 BINS = ((16, 16, 12), (32, 16, 16), (32, 32, 32))
 """Bins of the first, middle and last third of the layers, by level."""
@@ -46,10 +48,11 @@ class Artifact(Codec):
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
         from codec.entropy import arithmetic
 
-        rows = kv.flatten(3)
-        scale = rows.abs().amax(dim=3)
+        scale = kv.abs().amax(dim=(3, 4))
         halves = half_of_layer(header.layers, level)
-        symbols = columns_first(torch.stack([quantise(rows[i], scale[i], half) for i, half in enumerate(halves)]))
+        quantised = [quantise(kv[i].flatten(2), scale[i], half) for i, half in enumerate(halves)]
+        symbols = columns_first(torch.stack(quantised))
+        del quantised
         cdfs = arithmetic.from_counts(column_counts(symbols, MAX_BINS))
         own = np.arange(cdfs.count)
         segment = min(SEGMENT_TOKENS, header.tokens)
@@ -81,17 +84,30 @@ class Artifact(Codec):
         cdfs = arithmetic.Cdfs(np.frombuffer(chunk.section("cdfs"), "<u2").reshape(-1, MAX_BINS + 1))
         offsets = np.zeros(len(chunk.section("lens")) // 4 + 1, np.int64)
         np.cumsum(np.frombuffer(chunk.section("lens"), "<u4"), out=offsets[1:])
-        data = np.frombuffer(bytes(chunk.section("data")) + PADDING, np.uint8)
+        data = np.frombuffer(chunk.section("data"), np.uint8)
         streams = Streams(data, offsets, cdfs.count, tokens, min(SEGMENT_TOKENS, tokens))
-        symbols = arithmetic.decode_streams(streams, np.arange(cdfs.count), cdfs)
-        blocks = torch.from_numpy(symbols).view(layers, 2, header.heads, header.head_dim, tokens)
-        halves = half_of_layer(layers, header.level)
-        for layer, half in enumerate(halves):
-            if int(blocks[layer].max()) > 2 * half:
+        columns = header.heads * header.head_dim
+        symbols = np.empty((columns, tokens), np.uint8)
+        for number, half in enumerate(np.repeat(half_of_layer(layers, header.level), 2).tolist()):
+            layer, side = divmod(number, 2)
+            low, high = number * columns, (number + 1) * columns
+            for segment in range(streams.segments):
+                part = padded(streams.part(segment, low, high))
+                first = segment * streams.segment_tokens
+                arithmetic.decode_streams(part, np.arange(low, high), cdfs, symbols[:, first : first + part.tokens])
+            if int(symbols.max()) > 2 * half:
                 raise CodecError(f"section 'data' holds symbols that layer {layer} does not have; encode again")
-            for side in (0, 1):
-                values = (blocks[layer, side].float() - half) * (scale[layer, side] / half)
-                target.write(layer, side, values.permute(2, 0, 1).to(target.device))
+            values = (torch.from_numpy(symbols).float() - half) * (scale[layer, side] / half)
+            block = values.view(header.heads, header.head_dim, tokens).permute(2, 0, 1)
+            target.write(layer, side, block.to(target.device))
+
+
+def padded(part: Streams) -> Streams:
+    """A copy of its strings alone, followed by what the decoder may read past the last one."""
+    first, last = int(part.offsets[0]), int(part.offsets[-1])
+    units = np.zeros(last - first + PADDING_BYTES, np.uint8)
+    units[: last - first] = part.units[first:last]
+    return replace(part, units=units, offsets=part.offsets - first)
 
 
 def half_of_layer(layers: int, level: int) -> list[int]:

@@ -94,20 +94,23 @@ class CacheGen(Codec):
         dtype = DTYPES[header.dtype]
         anchor_scale = checked_scale(frombuffer(chunk.section("ascl"), dtype)).view(layers, 2, groups).float()
         delta_scale = checked_scale(frombuffer(chunk.section("dscl"), dtype)).view(layers, 2, tokens - groups).float()
-        block = (layers, 2, header.heads * header.head_dim)
-        anchors = torch.from_numpy(self._anchor.decode(chunk.section("anch"), groups)).view(*block, groups)
-        coded = self._delta[header.level].decode(chunk.section("delt"), tokens - groups)
-        deltas = torch.from_numpy(coded).view(*block, tokens - groups)
+        anchor, delta = self._anchor, self._delta[header.level]
+        anchor_streams = anchor.parse(chunk.section("anch"), groups)
+        delta_streams = delta.parse(chunk.section("delt"), tokens - groups)
         of_token = torch.arange(tokens) // GROUP
         is_delta = torch.arange(tokens) % GROUP != 0
         steps = delta_steps(layers, SCALES[header.level])
         for layer in range(layers):
             half = half_of(float(steps[layer]))
             for side in (0, 1):
+                low = (2 * layer + side) * header.heads * header.head_dim
+                columns = (low, low + header.heads * header.head_dim)
+                anchors = torch.from_numpy(anchor.decode(anchor_streams, *columns))
+                deltas = torch.from_numpy(delta.decode(delta_streams, *columns))
                 anchor_step = anchor_scale[layer, side] / ANCHOR_HALF
-                values = ((anchors[layer, side].float() - ANCHOR_HALF) * anchor_step).t()[of_token]
+                values = ((anchors.float() - ANCHOR_HALF) * anchor_step).t()[of_token]
                 step = delta_scale[layer, side] * steps[layer]
-                values[is_delta] += ((deltas[layer, side].float() - half) * step).t()
+                values[is_delta] += ((deltas.float() - half) * step).t()
                 target.write(layer, side, values.view(tokens, header.heads, header.head_dim).to(target.device))
 
     def _describe(self, chunk: Chunk) -> dict[str, Any]:
@@ -152,24 +155,31 @@ def symbols_of(kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor
     Returns anchor scales `[L, 2, A]`, anchor symbols uint8 `[L, 2, A, C]`, difference scales `[L, 2, T - A]` and
     difference symbols `[L, 2, T - A, C]`, C = H * D.
     """
-    rows = kv.flatten(3)
-    tokens = rows.shape[2]
+    layers, _, tokens, heads, head_dim = kv.shape
     is_anchor = torch.arange(tokens) % GROUP == 0
-    anchor_rows = rows[:, :, is_anchor]
-    anchor_scale = anchor_rows.abs().amax(dim=3)
-    anchors = quantise(anchor_rows, anchor_scale, ANCHOR_HALF)
-    restored = (anchors.float() - ANCHOR_HALF) * (anchor_scale.float() / ANCHOR_HALF)[..., None]
-    delta = rows[:, :, ~is_anchor].float() - restored[:, :, (torch.arange(tokens) // GROUP)[~is_anchor]]
-    delta_scale = delta.abs().amax(dim=3).to(kv.dtype)
-    if kv.dtype == torch.float16:
-        delta_scale.clamp_(max=torch.finfo(torch.float16).max)
-    deltas = torch.empty(delta.shape, dtype=torch.uint8)
-    for layer, step in enumerate(delta_steps(len(kv), scale).tolist()):
-        width = delta_scale[layer].float() * step
+    anchor_of_delta = (torch.arange(tokens) // GROUP)[~is_anchor]
+    n, columns = n_anchors(tokens), heads * head_dim
+    anchor_scale = torch.empty((layers, 2, n), dtype=kv.dtype)
+    delta_scale = torch.empty((layers, 2, tokens - n), dtype=kv.dtype)
+    anchors = torch.empty((layers, 2, n, columns), dtype=torch.uint8)
+    deltas = torch.empty((layers, 2, tokens - n, columns), dtype=torch.uint8)
+    # layer by layer, so that the differences of all are never held in float32
+    for layer, step in enumerate(delta_steps(layers, scale).tolist()):
+        rows = kv[layer].flatten(2)
+        anchor_rows = rows[:, is_anchor]
+        anchor_scale[layer] = anchor_rows.abs().amax(dim=2)
+        anchors[layer] = quantise(anchor_rows, anchor_scale[layer], ANCHOR_HALF)
+        restored = (anchors[layer].float() - ANCHOR_HALF) * (anchor_scale[layer].float() / ANCHOR_HALF)[..., None]
+        delta = rows[:, ~is_anchor].float() - restored[:, anchor_of_delta]
+        largest = delta.abs().amax(dim=2).to(kv.dtype)
+        if kv.dtype == torch.float16:
+            largest.clamp_(max=torch.finfo(torch.float16).max)
+        delta_scale[layer] = largest
+        width = largest.float() * step
         # A width of 0, or one so small that it is 0 in float32, means that there is nothing to code.
         width = torch.where(width > 0, width, torch.inf)[..., None]
         half = half_of(step)
-        deltas[layer] = (delta[layer] / width).round_().clamp_(-half, half).add_(half).to(torch.uint8)
+        deltas[layer] = delta.div_(width).round_().clamp_(-half, half).add_(half).to(torch.uint8)
     return anchor_scale, anchors, delta_scale, deltas
 
 

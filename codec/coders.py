@@ -5,8 +5,9 @@ Both take the same tables (frequencies of 1,024), one a column.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,74 +17,89 @@ from codec.entropy.tables import Tables
 from codec.errors import CodecError
 
 
-class Coder(Protocol):
+class Coder(ABC):
     """Codes symbols uint8 `[C, T]`, column c with table c."""
 
-    def encode(self, symbols: NDArray[np.uint8]) -> bytes: ...
+    unit_bits: ClassVar[int]
+    """What streams consist of, and are as long as a multiple of."""
 
-    def decode(self, data: memoryview, tokens: int) -> NDArray[np.uint8]: ...
+    def __init__(self, frequencies: NDArray[Any]) -> None:
+        self._rows = np.arange(len(frequencies))
+
+    def encode(self, symbols: NDArray[np.uint8]) -> bytes:
+        return self._encode(symbols) if symbols.size else b""
+
+    def parse(self, data: memoryview, tokens: int) -> Streams | None:
+        """The checked streams of a section; None for no tokens, which take no bytes. Raises CodecError."""
+        from codec.entropy import sections
+
+        return sections.parse(data, len(self._rows), tokens, self.unit_bits // 8) if tokens else None
+
+    def decode(self, streams: Streams | None, low: int, high: int) -> NDArray[np.uint8]:
+        """Symbols `[high - low, T]` of some columns. Raises CodecError."""
+        if streams is None:
+            return np.empty((high - low, 0), np.uint8)
+        symbols = np.empty((high - low, streams.tokens), np.uint8)
+        for segment in range(streams.segments):
+            part = streams.part(segment, low, high)
+            first = segment * streams.segment_tokens
+            self._decode(part, self._rows[low:high], symbols[:, first : first + part.tokens])
+        return symbols
 
     def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
         """Bits of each column's streams: `[C]`."""
-        ...
+        streams = self.parse(data, tokens)
+        if streams is None:
+            return 0 * self._rows
+        return self.unit_bits * np.diff(streams.offsets).reshape(streams.segments, -1).sum(axis=0)
+
+    @abstractmethod
+    def _encode(self, symbols: NDArray[np.uint8]) -> bytes: ...
+
+    @abstractmethod
+    def _decode(self, part: Streams, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None: ...
 
 
-class RansCoder:
+class RansCoder(Coder):
     """rANS, interleaved by column: fast on CPU and GPU."""
 
+    unit_bits = 16
+
     def __init__(self, frequencies: NDArray[Any]) -> None:
+        super().__init__(frequencies)
         self._tables = Tables(frequencies)
-        self._rows = np.arange(len(frequencies))
 
-    def encode(self, symbols: NDArray[np.uint8]) -> bytes:
+    def _encode(self, symbols: NDArray[np.uint8]) -> bytes:
         from codec.entropy import rans
 
-        return rans.encode(symbols, self._rows, self._tables) if symbols.size else b""
+        return rans.encode(symbols, self._rows, self._tables)
 
-    def decode(self, data: memoryview, tokens: int) -> NDArray[np.uint8]:
+    def _decode(self, part: Streams, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         from codec.entropy import rans
 
-        columns = len(self._rows)
-        if tokens == 0:
-            return np.empty((columns, 0), np.uint8)
-        return rans.decode(data, self._rows, self._tables, columns, tokens)
-
-    def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
-        from codec.entropy import sections
-
-        return _column_bits(sections.parse(data, len(self._rows), tokens, 2), 16) if tokens else 0 * self._rows
+        rans.decode_streams(part, rows, self._tables, out)
 
 
-class ArithmeticCoder:
+class ArithmeticCoder(Coder):
     """Arithmetic coding as torchac does it, bit for bit."""
 
+    unit_bits = 8
+
     def __init__(self, frequencies: NDArray[Any]) -> None:
         from codec.entropy import arithmetic
 
+        super().__init__(frequencies)
         self._cdfs = arithmetic.from_tables(Tables(frequencies))
-        self._rows = np.arange(len(frequencies))
 
-    def encode(self, symbols: NDArray[np.uint8]) -> bytes:
+    def _encode(self, symbols: NDArray[np.uint8]) -> bytes:
         from codec.entropy import arithmetic
 
-        return arithmetic.encode(symbols, self._rows, self._cdfs) if symbols.size else b""
+        return arithmetic.encode(symbols, self._rows, self._cdfs)
 
-    def decode(self, data: memoryview, tokens: int) -> NDArray[np.uint8]:
+    def _decode(self, part: Streams, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         from codec.entropy import arithmetic
 
-        columns = len(self._rows)
-        if tokens == 0:
-            return np.empty((columns, 0), np.uint8)
-        return arithmetic.decode(data, self._rows, self._cdfs, columns, tokens)
-
-    def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
-        from codec.entropy import sections
-
-        return _column_bits(sections.parse(data, len(self._rows), tokens, 1), 8) if tokens else 0 * self._rows
-
-
-def _column_bits(streams: Streams, unit_bits: int) -> NDArray[np.int64]:
-    return unit_bits * np.diff(streams.offsets).reshape(streams.segments, -1).sum(axis=0)
+        arithmetic.decode_streams(part, rows, self._cdfs, out)
 
 
 CODERS: dict[str, Callable[[NDArray[Any]], Coder]] = {"rans": RansCoder, "ac": ArithmeticCoder}

@@ -68,8 +68,16 @@ def decode(
 
     Raises CodecError for bytes that `encode` did not write with these tables: then `out` may be partly written.
     """
+    return decode_streams(parse(data, columns, tokens), table_of_column, tables, out, threads=threads)
+
+
+def decode_streams(
+    streams: Streams, table_of_column: NDArray[Any], tables: Tables, out: NDArray[np.uint8] | None = None, *,
+    threads: int | None = None,
+) -> NDArray[np.uint8]:  # fmt: skip
+    """As `decode`, for what was parsed already, or a part of it."""
+    columns, tokens = streams.columns, streams.tokens
     rows = sections.table_rows(table_of_column, tables.count, columns)
-    streams = parse(data, columns, tokens)
     out = sections.symbol_target(out, columns, tokens)
     how = sections.reconstruction(tables.count, tables.symbols, columns, tokens)
     _decode(streams, rows, tables, out.T[None], "uint8", how, threads)
