@@ -205,6 +205,9 @@ class _Remote:
     def on_answer(self, arrival: Arrival) -> None:
         self._first_s = self._link.now_s()
 
+    def on_waste(self, nbytes: int) -> None:
+        self.member.session.on_waste(nbytes)
+
     def on_bytes(self, arrival: Arrival) -> None:
         now_s = self._link.now_s()
         if arrival.is_complete:

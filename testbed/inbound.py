@@ -67,6 +67,9 @@ class Listener(Protocol):
     def on_bytes(self, arrival: Arrival) -> None:
         """More bytes are here, perhaps the last."""
 
+    def on_waste(self, nbytes: int) -> None:
+        """Bytes came of a chunk that was cancelled."""
+
 
 class Inbound:
     """One session's requests to one sender, answered in their order. Everything runs on the event loop's thread."""
@@ -264,7 +267,9 @@ class Inbound:
         self.bytes += nbytes
         if arrival.is_complete:
             self._outstanding.popleft()
-        if not arrival.is_cancelled:
+        if arrival.is_cancelled:
+            self._listener.on_waste(nbytes)
+        else:
             self._listener.on_bytes(arrival)
         self._touch()  # after what was done about them: meanwhile nothing could be seen to arrive
 

@@ -33,6 +33,7 @@ from testbed.landing import Inflow
 from testbed.manifest import Manifest
 from testbed.session import (
     PREFILL,
+    PROGRESS_S,
     Ask,
     Cancel,
     ChunkRecord,
@@ -169,6 +170,7 @@ class _Run:
         """[chunk]: SHA-256 of its text as the sender says."""
         self._wake: asyncio.TimerHandle | None = None
         self._telling: asyncio.TimerHandle | None = None
+        self._asking: asyncio.TimerHandle | None = None
         self._profile: asyncio.Task[None] | None = None
         self._decodes_pieces = False
         self._stepped_s = 0.0
@@ -190,7 +192,7 @@ class _Run:
         except (OSError, aiohttp.ClientError) as error:
             raise SessionFailed(f"no connection to the sender: {error}") from error
         finally:
-            for timer in (self._wake, self._telling):
+            for timer in (self._wake, self._telling, self._asking):
                 if timer is not None:
                     timer.cancel()
             if self._profile is not None:
@@ -240,6 +242,10 @@ class _Run:
             if self.on_chunk is not None:
                 self.on_chunk(arrival.get.chunk)
             self._session.on_first_byte(arrival.get.chunk, self._now_s())
+
+    def on_waste(self, nbytes: int) -> None:
+        if self._session is not None:
+            self._session.on_waste(nbytes)
 
     def on_bytes(self, arrival: Arrival) -> None:
         if isinstance(arrival.get, wire.GetManifest):
@@ -292,6 +298,8 @@ class _Run:
         self._step()
         if self._tell is not None:
             self._tell_on(self._tell)
+        if self._session.has_progress:
+            self._ask_on()
 
     # --- work
 
@@ -317,6 +325,13 @@ class _Run:
         assert self._session is not None
         tell(self._session.chunks, self._now_s())
         self._telling = self._loop.call_later(TELL_EVERY_S, self._guarded, self._tell_on, tell)
+
+    def _ask_on(self) -> None:
+        """Let the policy's progress hook be asked also while no byte comes."""
+        assert self._session is not None
+        self._session.on_time()
+        self._step()
+        self._asking = self._loop.call_later(PROGRESS_S, self._guarded, self._ask_on)
 
     def _guarded(self, step: Any, *arguments: Any) -> None:
         """For callbacks of the event loop, where an exception would otherwise only be logged."""

@@ -100,6 +100,8 @@ class Run:
             before, now = json.loads(old.read_text()), json.loads(json.dumps(_finite(manifest)))
             if any(before.get(key) != now[key] for key in ("experiment", "backend")):
                 raise SpecError(f"{self.path} holds another experiment; choose another --name or remove the folder")
+            if before.get("traces") != now.get("traces"):
+                raise SpecError(f"{self.path}: a trace has changed since; choose another --name, or --fresh")
         self.cells.mkdir(parents=True, exist_ok=True)
         write_whole(old, manifest)
 

@@ -26,6 +26,9 @@ LOOKAHEAD_MARGIN_S: Final = 0.005
 RATE_WINDOW_S: Final = 0.05
 """The rest of a chunk is estimated from the bytes of this last stretch of time."""
 
+PROGRESS_S: Final = 0.005
+"""How often, at least, a driver should let a policy with a progress hook be asked while a chunk is in flight."""
+
 MAX_ATTEMPTS: Final = 3
 """A chunk that keeps arriving damaged fails the session after so many tries."""
 
@@ -237,6 +240,11 @@ class Session:
         return None if rest_s is None else max(0.0, self._recent[-1][0] + rest_s - self._lookahead_s)
 
     @property
+    def has_progress(self) -> bool:
+        """Whether the policy has a progress hook, which wants to be asked every PROGRESS_S."""
+        return self._progress is not None
+
+    @property
     def done(self) -> bool:
         return self._ttft_s is not None
 
@@ -309,6 +317,14 @@ class Session:
         while len(self._recent) > 2 and self._recent[1][0] <= now_s - RATE_WINDOW_S:
             self._recent.popleft()
         self._progress_due = True
+
+    def on_time(self) -> None:
+        """Time has passed and nothing arrived: a policy with a progress hook wants to know that too."""
+        self._progress_due = True
+
+    def on_waste(self, nbytes: int) -> None:
+        """Bytes arrived of a chunk that was cancelled before: the word had not reached the sender."""
+        self._wasted_bytes += nbytes
 
     def on_last_byte(self, chunk: int, now_s: float) -> None:
         record = self._chunks[chunk]

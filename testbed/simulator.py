@@ -15,6 +15,7 @@ from policies.api import Forecast, Policy
 from testbed.manifest import Manifest
 from testbed.session import (
     PREFILL,
+    PROGRESS_S,
     RATE_WINDOW_S,
     Ask,
     Cancel,
@@ -30,9 +31,6 @@ from testbed.session import (
 )
 from traces.fluid import MIN_FRAME_BYTES, FluidLink, frame_bytes
 from traces.trace import Trace
-
-PROGRESS_S: Final = 0.005
-"""How often, at most, a policy with a progress hook is asked."""
 
 EPSILON_S: Final = 1e-6
 """Time moves on by at least this between two looks at one chunk."""
@@ -113,6 +111,7 @@ class _Driver:
         "_session",
         "_size",
         "_tick_s",
+        "_told_bytes",
     )
 
     def __init__(self, session: Session, link: FluidLink, costs: Costs, *, fine: bool, tick_s: float) -> None:
@@ -123,6 +122,7 @@ class _Driver:
         """The chunk on the link; the four times below are its own."""
         self._size = 0
         self._seen = False
+        self._told_bytes = 0
         self._first_s = self._last_s = self._news_s = self._change_s = math.inf
         self._computing: int = PREFILL
         self._compute_start_s, self._compute_end_s = 0.0, math.inf
@@ -142,10 +142,11 @@ class _Driver:
                     self._place()
             elif self._fine and self._news_s <= now_s:
                 self._news_s = self._next_news_s(now_s)
-            if self._compute_end_s <= self._news_s:
+            if self._compute_end_s == self._news_s == math.inf:
+                raise SessionFailed("the link carries nothing more: the transfer never ends")
+            # of two things at one moment the link's comes first: news that is not told is lost
+            if self._compute_end_s < self._news_s:
                 now_s = self._compute_end_s
-                if now_s == math.inf:
-                    raise SessionFailed("the link carries nothing more: the transfer never ends")
                 self._compute_end_s = math.inf
                 session.on_computed(self._computing, self._compute_start_s, now_s)
             else:
@@ -168,7 +169,7 @@ class _Driver:
         fine = self._fine and self._size > MIN_FRAME_BYTES
         frame = frame_bytes(self._size) if fine else self._size
         self._first_s, self._news_s, self._last_s = self._link.answer(request_s, self._size, frame, self._chunk)
-        self._seen = False
+        self._seen, self._told_bytes = False, 0
         if fine:
             self._change_s = self._link.next_change_s(self._first_s)
 
@@ -184,7 +185,8 @@ class _Driver:
             self._chunk, self._news_s = None, math.inf
             return
         received = int(self._link.bytes_between(self._first_s, now_s, chunk))
-        session.on_bytes(chunk, min(received, self._size - 1), now_s)
+        self._told_bytes = min(received, self._size - 1)
+        session.on_bytes(chunk, self._told_bytes, now_s)
 
     def _next_news_s(self, now_s: float) -> float:
         """When a receiver would next have something to decide about the chunk on the link, whose first frame is here.
@@ -203,9 +205,12 @@ class _Driver:
         return min(news_s, wake_s, settled_s)
 
     def _cancel(self, chunk: int, now_s: float) -> None:
-        """The sender stops when the word arrives; what it has sent by then still passes."""
+        """The sender stops when the word arrives; what it has sent by then still passes, for nothing."""
         if chunk != self._chunk:
             self._line = deque(entry for entry in self._line if entry[0] != chunk)
             return
-        self._link.cut(max(now_s + self._link.rtt_s, self._first_s))
+        cut_s = max(now_s + self._link.rtt_s, self._first_s)
+        passed = self._link.bytes_between(self._first_s, cut_s, chunk) if cut_s < self._last_s else self._size
+        self._session.on_waste(max(int(passed) - self._told_bytes, 0))
+        self._link.cut(cut_s)
         self._chunk, self._news_s = None, math.inf

@@ -74,6 +74,9 @@ class Spread:
         else:
             self._early[arrival.get.chunk] = arrival
 
+    def on_waste(self, nbytes: int) -> None:
+        self._listener.on_waste(nbytes)
+
     def on_bytes(self, arrival: Arrival) -> None:
         if isinstance(arrival.get, wire.GetManifest):
             self._listener.on_bytes(arrival)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from testbed import stats
@@ -22,12 +22,15 @@ Json: TypeAlias = dict[str, Any]
 Row: TypeAlias = Mapping[str, Any]
 
 
-def summarise(rows: Sequence[Row], schemes: Sequence[str] = (), baseline: str = "") -> Json:
+def summarise(
+    rows: Sequence[Row], schemes: Sequence[str] = (), baseline: str = "", pairs: Mapping[str, str] | None = None
+) -> Json:
     """The content of `summary.json`.
 
     `schemes` gives the order of the result and which schemes a unit must have to be complete; by default those of
     the rows, in their order. `baseline` is the scheme that the others are compared with, by default the first.
-    Raises SpecError if the baseline is none of the schemes.
+    With `pairs` the verdict is about the best of their keys, beside what each is paired with (a scheme after and before
+    a change). Raises SpecError if the baseline is none of the schemes.
     """
     names = list(dict.fromkeys(schemes or [row["scheme"] for row in rows]))
     baseline = baseline or (names[0] if names else "")
@@ -60,7 +63,9 @@ def summarise(rows: Sequence[Row], schemes: Sequence[str] = (), baseline: str = 
             for name in names
         ],
     }
-    summary["verdict"] = verdict(summary, counted)
+    if pairs:
+        summary["pairs"] = {name: versus(counted, name, base) for name, base in pairs.items()}
+    summary["verdict"] = verdict(summary, counted, pairs or {})
     return summary
 
 
@@ -131,11 +136,25 @@ def _paired(units: Sequence[Mapping[str, Row]], name: str, baseline: str, key: s
     )
 
 
-def headline(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
-    """The scheme that the verdict is about: of those that meet the deadline as often as the best one, within what
-    chance explains (McNemar, 5 %), the one with the least distortion. Clairvoyant schemes cannot win.
+def is_more_than_chance(difference: Json) -> bool:
+    """Whether a difference in deadlines met (`versus`) is more than chance explains, at 5 %.
+
+    McNemar's test takes units for independent; units on one trace are not, so where there are several traces, the
+    interval that is clustered by trace must exclude 0 as well.
     """
-    open_to_all = [entry for entry in summary["schemes"] if not entry["clairvoyant"] and entry["n"]]
+    low, high = difference["met_low"], difference["met_high"]
+    return difference["met_p"] < 0.05 and (low is None or low > 0.0 or high < 0.0)
+
+
+def headline(summary: Json, counted: Sequence[Mapping[str, Row]], among: Collection[str] = ()) -> str:
+    """The scheme that the verdict is about: of those (`among` these, if any) that meet the deadline as often as the
+    best one, within what chance explains, the one with the least distortion. Clairvoyant schemes cannot win.
+    """
+    open_to_all = [
+        entry
+        for entry in summary["schemes"]
+        if not entry["clairvoyant"] and entry["n"] and (not among or entry["scheme"] in among)
+    ]
     if not open_to_all:
         return ""
     best = max(open_to_all, key=lambda entry: (entry["met"], -_or_inf(entry["distortion"])))
@@ -144,33 +163,37 @@ def headline(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
         for entry in open_to_all
         if entry["met"] == best["met"]
         # few units cannot tell any two schemes apart: the rate must lie within the best one's interval as well
-        or (entry["met_rate"] >= best["met_low"] and versus(counted, entry["scheme"], best["scheme"])["met_p"] >= 0.05)
+        or (
+            entry["met_rate"] >= best["met_low"]
+            and not is_more_than_chance(versus(counted, entry["scheme"], best["scheme"]))
+        )
     ]
     return str(min(level, key=lambda entry: (_or_inf(entry["distortion"]), -entry["met"]))["scheme"])
 
 
-def verdict(summary: Json, counted: Sequence[Mapping[str, Row]]) -> str:
+def verdict(summary: Json, counted: Sequence[Mapping[str, Row]], pairs: Mapping[str, str]) -> str:
     """The run in words; it names what was compared, how large the difference is, and whether chance explains it."""
     entries = {entry["scheme"]: entry for entry in summary["schemes"]}
-    name = headline(summary, counted)
+    name = headline(summary, counted, pairs) or headline(summary, counted)
     if not name:
         return "No unit has a valid session of every scheme: nothing can be compared."
     if not any(entry["met"] for entry in entries.values()):
         hopeless = _place(summary) + _hopeless(list(entries.values()))
         return hopeless[0].upper() + hopeless[1:]
-    ours, base = entries[name], entries[summary["baseline"]]
+    ours, base = entries[name], entries[pairs.get(name, summary["baseline"])]
     rate = f"{_percent(ours['met_rate'])} of {many(ours['n'], 'unit')}"
     if name == base["scheme"]:
         rivals = [entry for key, entry in entries.items() if key != name and not entry["clairvoyant"]]
         if not rivals:
             return _place(summary) + f"{name} meets the deadline in {rate} ({_interval(ours)})."
         base = max(rivals, key=lambda entry: (entry["met"], -_or_inf(entry["distortion"])))
-    p = versus(counted, name, base["scheme"])["met_p"]
-    words = [f"{name} meets the deadline {_often(ours, base, p)}{_at_distortion(ours, base)}"]
+    difference = versus(counted, name, base["scheme"])
+    apart = is_more_than_chance(difference)
+    words = [f"{name} meets the deadline {_often(ours, base, apart)}{_at_distortion(ours, base)}"]
     if ours["met"] != base["met"]:
         points = 100 * (ours["met_rate"] - base["met_rate"])
-        likely = "more than chance explains" if p < 0.05 else "within what chance explains"
-        words.append(f"The difference of {points:+.0f} points is {likely} (McNemar p = {p:.2g})")
+        likely = "more than chance explains" if apart else "within what chance explains"
+        words.append(f"The difference of {points:+.0f} points is {likely} (McNemar p = {difference['met_p']:.2g})")
     bound = next((entry for entry in summary["schemes"] if entry["policy"].partition(",")[0] == "oracle"), None)
     if bound is not None and bound["scheme"] != name and bound["distortion"] is not None:
         words.append(f"The oracle meets it in {_percent(bound['met_rate'])}, at {bound['distortion']:.2g} nats")
@@ -193,11 +216,11 @@ def _hopeless(entries: Sequence[Json]) -> str:
     return words
 
 
-def _often(ours: Json, base: Json, p: float) -> str:
+def _often(ours: Json, base: Json, apart: bool) -> str:
     rates = f"({_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {many(ours['n'], 'unit')})"
     if ours["met"] == base["met"]:
         return f"as often as {base['scheme']} {rates}"
-    if p >= 0.05:
+    if not apart:
         return f"about as often as {base['scheme']} {rates}"
     if base["met"] == 0:
         return f"in {_percent(ours['met_rate'])} of {many(ours['n'], 'unit')}, {base['scheme']} never"

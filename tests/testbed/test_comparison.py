@@ -44,3 +44,22 @@ def test_runs_of_other_units_are_refused(runs: tuple[Path, Path], tmp_path: Path
     other = make_run(tmp_path / "other", contexts=("code",), spoil=False)
     with pytest.raises(SpecError, match="differ in"):
         comparison.compare(str(runs[0]), str(other.path))
+
+
+def test_runs_over_changed_traces_or_chunks_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", contexts=("docs",), spoil=False).path
+    manifest = json.loads((other / "manifest.json").read_text())
+    for change, words in (
+        ({"traces": {"steady": "another hash"}}, "differ in traces"),
+        ({"experiment": manifest["experiment"] | {"chunk_tokens": 17}}, "differ in chunk_tokens"),
+        ({"workload": {"prompt": 2000}}, "differ in workload"),
+    ):
+        (other / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(SpecError, match=words):
+            comparison.compare(str(runs[0]), str(other))
+
+
+def test_the_last_line_is_about_one_scheme_before_and_after(runs: tuple[Path, Path]) -> None:
+    verdict = comparison.compare(*map(str, runs))["verdict"]
+    scheme = verdict.partition("@new")[0].split()[-1]
+    assert f"{scheme}@new meets the deadline as often as {scheme}@old" in verdict

@@ -82,10 +82,25 @@ def test_a_changed_observation_is_found() -> None:
 
 def test_a_slow_choice_is_found() -> None:
     def slow(obs: Observation) -> Choice:
-        time.sleep(0.006)
+        if obs.chunk % 3 == 0:  # most choices are quick
+            time.sleep(0.02)
         return Choice(0)
 
-    assert "median" in wrong(lambda: Answers(slow))["a choice takes less than 5 ms"]
+    assert "one in ten takes" in wrong(lambda: Answers(slow))["a choice takes less than 5 ms"]
+
+
+def test_chunks_in_a_random_order_are_found() -> None:
+    found = wrong(lambda: Answers(lambda obs: Choice(0, chunk=random.choice(obs.remaining))))
+    assert "random.Random(obs.seed)" in found["the same choices for the same session and seed"]
+
+
+def test_an_observation_changed_in_a_session_is_found() -> None:
+    def meddle(obs: Observation) -> Choice:
+        if len(obs.transfers) > 4:
+            object.__setattr__(obs, "deadline_s", 99.0)
+        return Choice(0)
+
+    assert "read-only" in wrong(lambda: Answers(meddle))["whole simulated sessions"]
 
 
 def test_a_constructor_that_fails_is_a_finding() -> None:

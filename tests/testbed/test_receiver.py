@@ -296,6 +296,41 @@ def test_a_chunk_is_cancelled_and_fetched_again(
     assert fetched.stream_bytes < needed + full
 
 
+@dataclass
+class Watcher(Plan):
+    """Gives chunk 1 up once its deadline is near, whether or not anything comes."""
+
+    asked_s: list[float] = field(default_factory=list)
+    done: bool = False
+
+    def progress(self, obs: Observation) -> Progress:
+        self.asked_s.append(obs.now_s)
+        if self.done or obs.in_flight[0].chunk != 1 or obs.now_s < 0.6:
+            return KEEP
+        self.done = True
+        return Replace(TEXT)
+
+
+def test_progress_is_asked_while_no_byte_comes(stored_uniform: Stored, tiny_model: Model, compute: Compute) -> None:
+    policy = Watcher(2)
+
+    async def scenario() -> Fetched:
+        async with linked(stored_uniform, 4e6) as (client, link):
+            limits = Limits(stall_s=5.0, session_s=20.0)
+            task = asyncio.create_task(session(client, stored_uniform, compute, policy, limits=limits))
+            manifest = stored_uniform.store.manifest(stored_uniform.context)
+            await link.carried(manifest.chunks[0].sizes_bytes[2] + manifest.chunks[1].sizes_bytes[2] // 2)
+            link.rate_bps = 0
+            await asyncio.sleep(1.2)
+            link.rate_bps = 4e6
+            return await task
+
+    fetched = asyncio.run(scenario())
+    assert policy.done
+    assert fetched.record.levels[1] == TEXT
+    assert next(now_s for now_s in policy.asked_s if now_s >= 0.6) < 0.9, "long before bytes come again"
+
+
 # --- faults
 
 

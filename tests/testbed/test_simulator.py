@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -48,6 +49,13 @@ def test_depth_2_keeps_the_link_busy() -> None:
 def test_depth_2_falls_back_to_the_last_byte_for_chunks_of_one_frame() -> None:
     record = run(Script(0), even(3, (4_000, 5_000)), constant(8e6), rtt_s=0.1, depth=2)
     assert [c.last_byte_s for c in record.chunks] == pytest.approx([0.204, 0.308, 0.412])
+
+
+def test_a_step_that_ends_as_news_comes_does_not_hide_it() -> None:
+    """An eighth of a chunk takes 10 ms here, as decoding the chunk before does: both end at one moment."""
+    record = run(Script(1), even(6), constant(20e6), rtt_s=0.02, depth=2)
+    idle_s = [b.first_byte_s - a.last_byte_s for a, b in itertools.pairwise(record.chunks)]
+    assert max(idle_s) < 1e-5
 
 
 @pytest.mark.parametrize(("fall", "idle_s"), [(0.25, 1e-5), (4.0, 0.03)])
@@ -124,7 +132,8 @@ def test_a_chunk_given_up_frees_the_link_a_round_trip_later(answer: Any) -> None
     given_up_s = record.chunks[0].request_s
     assert given_up_s == pytest.approx(0.2, abs=0.01)
     assert record.chunks[0].last_byte_s == pytest.approx(given_up_s + 0.02 + 0.1)
-    assert record.wasted_bytes == pytest.approx((given_up_s - 0.04) * 1e6, rel=0.01)
+    # what arrived until the word was there, a round trip after it was given: the first byte came at 0.04 s
+    assert record.wasted_bytes == pytest.approx((given_up_s + 0.02 - 0.04) * 1e6, rel=0.01)
     assert record.levels == (0, 0)
     assert record.bytes == 200_000
 
