@@ -219,7 +219,7 @@ def line_of(unit: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="6 units")
+    parser.add_argument("--small", action="store_true", help="8 units")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     from testbed.emulator import sandbox

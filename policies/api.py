@@ -79,7 +79,8 @@ class Observation:
     in_flight: tuple[InFlight, ...] = ()
     """Chunks under way, oldest first; empty at the first call and always with depth 1."""
     compute_backlog_s: float = 0.0
-    """Estimated seconds of decoding and recomputing for what has arrived or is under way."""
+    """Estimated seconds of decoding and recomputing for what has arrived or is under way. Of this request alone: what
+    others that share the decoder have waiting there is not in it."""
     rtt_s: float | None = None
     """Round trip seen on the manifest; None if not measured."""
     prior_bps: float | None = None

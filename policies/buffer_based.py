@@ -9,8 +9,9 @@ level, so that the lead does not depend on the levels chosen.
 `slack`: time left minus what the rest takes at the lowest level and the last chunk's goodput.
 `backlog`: seconds of decoding and recomputing that wait at the receiver; a full backlog means that the link is ahead.
 
-Reservoir and cushion are fractions of the deadline. The map is in bytes of the next chunk, as in BBA-1's chunk map:
-the best level whose size is at most f(buffer).
+BBA-0 also keeps its rate until the map crosses the next one, so that quality does not flicker; a transfer has no
+viewer, and here each chunk follows the map. Reservoir and cushion are fractions of the deadline. The map is in bytes
+of the next chunk, as in BBA-1's chunk map: the best level whose size is at most f(buffer).
 """
 
 from __future__ import annotations

@@ -24,9 +24,11 @@ class CacheGen:
 
     first: int | str = "medium"
     """Level of the first chunk when no throughput is known: lowest, medium, highest or a number."""
+    reserve_s: float = 0.0
+    """Seconds of the deadline kept free for what the rule leaves out; 0 is the rule as published."""
 
     def choose(self, obs: Observation) -> Choice:
-        left_s = obs.deadline_s - obs.now_s
+        left_s = obs.deadline_s - self.reserve_s - obs.now_s
         text_s = recompute_left_s(obs)
         if text_s is not None and obs.concurrent * text_s <= left_s:
             return Choice(TEXT, reason={"left_s": left_s, "text_s": text_s})

@@ -43,7 +43,7 @@ OFFSET_S = 10.0
 
 def tuning_traces() -> tuple[str, ...]:
     """The halves of the trace families that policies may be tuned on; the others are for reporting."""
-    return tuple(name for family in library.families() for name in library.family_names(family, "tune"))
+    return tuple(name for family in library.families("tune") for name in library.family_names(family, "tune"))
 
 
 class KVStreamEnv(gymnasium.Env[Floats, np.int64]):

@@ -42,9 +42,9 @@ def test_lessons_differ_within_the_first_second(name):
 
 
 def test_families_have_two_halves_that_share_nothing():
-    assert len(library.families()) == 6
+    assert len(library.families("tune")) == 6
     everything = []
-    for name in library.families():
+    for name in library.families("tune"):
         tune, held_out = library.family(name, "tune"), library.family(name, "held-out")
         assert len(tune) == len(held_out) == library.HALF
         assert not set(tune) & set(held_out)
@@ -57,20 +57,34 @@ def test_families_have_two_halves_that_share_nothing():
         assert library.load(trace.name) == trace
 
 
+def test_unseen_families_are_others():
+    assert not set(library.families("unseen")) & set(library.families("tune"))
+    assert sorted(library.families()) == sorted(library.families("unseen") + library.families("held-out"))
+    everything = [trace for name in library.families("unseen") for trace in library.family(name, "unseen")]
+    assert len(set(everything)) == len(everything) == 64
+    for trace in everything:
+        assert 3e6 < trace.mean_bps < 150e6
+        assert open_trace(trace.name) == trace
+
+
 def test_a_member_can_be_made_from_its_provenance():
     for name in library.families():
-        trace = library.family(name, "held-out")[0]
+        trace = library.load(f"family/{name}-009")
         assert open_trace(trace.provenance[0].source).with_end(trace.end) == trace
 
 
 def test_families_do_not_drift():
     """Held-out results are comparable across versions only while a name means the same link."""
     digest = hashlib.sha256()
-    for name in library.families():
+    for name in library.families("tune"):
         for half in ("tune", "held-out"):
             for trace in library.family(name, half):
                 digest.update(bytes.fromhex(trace.sha256))
     assert digest.hexdigest() == "7baba0ea8d357697b4eee43b9f20b072b3ed2800874ee3c04ae6995d0a2a06f2"
+    for name in library.families("unseen"):
+        for trace in library.family(name, "unseen"):
+            digest.update(bytes.fromhex(trace.sha256))
+    assert digest.hexdigest() == "d71f687467ad63f7b044411e37639feb267cd2a637a729171a94a70d2ec06005"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +106,9 @@ def test_unknown_names_are_refused(name):
 
 
 def test_unknown_families_and_halves_are_refused():
-    with pytest.raises(TraceError, match="no trace family 'x'; there are markov"):
+    with pytest.raises(TraceError, match="no trace family 'x' with a part 'tune'; there are markov"):
         library.family("x", "tune")
-    with pytest.raises(TraceError, match="use tune or held-out"):
+    with pytest.raises(TraceError, match="no trace family 'ramp' with a part 'tune'"):
+        library.family("ramp", "tune")
+    with pytest.raises(TraceError, match="use tune, held-out or unseen"):
         library.family("markov", "test")

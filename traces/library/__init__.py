@@ -4,7 +4,8 @@ All are synthetic and ours (Apache-2.0), with means of tens of Mbit/s; `Trace.sc
 them elsewhere. The files are made from `recipes.RECIPES` by `python -m traces.library.recipes`.
 
 Families are made from seeds by name, `family/markov-003`, never stored. Numbers 000 to 007 are the `tune` half, 008 to
-015 the `held-out` half: choose a policy's settings on the first and report on the second.
+015 the `held-out` half: choose a policy's settings on the first and report on the second. Some families are `unseen`
+as a whole: none of our policies was tuned on any of them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Literal, get_args
 
 from traces.errors import TraceError
 from traces.formats import load as load_file
-from traces.library.families import FAMILIES, member
+from traces.library.families import FAMILIES, UNSEEN, member
 from traces.trace import Trace
 
-Split = Literal["tune", "held-out"]
+Split = Literal["tune", "held-out", "unseen"]
 
 FOLDER = Path(__file__).parent
 HALF = 8
@@ -35,9 +36,12 @@ def load(name: str) -> Trace:
     """A stored trace by its name, or a member of a family by `family/NAME-NNN`. Raises TraceError."""
     if name.startswith("family/"):
         family_name, _, number = name.removeprefix("family/").rpartition("-")
-        if family_name not in FAMILIES or not (len(number) == 3 and number.isdecimal() and int(number) < 2 * HALF):
+        if family_name not in FAMILIES | UNSEEN or not (
+            len(number) == 3 and number.isdecimal() and int(number) < 2 * HALF
+        ):
             raise TraceError(
-                f"no trace {name!r}; families are family/NAME-000 to {2 * HALF - 1:03d}, NAME of {', '.join(FAMILIES)}"
+                f"no trace {name!r}; families are family/NAME-000 to {2 * HALF - 1:03d}, "
+                f"NAME of {', '.join(FAMILIES | UNSEEN)}"
             )
         return member(family_name, int(number)).renamed(name)
     if name not in names():
@@ -45,21 +49,24 @@ def load(name: str) -> Trace:
     return load_file(FOLDER / f"{name}.csv", format="kvstream")
 
 
-def families() -> list[str]:
-    """Names of the families."""
-    return list(FAMILIES)
+def families(split: Split | None = None) -> list[str]:
+    """Names of the families, or of those that have this part."""
+    if split is None:
+        return [*FAMILIES, *UNSEEN]
+    return list(UNSEEN if split == "unseen" else FAMILIES)
 
 
 def family(name: str, split: Split) -> list[Trace]:
-    """The traces of one half of a family: `tune` to choose settings on, `held-out` to report on. Raises TraceError."""
+    """The traces of one half of a family, `tune` to choose settings on, `held-out` to report on; or all of an `unseen`
+    one. Raises TraceError."""
     return [load(member_name) for member_name in family_names(name, split)]
 
 
 def family_names(name: str, split: Split) -> list[str]:
     """The names of these traces, as `load` and a spec take them. Raises TraceError."""
-    if name not in FAMILIES:
-        raise TraceError(f"no trace family {name!r}; there are {', '.join(FAMILIES)}")
     if split not in get_args(Split):
-        raise TraceError(f"no half {split!r} of a family; use tune or held-out")
-    first = 0 if split == "tune" else HALF
-    return [f"family/{name}-{number:03d}" for number in range(first, first + HALF)]
+        raise TraceError(f"no part {split!r} of a family; use tune, held-out or unseen")
+    if name not in families(split):
+        raise TraceError(f"no trace family {name!r} with a part {split!r}; there are {', '.join(families(split))}")
+    numbers = {"tune": range(HALF), "held-out": range(HALF, 2 * HALF), "unseen": range(2 * HALF)}[split]
+    return [f"family/{name}-{number:03d}" for number in numbers]
