@@ -162,8 +162,12 @@ class Codec(ABC):
             self._decode(chunk, target)
         return out
 
-    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu") -> Decoder:
-        """A decoder of one chunk into `out`, to be fed with its bytes as they arrive."""
+    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None) -> Decoder:
+        """A decoder of one chunk into `out`, to be fed with its bytes as they arrive.
+
+        `total_bytes` is the chunk's size where that is known otherwise than from the chunk, from a manifest say: what
+        claims another size is then refused before memory is taken for it.
+        """
         return CollectingDecoder(self, out, device)
 
     def decodes_pieces(self, device: torch.device | str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.entropy.sections import Streams
+from codec.entropy.sections import MAX_SEGMENT_TOKENS, Streams
 from codec.entropy.tables import Tables
 from codec.errors import CodecError
 
@@ -33,7 +33,9 @@ class Coder(ABC):
         """The checked streams of a section; None for no tokens, which take no bytes. Raises CodecError."""
         from codec.entropy import sections
 
-        return sections.parse(data, len(self._rows), tokens, self.unit_bits // 8) if tokens else None
+        if not tokens:
+            return None
+        return sections.parse(data, len(self._rows), tokens, self.unit_bits // 8, MAX_SEGMENT_TOKENS)
 
     def decode(self, streams: Streams | None, low: int, high: int) -> NDArray[np.uint8]:
         """Symbols `[high - low, T]` of some columns. Raises CodecError."""

@@ -113,9 +113,13 @@ def pack(header: Header, sections: Mapping[str, bytes | memoryview]) -> bytes:
 
 
 class Arrival:
-    """A chunk whose bytes are still coming. Its header is checked as soon as it is whole, its sections at the end."""
+    """A chunk whose bytes are still coming. Its header is checked as soon as it is whole, its sections at the end.
 
-    def __init__(self) -> None:
+    `total_bytes` is what the chunk must come to, where that is known.
+    """
+
+    def __init__(self, total_bytes: int | None = None) -> None:
+        self._expected = total_bytes
         self.header: Header | None = None
         self.received = 0
         self._views: list[memoryview] = []
@@ -144,6 +148,10 @@ class Arrival:
                 offset += length
             _check_header(self.header, sum(length for _, _, length in table))
             self._total = offset
+            if self._expected not in (None, self._total):
+                raise CodecError(
+                    f"chunk claims {self._total} bytes where {self._expected} were announced; fetch the chunk again"
+                )
             self._running = [0] * len(table)
             before, view = 0, beginning
         if self.received > self._total:

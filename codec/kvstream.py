@@ -129,10 +129,10 @@ class KVStream(Codec):
     def _describe(self, chunk: Chunk) -> dict[str, Any]:
         header = chunk.header
         own = self._class_of_column[header.level]
-        coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
+        coded = rans.parse(chunk.section("coef"), len(own), header.tokens, SEGMENT_TOKENS)
         words = np.diff(coded.offsets).reshape(coded.segments, header.layers, 2, -1).sum(axis=(0, 3))
         patches = self._patches(chunk)
-        symbols = rans.decode(chunk.section("coef"), own, self.classes.tables, len(own), header.tokens)
+        symbols = rans.decode_streams(coded, own, self.classes.tables)
         ideal = self._ideal_bits(header.level, symbols, patches.fine, chunk.section("escs"))
         return {
             "bits_by_layer": (16 * words / (header.elements / header.layers / 2)).tolist(),
@@ -209,7 +209,7 @@ class KVStream(Codec):
         layers, heads, dim = self.shape
         columns, step = heads * dim, float(self._steps[header.level])
         own = self._class_of_column[header.level]
-        coded = rans.parse(chunk.section("coef"), len(own), header.tokens)
+        coded = rans.parse(chunk.section("coef"), len(own), header.tokens, SEGMENT_TOKENS)
         patches = self._patches(chunk)
 
         def blocks(numbers: range, threads: int | None) -> None:
@@ -234,12 +234,12 @@ class KVStream(Codec):
 
         _shared_out(blocks, 2 * layers)
 
-    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu") -> Decoder:
+    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None) -> Decoder:
         if not self.decodes_pieces(device):
-            return super().decoder(out, device=device)
+            return super().decoder(out, device=device, total_bytes=total_bytes)
         from codec.kvstream_triton import StreamingDecoder
 
-        return StreamingDecoder(self, out, device)
+        return StreamingDecoder(self, out, device, total_bytes)
 
     def decodes_pieces(self, device: torch.device | str) -> bool:
         return torch.device(device).type == "cuda"
@@ -254,7 +254,8 @@ class KVStream(Codec):
         wide = np.flatnonzero(shift)
         fine = np.empty((0, header.tokens), np.uint8)
         if len(wide):
-            fine = rans.decode(chunk.section("fine"), shift[wide] - 1, UNIFORM, len(wide), header.tokens)
+            coded = rans.parse(chunk.section("fine"), len(wide), header.tokens, SEGMENT_TOKENS)
+            fine = rans.decode_streams(coded, shift[wide] - 1, UNIFORM)
         escaped = escapes.parse(chunk.section("escs"), len(shift), header.tokens)
         return Patches(wide, shift[wide], fine, escaped["column"].astype(np.int64), escaped["token"], escaped["value"])
 

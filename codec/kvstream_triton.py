@@ -29,6 +29,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from codec import kvstream
 from codec.api import Decoder
 from codec.container import Arrival, Header
 from codec.entropy import device as shared
@@ -37,7 +38,6 @@ from codec.entropy.device import DeviceReconstruction, DeviceStreams
 from codec.entropy.escapes import RECORD
 from codec.entropy.rans_triton import DeviceTables, advance, begin
 from codec.errors import CodecError
-from codec.kvstream import UNIFORM, KVStream
 from codec.quantize import HALF as MIDDLE
 from codec.quantize import LARGEST_ESCAPE
 from codec.targets import CacheTarget, KVTarget, Placement, StridedTarget, as_target
@@ -93,7 +93,7 @@ class DeviceLevel:
 class DeviceModel:
     """A codec's profile on one device. Levels are copied when they are first used."""
 
-    def __init__(self, codec: KVStream, device: torch.device) -> None:
+    def __init__(self, codec: kvstream.KVStream, device: torch.device) -> None:
         self.codec, self.device = codec, device
         layers, heads, dim = codec.shape
         self.layers, self.heads, self.dim = layers, heads, dim
@@ -143,7 +143,7 @@ class DeviceModel:
         def copy(array: NDArray[Any], dtype: Any) -> Tensor:
             return torch.from_numpy(array.astype(dtype)).to(device)
 
-        fine = rans_triton.to_device(UNIFORM, shift[wide] - 1, device) if len(wide) else None
+        fine = rans_triton.to_device(kvstream.UNIFORM, shift[wide] - 1, device) if len(wide) else None
         some = wide if len(wide) else np.zeros(1, np.int64)
         return DeviceLevel(
             tables=rans_triton.to_device(codec.classes.tables, own, device, codec.classes.values),
@@ -319,9 +319,10 @@ def _coefficient_type(dtype: torch.dtype) -> Any:
 def decode(model: DeviceModel, level: int, positions: range, sections: dict[str, Any], target: CacheTarget) -> None:
     """Decode a chunk's sections `coef`, `fine` and `escs` (parsed), and wait for the device. Raises CodecError."""
     job = Job(model, level, positions, target)
+    tokens, segment_tokens = len(positions), kvstream.SEGMENT_TOKENS
     if job.level.fine is not None:
-        job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, len(positions)))
-    streams = rans_triton.upload(sections["coef"], job.level.tables, len(positions))
+        job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, tokens, segment_tokens))
+    streams = rans_triton.upload(sections["coef"], job.level.tables, tokens, segment_tokens)
     job.coefficients(streams)
     job.values(sections["escs"])
     shared.raise_if_damaged(job.damaged, streams)
@@ -334,10 +335,12 @@ class StreamingDecoder(Decoder):
     been decoded within bounds, and the chunk fails in `finish`.
     """
 
-    def __init__(self, codec: KVStream, out: KVTarget, device: torch.device | str) -> None:
+    def __init__(
+        self, codec: kvstream.KVStream, out: KVTarget, device: torch.device | str, total_bytes: int | None = None
+    ) -> None:
         self._codec, self._out = codec, out
         self._model = codec.on_device(torch.device(device))
-        self._arrival = Arrival()
+        self._arrival = Arrival(total_bytes)
         self._job: Job | None = None
         self._coef: Tensor | None = None
         self._streams: DeviceStreams | None = None
@@ -393,7 +396,8 @@ class StreamingDecoder(Decoder):
         at, size = self._arrival.section("fine")
         if tables is not None and not self._has_bits and at + size <= self._arrival.received:
             self._has_bits = True
-            self._job.further_bits(rans_triton.upload(self._arrival.part(at, size), tables, header.tokens))
+            part = self._arrival.part(at, size)
+            self._job.further_bits(rans_triton.upload(part, tables, header.tokens, kvstream.SEGMENT_TOKENS))
 
     def _copy(self, before: int, view: memoryview, on_device: Tensor | None) -> None:
         """What of these bytes belongs to the coded coefficients goes to its place on the device."""
@@ -415,10 +419,10 @@ class StreamingDecoder(Decoder):
         assert self._job is not None
         beginning = self._arrival.part(self._at, self._copied)
         columns = self._job.level.tables.columns
-        needed = sections.lengths_bytes(beginning, columns, header.tokens)
+        needed = sections.lengths_bytes(beginning, columns, header.tokens, kvstream.SEGMENT_TOKENS)
         if needed is None or needed > self._copied:
             return
-        layout = sections.layout(beginning, columns, header.tokens, 2, self._size)
+        layout = sections.layout(beginning, columns, header.tokens, 2, kvstream.SEGMENT_TOKENS, self._size)
         offsets = sections.stream_offsets(layout)
         self._ends = (layout.units_at + 2 * offsets[columns::columns]).tolist()
         self._streams = shared.on_device(self._coef, layout, columns, header.tokens)

@@ -203,7 +203,7 @@ class Compute:
                 check_chunk(inflow.view[:stop], info.start, inflow.level)
                 view = cache.view(info.start, info.stop)
                 target = view if self._pages is None else self._pages.target(info.start, info.stop)
-                inflow.decoder = codec.decoder(target, device=self.model.device)
+                inflow.decoder = codec.decoder(target, device=self.model.device, total_bytes=len(inflow.view))
             if stop > start:
                 mirror = None if inflow.mirror is None else inflow.mirror[start:stop]
                 inflow.decoder.feed(inflow.view[start:stop], mirror)

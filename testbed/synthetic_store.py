@@ -34,7 +34,7 @@ from testbed.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
 from testbed.prepare import Prepared
 from testbed.store import Store, text_bytes
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Counts changes of what is stored, so that old stores are left alone."""
 CORRELATION: Final = 1.0 - 1.0 / (2.0 * 2.6)
 """Of neighbouring tokens: differences have 2 (1 - r) of the variance."""

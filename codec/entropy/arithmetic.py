@@ -95,6 +95,16 @@ def encode(
     segment_tokens: int | None = None, threads: int | None = None,
 ) -> bytes:  # fmt: skip
     """Code symbols uint8 `[C, T]` (any strides), column c with `cdfs` row `table_of_column[c]`; as `rans.encode`."""
+    return sections.join(
+        [encode_streams(symbols, table_of_column, cdfs, segment_tokens=segment_tokens, threads=threads)]
+    )
+
+
+def encode_streams(
+    symbols: NDArray[np.uint8], table_of_column: NDArray[Any], cdfs: Cdfs, *,
+    segment_tokens: int | None = None, threads: int | None = None,
+) -> Streams:  # fmt: skip
+    """As `rans.encode_streams`."""
     rows = sections.table_rows(table_of_column, cdfs.count, len(symbols))
     kernel = _kernels().encode
 
@@ -146,9 +156,10 @@ def decode_dequantised(
     return out
 
 
-def parse(data: Data, columns: int, tokens: int) -> Streams:
-    """Check a section's header and lengths against its bytes. Raises CodecError."""
-    return sections.parse(data, columns, tokens, 1)
+def parse(data: Data, columns: int, tokens: int, segment_tokens: int | None = None) -> Streams:
+    """Check a section's header and lengths against its bytes. Raises CodecError, also for segments other than an
+    encoder makes that is told `segment_tokens`, if that is given."""
+    return sections.parse(data, columns, tokens, 1, segment_tokens)
 
 
 def warm_up() -> None:

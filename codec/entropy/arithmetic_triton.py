@@ -128,7 +128,8 @@ def encode(symbols: Tensor, cdfs: DeviceCdfs, *, segment_tokens: int | None = No
     stream = int(damaged.item()) - 1
     if stream >= 0:
         raise CodecError(f"column {stream % len(symbols)} holds a symbol outside its alphabet of {cdfs.symbols}")
-    return sections.assemble(lengths.cpu().numpy().astype(np.int64), segment_tokens, [data.cpu().numpy()])
+    n = lengths.cpu().numpy().astype(np.int64)
+    return sections.assemble(n, symbols.shape[1], segment_tokens, [data.cpu().numpy()])
 
 
 def launch_encode(symbols: Tensor, cdfs: DeviceCdfs, segment_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

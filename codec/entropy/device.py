@@ -59,9 +59,12 @@ class DeviceReconstruction:
     """float32 `[G, T]`, None for 1."""
 
 
-def upload(data: Data, columns: int, tokens: int, unit_bytes: int, device: torch.device | str) -> DeviceStreams:
+def upload(
+    data: Data, columns: int, tokens: int, unit_bytes: int, device: torch.device | str,
+    segment_tokens: int | None = None,
+) -> DeviceStreams:  # fmt: skip
     """Copy a section to a device and unpack its lengths there. Raises CodecError where its header does not fit it."""
-    layout = sections.layout(data, columns, tokens, unit_bytes)
+    layout = sections.layout(data, columns, tokens, unit_bytes, segment_tokens)
     if layout.units >= MAX_UNITS:
         raise CodecError(f"a section of {layout.units} units is too large for a device; cut the chunk")
     # One spare word of zeros: kernels read ahead.

@@ -42,6 +42,15 @@ def encode(
     `segment_tokens` cuts columns into streams that decode independently (None: as few as possible). `threads` None
     takes the cores this process may use. Raises CodecError for a symbol that its table cannot code.
     """
+    streams = encode_streams(symbols, table_of_column, tables, segment_tokens=segment_tokens, threads=threads)
+    return sections.join([streams])
+
+
+def encode_streams(
+    symbols: NDArray[np.uint8], table_of_column: NDArray[Any], tables: Tables, *,
+    segment_tokens: int | None = None, threads: int | None = None,
+) -> Streams:  # fmt: skip
+    """As `encode`, for a block of columns; `sections.join` makes a section of several."""
     rows = sections.table_rows(table_of_column, tables.count, len(symbols))
     kernel = _kernels().encode
 
@@ -109,9 +118,10 @@ def decode_dequantised(
     return out
 
 
-def parse(data: Data, columns: int, tokens: int) -> Streams:
-    """Check a section's header and lengths against its bytes. Raises CodecError."""
-    return sections.parse(data, columns, tokens, 2)
+def parse(data: Data, columns: int, tokens: int, segment_tokens: int | None = None) -> Streams:
+    """Check a section's header and lengths against its bytes. Raises CodecError, also for segments other than an
+    encoder makes that is told `segment_tokens`, if that is given."""
+    return sections.parse(data, columns, tokens, 2, segment_tokens)
 
 
 def warm_up() -> None:

@@ -93,9 +93,9 @@ def decode_dequantised(
     return out
 
 
-def upload(data: Data, tables: DeviceTables, tokens: int) -> DeviceStreams:
-    """Copy a section to the tables' device. Raises CodecError where its header does not fit it."""
-    return shared.upload(data, tables.columns, tokens, 2, tables.rows.device)
+def upload(data: Data, tables: DeviceTables, tokens: int, segment_tokens: int | None = None) -> DeviceStreams:
+    """Copy a section to the tables' device; as `rans.parse`. Raises CodecError where its header does not fit it."""
+    return shared.upload(data, tables.columns, tokens, 2, tables.rows.device, segment_tokens)
 
 
 def reconstruction(
@@ -134,7 +134,8 @@ def encode(symbols: Tensor, tables: DeviceTables, *, segment_tokens: int | None 
     stream = int(damaged.item()) - 1
     if stream >= 0:
         raise CodecError(f"column {stream % len(symbols)} holds a symbol that its table gives no slot; escape it")
-    return sections.assemble(lengths.cpu().numpy().astype(np.int64), segment_tokens, [words.cpu().numpy()])
+    n = lengths.cpu().numpy().astype(np.int64)
+    return sections.assemble(n, symbols.shape[1], segment_tokens, [words.cpu().numpy()])
 
 
 def launch_encode(symbols: Tensor, tables: DeviceTables, segment_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

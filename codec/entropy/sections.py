@@ -4,7 +4,7 @@ A section holds one stream for each column and segment of `segment_tokens` token
 side by side. Its units are 16-bit words (rANS) or bytes (arithmetic coding). Layout, little-endian; N = segments *
 columns streams, segment by segment; G = ceil(N / 32) groups of consecutive streams:
 
-    uint32 segment_tokens, uint32 units        units of all streams, padding excluded
+    uint32 tokens, segment_tokens, units       T; units of all streams, padding excluded
     uint16 shortest[G], uint8 width[G]         length in units of a group's shortest stream; bits of its deltas
     (zeros to a multiple of 4)
     uint32 deltas[sum(width)]                  32 deltas of `width` bits each a group, lowest bits first
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +36,7 @@ MAX_SEGMENT_TOKENS = 16_384
 """A stream's length in units then fits 16 bits for either coder."""
 KINDS = {"uint8": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 """What a decoder can write, and the number its kernels know it by; symbols are uint8."""
-_HEADER = struct.Struct("<II")
+_HEADER = struct.Struct("<III")
 _COLUMNS_A_JOB = 512
 _PARALLEL_SYMBOLS = 1 << 18
 """Below this many symbols, a second thread costs more than it saves."""
@@ -46,10 +46,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Streams:
-    """A checked section: where each stream's units lie. Nothing in it exceeds the bytes that came."""
+    """Coded columns: where each stream's units lie. Nothing in it exceeds the bytes that came."""
 
     units: NDArray[Any]
-    """uint16 or uint8: the units of all streams, then two bytes of padding."""
+    """uint16 or uint8: the units of all streams, then two bytes of padding at least."""
     offsets: NDArray[np.int64]
     """int64 `[N + 1]`: each stream's first unit, then the end of the last."""
     columns: int
@@ -136,8 +136,8 @@ def table_rows(table_of_column: NDArray[Any], n_tables: int, columns: int) -> ND
 def encode(
     symbols: NDArray[np.uint8], segment_tokens: int | None, threads: int | None,
     encode_columns: Callable[[NDArray[np.uint8], int, int], tuple[NDArray[Any], NDArray[np.int64]]],
-) -> bytes:  # fmt: skip
-    """A section of symbols uint8 `[C, T]`.
+) -> Streams:  # fmt: skip
+    """The streams of symbols uint8 `[C, T]`.
 
     `encode_columns(part, low, high)` codes `part`, the columns low to high of one segment, into units and each
     stream's length.
@@ -154,7 +154,21 @@ def encode(
         return encode_columns(symbols[low:high, first : first + segment_tokens], low, high)
 
     parts = _spread(work, _jobs(columns, -(-tokens // segment_tokens)), columns * tokens, threads)
-    return assemble(np.concatenate([lengths for _, lengths in parts]), segment_tokens, [units for units, _ in parts])
+    units = [units for units, _ in parts]
+    offsets = np.cumsum(np.concatenate([[0], *(lengths for _, lengths in parts)]), dtype=np.int64)
+    padding = np.zeros(4 // units[0].itemsize, units[0].dtype)
+    return Streams(np.concatenate([*units, padding]), offsets, columns, tokens, segment_tokens)
+
+
+def join(blocks: Sequence[Streams]) -> bytes:
+    """One section of blocks of columns that were coded apart, in order; they have the same tokens and segments."""
+    lengths, units = [], []
+    for segment in range(blocks[0].segments):
+        for block in blocks:
+            part = block.part(segment, 0, block.columns)
+            lengths.append(np.diff(part.offsets))
+            units.append(part.units[part.offsets[0] : part.offsets[-1]])
+    return assemble(np.concatenate(lengths), blocks[0].tokens, blocks[0].segment_tokens, units)
 
 
 def segment_length(tokens: int, segment_tokens: int | None) -> int:
@@ -166,18 +180,14 @@ def segment_length(tokens: int, segment_tokens: int | None) -> int:
     return min(tokens, segment_tokens)
 
 
-def lengths_bytes(data: Data, columns: int, tokens: int) -> int | None:
+def lengths_bytes(data: Data, columns: int, tokens: int, segment_tokens: int | None = None) -> int | None:
     """How many bytes of a section hold its header and all lengths, or None while `data`, its beginning, is too short
     to tell. Raises CodecError."""
     _check_size(columns, tokens)
     view = _as_array(data)
     if len(view) < _HEADER.size:
         return None
-    segment_tokens, _ = _HEADER.unpack_from(view.data)
-    if not 1 <= segment_tokens <= min(tokens, MAX_SEGMENT_TOKENS):
-        raise CodecError(
-            f"coded section claims segments of {segment_tokens} tokens for {tokens}; fetch the chunk again"
-        )
+    segment_tokens, _ = _read_header(view, tokens, segment_tokens)
     groups = -(-columns * -(-tokens // segment_tokens) // GROUP)
     widths_at = _HEADER.size + 2 * groups
     if len(view) < widths_at + groups:
@@ -186,19 +196,18 @@ def lengths_bytes(data: Data, columns: int, tokens: int) -> int | None:
     return (widths_at + groups + 3) // 4 * 4 + 4 * int(widths.sum(dtype=np.int64))
 
 
-def layout(data: Data, columns: int, tokens: int, unit_bytes: int, total: int | None = None) -> Layout:
+def layout(
+    data: Data, columns: int, tokens: int, unit_bytes: int, segment_tokens: int | None = None, total: int | None = None
+) -> Layout:
     """Check a section's header against its bytes, of which `data` may be the beginning, with all lengths, and `total`
-    then says how many there are. Raises CodecError."""
+    then says how many there are. `segment_tokens` is what the encoder was told: short segments cost a decoder many
+    times their bytes, so none but these are taken; None takes any. Raises CodecError."""
     _check_size(columns, tokens)
     view = _as_array(data)
     total = len(view) if total is None else total
     if len(view) < _HEADER.size + 2:
         raise CodecError(f"coded section is truncated: {len(view)} bytes; fetch the chunk again")
-    segment_tokens, units = _HEADER.unpack_from(view.data)
-    if not 1 <= segment_tokens <= min(tokens, MAX_SEGMENT_TOKENS):
-        raise CodecError(
-            f"coded section claims segments of {segment_tokens} tokens for {tokens}; fetch the chunk again"
-        )
+    segment_tokens, units = _read_header(view, tokens, segment_tokens)
     n = columns * -(-tokens // segment_tokens)
     groups = -(-n // GROUP)
     widths_at = _HEADER.size + 2 * groups
@@ -217,9 +226,9 @@ def layout(data: Data, columns: int, tokens: int, unit_bytes: int, total: int | 
     return Layout(view, n, segment_tokens, units, shortest, widths, deltas_at, units_at)
 
 
-def parse(data: Data, columns: int, tokens: int, unit_bytes: int) -> Streams:
-    """Check a section's header and lengths against its bytes. Raises CodecError."""
-    found = layout(data, columns, tokens, unit_bytes)
+def parse(data: Data, columns: int, tokens: int, unit_bytes: int, segment_tokens: int | None = None) -> Streams:
+    """Check a section's header and lengths against its bytes; `segment_tokens` as in `layout`. Raises CodecError."""
+    found = layout(data, columns, tokens, unit_bytes, segment_tokens)
     offsets = stream_offsets(found)
     # Compiled code wants aligned units, and four bytes at least. The copy of a section that lies at an odd address is
     # small beside decoding.
@@ -237,9 +246,10 @@ def stream_offsets(found: Layout) -> NDArray[np.int64]:
     return offsets
 
 
-def assemble(lengths: NDArray[np.int64], segment_tokens: int, units: list[NDArray[Any]]) -> bytes:
+def assemble(lengths: NDArray[np.int64], tokens: int, segment_tokens: int, units: list[NDArray[Any]]) -> bytes:
     """A section of streams of these lengths (in units, in order), whose units lie one after another in `units`."""
-    return b"".join([_pack_lengths(lengths, segment_tokens), *(part.tobytes() for part in units), b"\0\0"])
+    packed = _pack_lengths(lengths, tokens, segment_tokens)
+    return b"".join([packed, *(part.data for part in units), b"\0\0"])
 
 
 def symbol_target(out: NDArray[np.uint8] | None, columns: int, tokens: int) -> NDArray[np.uint8]:
@@ -310,6 +320,19 @@ def _check_size(columns: int, tokens: int) -> None:
         raise CodecError(f"{columns} columns of {tokens} tokens cannot be coded")
 
 
+def _read_header(view: NDArray[np.uint8], tokens: int, expected: int | None) -> tuple[int, int]:
+    """Tokens of a segment, and units, of a section of `tokens` tokens. Raises CodecError."""
+    coded, segment_tokens, units = _HEADER.unpack_from(view.data)
+    if coded != tokens:
+        raise CodecError(f"coded section holds {coded} tokens, the chunk claims {tokens}; fetch the chunk again")
+    right = range(1, min(tokens, MAX_SEGMENT_TOKENS) + 1) if expected is None else [segment_length(tokens, expected)]
+    if segment_tokens not in right:
+        raise CodecError(
+            f"coded section claims segments of {segment_tokens} tokens for {tokens}; fetch the chunk again"
+        )
+    return segment_tokens, units
+
+
 def _as_array(data: Data) -> NDArray[np.uint8]:
     view = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     if view.dtype != np.uint8 or view.ndim != 1 or not view.flags.c_contiguous:
@@ -317,7 +340,7 @@ def _as_array(data: Data) -> NDArray[np.uint8]:
     return view
 
 
-def _pack_lengths(lengths: NDArray[np.int64], segment_tokens: int) -> bytes:
+def _pack_lengths(lengths: NDArray[np.int64], tokens: int, segment_tokens: int) -> bytes:
     if int(lengths.sum()) >= 1 << 32:
         raise CodecError("a section holds at most 2^32 units; cut the chunk")
     groups = -(-len(lengths) // GROUP)
@@ -328,7 +351,8 @@ def _pack_lengths(lengths: NDArray[np.int64], segment_tokens: int) -> bytes:
     shortest = grid.min(axis=1)
     deltas = grid - shortest[:, None]
     widths = np.ceil(np.log2(deltas.max(axis=1) + 1)).astype(np.uint8)
-    head = _HEADER.pack(segment_tokens, int(lengths.sum())) + shortest.astype("<u2").tobytes() + widths.tobytes()
+    head = _HEADER.pack(tokens, segment_tokens, int(lengths.sum()))
+    head += shortest.astype("<u2").tobytes() + widths.tobytes()
     packed = np.zeros(int(widths.sum(dtype=np.int64)), np.uint32)
     _kernels().pack(deltas, widths, packed)
     return head + bytes(-len(head) % 4) + packed.astype("<u4").tobytes()

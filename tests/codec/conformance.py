@@ -249,6 +249,15 @@ class Conformance:
                 with pytest.raises(CodecError):
                     codec.decode(bytes(lying))
 
+    def test_lying_token_counts_of_several_segments(self, codec: Codec) -> None:
+        """Also where the count changes a last segment only, whose streams could go on or end before their time."""
+        kv = synthetic_kv(L, 600, H, D, seed=11)
+        for level in range(len(codec.levels)):
+            data = bytearray(self.encode(codec, kv, level))
+            for tokens in (512, 513, 599, 601, 700, 1024, 1025):
+                with pytest.raises(CodecError):
+                    codec.decode(bytes(forge(data, 1, tokens)))
+
     def test_other_codecs_chunks_are_refused(self, codec: Codec, kv: torch.Tensor) -> None:
         name = "uniform" if codec.codec_id == "raw" else "raw"
         foreign = registry.make(name).encode(kv, 0, positions=range(T))

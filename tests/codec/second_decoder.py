@@ -68,14 +68,15 @@ def floats(data: Bytes, dtype: str) -> Floats:
 
 def read_streams(section: Bytes, columns: int, tokens: int, unit: int) -> tuple[list[int], list[list[Bytes]]]:
     """Tokens of each segment, and the bytes of its columns' streams."""
-    segment_tokens, units = struct.unpack_from("<II", section)
+    coded, segment_tokens, units = struct.unpack_from("<III", section)
+    assert coded == tokens
     assert 1 <= segment_tokens <= tokens
     lengths_of_segments = [min(segment_tokens, tokens - first) for first in range(0, tokens, segment_tokens)]
     n = columns * len(lengths_of_segments)
     groups = -(-n // 32)
-    shortest = struct.unpack_from(f"<{groups}H", section, 8)
-    width = section[8 + 2 * groups : 8 + 3 * groups]
-    at = (8 + 3 * groups + 3) // 4 * 4
+    shortest = struct.unpack_from(f"<{groups}H", section, 12)
+    width = section[12 + 2 * groups : 12 + 3 * groups]
+    at = (12 + 3 * groups + 3) // 4 * 4
     lengths: list[int] = []
     for least, bits in zip(shortest, width, strict=True):
         packed = int.from_bytes(section[at : at + 4 * bits], "little")

@@ -70,6 +70,13 @@ class TestCacheGen(Conformance):
         with pytest.raises(CodecError, match="the profile's model"):
             codec.encode(synthetic_kv(2, 20, 2, 8), 0, positions=range(20))
 
+    def test_segments_are_the_encoders(self, codec: Codec, kv: torch.Tensor) -> None:
+        chunk = container.parse(self.encode(codec, kv))
+        sections = {tag: bytearray(content) for tag, content in chunk.sections.items()}
+        sections["delt"][4:8] = (1).to_bytes(4, "little")
+        with pytest.raises(CodecError, match="segments of 1 tokens"):
+            codec.decode(container.pack(chunk.header, {tag: bytes(x) for tag, x in sections.items()}))
+
     def test_damaged_profiles_are_refused(self) -> None:
         good = stored("cachegen")
         for name in ("anchor", "delta0"):

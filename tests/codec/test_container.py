@@ -125,3 +125,14 @@ def test_bytes_that_lie_together_are_not_copied() -> None:
     assert bytes(apart.part(0, len(data))) == data
     assert bytes(together.part(0, len(data))) == data[:-1] + bytes([data[-1] ^ 1])
     assert apart.finish().sections["more"] == b"y" * 112
+
+
+def test_a_size_that_was_announced_is_held_to() -> None:
+    """So that memory is taken for what a manifest says, not for what a chunk claims."""
+    data = pack(HEADER, SECTIONS)
+    fitting = Arrival(len(data))
+    fitting.feed(memoryview(data))
+    assert fitting.finish().total_bytes == len(data)
+    for size in (len(data) - 1, len(data) + 1):
+        with pytest.raises(CodecError, match=f"claims {len(data)} bytes where {size} were announced"):
+            Arrival(size).feed(memoryview(data)[:200])

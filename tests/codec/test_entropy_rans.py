@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.entropy import rans
+from codec.entropy.sections import join
 from codec.entropy.tables import Tables, column_counts, cross_entropy_bits, from_counts, laplace_family
 from codec.errors import CodecError
 
@@ -179,6 +180,30 @@ def test_wrong_tables_are_noticed() -> None:
     data = rans.encode(draw_symbols(tables, rows, 200), rows, tables)
     with pytest.raises(CodecError, match="other tables"):
         rans.decode(data, rows + 1, tables, 64, 200)
+
+
+def test_a_section_is_bound_to_its_tokens_and_segments() -> None:
+    """Streams that ended would give the first slot's symbol for ever, and short segments many times their bytes."""
+    tables = laplace_family()
+    data = rans.encode(np.full((4, 90), 16, np.uint8), np.zeros(4, int), tables, segment_tokens=40)
+    for tokens in (81, 89, 91, 120):
+        with pytest.raises(CodecError, match="holds 90 tokens"):
+            rans.parse(data, 4, tokens)
+    assert rans.parse(data, 4, 90, 40).segments == 3
+    for segment_tokens in (1, 39, 41, 90, 512):
+        with pytest.raises(CodecError, match="segments of 40 tokens"):
+            rans.parse(data, 4, 90, segment_tokens)
+
+
+def test_blocks_of_columns_join_to_the_section_of_all() -> None:
+    tables = laplace_family()
+    rows = np.random.default_rng(0).integers(0, 20, 100)
+    symbols = draw_symbols(tables, rows, 150)
+    blocks = [
+        rans.encode_streams(symbols[low:high], rows[low:high], tables, segment_tokens=64)
+        for low, high in ((0, 1), (1, 33), (33, 100))
+    ]
+    assert join(blocks) == rans.encode(symbols, rows, tables, segment_tokens=64)
 
 
 def test_lying_sizes_allocate_nothing() -> None:

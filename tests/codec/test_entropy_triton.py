@@ -124,7 +124,7 @@ def test_lengths_that_do_not_add_up_stay_inside_the_section() -> None:
     rows = np.full(64, 3)
     symbols = tables.slots[rows[:, None], np.random.default_rng(0).integers(0, 1024, (64, 20))]
     data = bytearray(rans.encode(symbols, rows, tables))
-    data[8:12] = b"\xff\xff\xff\xff"
+    data[12:16] = b"\xff\xff\xff\xff"
     with pytest.raises(CodecError, match="damaged"):
         rans_triton.decode(bytes(data), rans_triton.to_device(tables, rows, DEVICE), 20)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -86,6 +87,25 @@ class TestKVStream(Conformance):
         for bad in (b"\xff" * 8, b"\0" * 16, b"\0" * 7, b"\0\0\0\0\xff\xff\0\0"):
             with pytest.raises(CodecError, match="escape"):
                 codec.decode(container.pack(chunk.header, sections | {"escs": bad}))
+
+    def test_short_segments_are_refused(self, codec: Codec) -> None:
+        """A few bytes could claim a stream for every token and column, each of which takes a decoder its time."""
+
+        def empty(columns: int, tokens: int) -> bytes:
+            groups = -(-columns * tokens // 32)
+            return struct.pack("<III", tokens, 1, 0) + bytes(3 * groups + -3 * groups % 4 + 2)
+
+        assert isinstance(codec, kvstream.KVStream)
+        kv = rotated(synthetic_kv(L, 600, 2, 8, seed=6))
+        chunk = container.parse(codec.encode(kv, 5, positions=range(600)))
+        sections = {tag: bytes(content) for tag, content in chunk.sections.items()}
+        own, shift = codec.columns(5)
+        forged = {"coef": empty(len(own), 600)}
+        if shift.any():
+            forged["fine"] = empty(np.count_nonzero(shift), 600)
+        for tag, content in forged.items():
+            with pytest.raises(CodecError, match="segments of 1 tokens"):
+                codec.decode(container.pack(chunk.header, sections | {tag: content}))
 
     def test_other_models_are_refused(self, codec: Codec, kv: torch.Tensor) -> None:
         with pytest.raises(CodecError, match="the profile's model"):

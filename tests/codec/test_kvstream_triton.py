@@ -175,6 +175,15 @@ def decode_at_once(codec: kvstream.KVStream, data: bytes, target: Any) -> None:
     decoder.finish()
 
 
+def test_an_announced_size_is_held_to_before_memory_is_taken() -> None:
+    codec, kv = make(*SHAPES[3])
+    data = codec.encode(kv, 1, positions=range(T))
+    decoder = kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE, len(data) - 1)
+    with pytest.raises(CodecError, match="were announced"):
+        decoder.feed(memoryview(data)[:300])
+    assert decoder._coef is None
+
+
 def test_damage_is_an_error_and_harmless() -> None:
     codec, kv = make(*SHAPES[0])
     data = codec.encode(kv, 1, positions=range(START, START + T))
