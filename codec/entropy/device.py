@@ -30,7 +30,7 @@ _COPY_BLOCK = 128
 
 @dataclass(frozen=True)
 class DeviceStreams:
-    """A section's streams on a device. Only there is known whether offsets add up: kernels clamp them."""
+    """A section's streams on a device. The host has checked that their lengths add up; kernels clamp offsets still."""
 
     payload: Tensor
     """int32: the units of all streams, zeros behind them."""
@@ -67,6 +67,7 @@ def upload(
     layout = sections.layout(data, columns, tokens, unit_bytes, segment_tokens)
     if layout.units >= MAX_UNITS:
         raise CodecError(f"a section of {layout.units} units is too large for a device; cut the chunk")
+    sections.stream_offsets(layout)  # lengths that do not add up are refused; that costs less than finding out there
     # One spare word of zeros: kernels read ahead.
     host = np.zeros(-(-len(layout.data) // 4) + 1, np.uint32)
     host.view(np.uint8)[: len(layout.data)] = layout.data
@@ -75,7 +76,7 @@ def upload(
 
 def on_device(section: Tensor, layout: Layout, columns: int, tokens: int) -> DeviceStreams:
     """Streams of a section whose bytes lie, or will lie, in `section`: uint8 on a device, whole words, four zeros
-    behind them. Its lengths must be there."""
+    behind them. Its lengths must be there, and add up."""
     words = section.view(torch.int32)
     first_delta = np.cumsum(layout.widths, dtype=np.int32) - layout.widths
     host = np.stack([layout.shortest.astype(np.int32), layout.widths, first_delta])

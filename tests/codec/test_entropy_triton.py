@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton  # noqa: E402
-from codec.entropy.tables import Tables, from_counts, laplace_family  # noqa: E402
+from codec.entropy.device import raise_if_damaged  # noqa: E402
+from codec.entropy.tables import Tables, from_counts  # noqa: E402
 from codec.errors import CodecError  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,15 +120,30 @@ def test_damage_is_an_error_or_harmless() -> None:
                 device_coder.decode(data, device_model, tokens)
 
 
-def test_lengths_that_do_not_add_up_stay_inside_the_section() -> None:
-    """Offsets are summed on the device, where nothing compares the sum with the section's size: they are clamped."""
-    tables = laplace_family(4, 20, cut=0)
-    rows = np.full(64, 3)
-    symbols = tables.slots[rows[:, None], np.random.default_rng(0).integers(0, 1024, (64, 20))]
-    data = bytearray(rans.encode(symbols, rows, tables))
-    data[12:16] = b"\xff\xff\xff\xff"
-    with pytest.raises(CodecError, match="damaged"):
-        rans_triton.decode(bytes(data), rans_triton.to_device(tables, rows, DEVICE), 20)
+def test_lengths_that_do_not_add_up_are_refused() -> None:
+    """On the host: the device would only clamp them."""
+    counts, rows, symbols = case(32, 8, 0.3, 40, 20)
+    for coder, model, device_coder, device_model in coders(counts, rows):
+        data = coder.encode(symbols, rows, model)
+        for change in (1, -1, 0x7FFF):
+            bad = bytearray(data)
+            shortest = int.from_bytes(bad[12:14], "little")
+            bad[12:14] = (shortest + change & 0xFFFF).to_bytes(2, "little")
+            with pytest.raises(CodecError, match="do not add up"):
+                device_coder.decode(bytes(bad), device_model, 20)
+
+
+def test_offsets_out_of_bounds_are_clamped() -> None:
+    """Nothing a kernel reads may hang on what the host has checked."""
+    counts, rows, symbols = case(32, 8, 0.3, 40, 20)
+    for coder, model, device_coder, device_model in coders(counts, rows):
+        streams = device_coder.upload(coder.encode(symbols, rows, model), device_model, 20)
+        wild = replace(streams, offsets=streams.offsets * 1_000_003 - 7)
+        out = torch.zeros((20, 40), dtype=torch.uint8, device=DEVICE)
+        flag = device_coder.launch_decode(wild, device_model, device_coder.reconstruction(device_model, 20), out)
+        with pytest.raises(CodecError, match="damaged"):
+            raise_if_damaged(flag, wild)
+        assert int(out.max()) < 32
 
 
 def test_bad_arguments_are_refused() -> None:

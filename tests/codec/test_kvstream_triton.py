@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from typing import Any
 
 import pytest
@@ -197,6 +198,54 @@ def test_damage_is_an_error_and_harmless() -> None:
             decode_at_once(codec, hostile, target)
     on_device(codec, data, as_target(out))
     assert_close(out, codec.decode(data, torch.empty(kv.shape)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cpu_and_device_refuse_and_take_the_same(seed: int) -> None:
+    """Sections harmed by someone who knows the checksums: decoded as a whole, in pieces and on the CPU."""
+    codec, kv = make(*SHAPES[3])
+    draw = random.Random(seed)
+    chunks = [codec._open(codec.encode(kv, level, positions=range(START, START + T))) for level in range(3)]
+    taken = 0
+    for _ in range(12):
+        chunk = draw.choice(chunks)
+        parts = {tag: bytearray(content) for tag, content in chunk.sections.items()}
+        harm(parts[draw.choice(list(parts))], draw)
+        data = container.pack(chunk.header, {tag: bytes(content) for tag, content in parts.items()})
+        wanted = decoded(lambda out, data=data: codec.decode(data, out), torch.empty(kv.shape))
+        there = torch.empty(kv.shape, device=DEVICE)
+        whole = decoded(lambda out, data=data: on_device(codec, data, as_target(out)), there.clone())
+        pieces = decoded(lambda out, data=data: decode_at_once(codec, data, out), there)
+        assert (wanted is None) == (whole is None) == (pieces is None)
+        if wanted is not None:
+            assert torch.allclose(whole.cpu(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+            assert torch.equal(whole, pieces)
+            taken += 1
+    assert taken < 12
+
+
+def harm(content: bytearray, draw: random.Random) -> None:
+    """Change a section: anywhere, in its header and lengths, its end, or its number of tokens a segment."""
+    match draw.randrange(5):
+        case 0 if content:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        case 1 if content:
+            content[draw.randrange(min(len(content), 28))] = draw.choice((0, 1, 2, 16, 17, 255))
+        case 2:
+            del content[draw.randrange(len(content) + 1) :]
+        case 3:
+            content.extend(draw.randbytes(draw.randrange(1, 40)))
+        case _ if len(content) >= 8:
+            content[4:8] = draw.choice((1, 2, 7, 8, 19, 20, 21, 1 << 31)).to_bytes(4, "little")
+
+
+def decoded(decode: Any, out: Any) -> Any:
+    """The target after `decode`; None where that refuses."""
+    try:
+        decode(out)
+    except CodecError:
+        return None
+    return out
 
 
 def test_streams_of_other_tables_are_found_out() -> None:
