@@ -116,6 +116,7 @@ class KVStream(Codec):
 
     def on_device(self, device: torch.device) -> DeviceModel:
         """The profile on a GPU, kept there. Raises CodecError where Triton is missing."""
+        device = torch.empty(0, device=device).device  # "cuda" is one of several
         if device not in self._on_device:
             try:
                 from codec.kvstream_triton import DeviceModel

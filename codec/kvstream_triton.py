@@ -340,6 +340,9 @@ class StreamingDecoder(Decoder):
     ) -> None:
         self._codec, self._out = codec, out
         self._model = codec.on_device(torch.device(device))
+        self._target = as_target(out)
+        if self._target.device != self._model.device:
+            raise CodecError(f"the target lies on {self._target.device}, the decoder works on {self._model.device}")
         self._arrival = Arrival(total_bytes)
         self._job: Job | None = None
         self._coef: Tensor | None = None
@@ -377,10 +380,9 @@ class StreamingDecoder(Decoder):
 
     def _begin(self, header: Header) -> None:
         self._codec.check_header(header)
-        target = as_target(self._out)
-        if target.shape != header.shape:
-            raise CodecError(f"chunk has shape {header.shape}, the target {target.shape}")
-        self._job = Job(self._model, header.level, header.positions, target)
+        if self._target.shape != header.shape:
+            raise CodecError(f"chunk has shape {header.shape}, the target {self._target.shape}")
+        self._job = Job(self._model, header.level, header.positions, self._target)
         self._at, self._size = self._arrival.section("coef")
         if self._size > _MOST_BYTES_AN_ELEMENT * header.elements + 64:
             raise CodecError(

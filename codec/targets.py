@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from codec.errors import CodecError
+from codec.layouts import HuggingFaceCache, from_lmcache, huggingface_layers, paged_places
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -69,8 +70,9 @@ class CacheTarget(ABC):
         """Store `values` `[T, H, D]` as the keys (`kv` 0) or values (1) of `layer`, converted to `dtype`."""
 
 
-KVTarget: TypeAlias = Tensor | CacheTarget
-"""What `Codec.decode` writes into. A plain tensor `[L, 2, T, H, D]` may have any strides."""
+KVTarget: TypeAlias = Tensor | CacheTarget | HuggingFaceCache
+"""What `Codec.decode` writes into. A plain tensor `[L, 2, T, H, D]` may have any strides; a Hugging Face cache has room
+for exactly the chunk's tokens."""
 
 
 class StridedTarget(CacheTarget):
@@ -79,13 +81,10 @@ class StridedTarget(CacheTarget):
     def __init__(self, tensor: Tensor) -> None:
         if tensor.dim() != 5 or tensor.shape[1] != 2:
             raise CodecError(f"a KV tensor is [layers, 2, tokens, heads, head_dim], not {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES.values():
-            raise CodecError(f"a KV tensor is bfloat16, float16 or float32, not {tensor.dtype}")
         self.tensor = tensor
         layers, _, tokens, heads, head_dim = tensor.shape
         self.shape = (layers, 2, tokens, heads, head_dim)
-        self.dtype = tensor.dtype
-        self.device = tensor.device
+        self.dtype, self.device = _kind_of([tensor])
 
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         self.tensor[layer, kv].copy_(saturate(values, self.dtype))
@@ -102,8 +101,8 @@ class StridedTarget(CacheTarget):
 class HuggingFaceTarget(CacheTarget):
     """Tokens `[start, start + T)` of preallocated Hugging Face keys and values.
 
-    `layers` is one `(keys, values)` pair a layer, each `[1, H, >= start + T, D]`: the tensors of a `StaticCache`, or
-    those from which a `DynamicCache` is then built with `dynamic_cache`.
+    `layers` is one `(keys, values)` pair a layer, each `[1, H, >= start + T, D]`: those of a `StaticCache`
+    (`layouts.huggingface_layers`), or those over which `dynamic_cache` then makes a `DynamicCache`.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], start: int, tokens: int) -> None:
@@ -118,23 +117,16 @@ class HuggingFaceTarget(CacheTarget):
         self._layers = layers
         self._tokens = slice(start, start + tokens)
         self.shape = (len(layers), 2, tokens, heads, head_dim)
-        self.dtype = layers[0][0].dtype
-        self.device = layers[0][0].device
+        self.dtype, self.device = _kind_of([side for pair in layers for side in pair])
 
     @classmethod
     def allocate(
         cls, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> HuggingFaceTarget:
-        """A target with memory of its own for `[L, 2, T, H, D]`."""
+        """A target with memory of its own, in one piece, for `[L, 2, T, H, D]`."""
         layers, _, tokens, heads, head_dim = shape
-        pairs = [
-            (
-                torch.empty((1, heads, tokens, head_dim), dtype=dtype, device=device),
-                torch.empty((1, heads, tokens, head_dim), dtype=dtype, device=device),
-            )
-            for _ in range(layers)
-        ]
-        return cls(pairs, 0, tokens)
+        memory = torch.empty((layers, 2, 1, heads, tokens, head_dim), dtype=dtype, device=device)
+        return cls([(keys, values) for keys, values in memory], 0, tokens)
 
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         destination = self._layers[layer][kv][0, :, self._tokens]
@@ -151,11 +143,14 @@ class HuggingFaceTarget(CacheTarget):
         """A `transformers.DynamicCache` over the target's own tensors (no copy), when they are exactly full."""
         if self._layers[0][0].shape[2] != self.shape[2]:
             raise CodecError("the cache holds more tokens than were decoded; pass slices that are exactly full")
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache, DynamicLayer
 
         cache = DynamicCache()
-        for index, (keys, values) in enumerate(self._layers):
-            cache.update(keys, values, index)
+        for keys, values in self._layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # `update` would copy them
+            cache.layers.append(layer)
         return cache
 
 
@@ -163,9 +158,7 @@ class LMCacheTarget(StridedTarget):
     """LMCache's `[L, 2, T, H * D]` tensor."""
 
     def __init__(self, tensor: Tensor, heads: int) -> None:
-        if tensor.dim() != 4 or tensor.shape[1] != 2 or heads < 1 or tensor.shape[3] % heads:
-            raise CodecError(f"LMCache's layout is [layers, 2, tokens, {heads} heads * dim], not {tuple(tensor.shape)}")
-        super().__init__(tensor.unflatten(3, (heads, tensor.shape[3] // heads)))
+        super().__init__(from_lmcache(tensor, heads))
 
 
 class PagedTarget(CacheTarget):
@@ -175,23 +168,11 @@ class PagedTarget(CacheTarget):
     """
 
     def __init__(self, layers: Sequence[Tensor], block_table: Tensor | Sequence[int], offset: int, tokens: int) -> None:
-        if not layers or any(t.dim() != 5 or t.shape[0] != 2 or t.shape != layers[0].shape for t in layers):
-            raise CodecError("paged layers are equal tensors of [2, blocks, block_size, heads, head_dim]")
-        _, n_blocks, block_size, heads, head_dim = layers[0].shape
-        table = torch.as_tensor(block_table, dtype=torch.int64)
-        if table.dim() != 1 or table.numel() == 0 or int(table.min()) < 0 or int(table.max()) >= n_blocks:
-            raise CodecError(f"the block table must list blocks 0 to {n_blocks - 1}")
-        if len(torch.unique(table)) != len(table):
-            raise CodecError("the block table names a block twice")
-        if offset < 0 or offset + tokens > len(table) * block_size:
-            raise CodecError(f"tokens [{offset}, {offset + tokens}) do not fit {len(table)} blocks of {block_size}")
-        index = torch.arange(offset, offset + tokens)
+        self._block, self._slot = paged_places(layers, block_table, offset, tokens)
         self._layers = layers
-        self._block = table[index // block_size].to(layers[0].device)
-        self._slot = (index % block_size).to(layers[0].device)
+        _, _, _, heads, head_dim = layers[0].shape
         self.shape = (len(layers), 2, tokens, heads, head_dim)
-        self.dtype = layers[0].dtype
-        self.device = layers[0].device
+        self.dtype, self.device = _kind_of(layers)
 
     def write(self, layer: int, kv: int, values: Tensor) -> None:
         self._layers[layer][kv][self._block, self._slot] = saturate(values, self.dtype).to(self.dtype)
@@ -207,8 +188,30 @@ class PagedTarget(CacheTarget):
 
 
 def as_target(out: KVTarget) -> CacheTarget:
-    """The target itself, or a tensor wrapped as one."""
-    return out if isinstance(out, CacheTarget) else StridedTarget(out)
+    """The target itself, or a tensor or Hugging Face cache wrapped as one. Raises CodecError for anything else."""
+    if isinstance(out, CacheTarget):
+        return out
+    if isinstance(out, Tensor):
+        return StridedTarget(out)
+    if hasattr(out, "layers"):
+        pairs = huggingface_layers(out)
+        return HuggingFaceTarget(pairs, 0, pairs[0][0].shape[2])
+    raise CodecError(
+        f"cannot decode into a {type(out).__name__}: give a tensor [layers, 2, tokens, heads, head_dim], a target of "
+        "codec.targets or a Hugging Face cache"
+    )
+
+
+def _kind_of(tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device that all have. Raises CodecError for several, and for dtypes that no cache has."""
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    if len(kinds) != 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise CodecError(f"a cache has one dtype and lies on one device, not {found}")
+    dtype, device = kinds.pop()
+    if dtype not in DTYPES.values():
+        raise CodecError(f"a KV tensor is bfloat16, float16 or float32, not {dtype}")
+    return dtype, device
 
 
 def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:

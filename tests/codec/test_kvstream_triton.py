@@ -185,6 +185,12 @@ def test_an_announced_size_is_held_to_before_memory_is_taken() -> None:
     assert decoder._coef is None
 
 
+def test_a_target_elsewhere_is_refused() -> None:
+    codec, kv = make(*SHAPES[3])
+    with pytest.raises(CodecError, match="the target lies on meta"):
+        kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device="meta"), DEVICE)
+
+
 def test_damage_is_an_error_and_harmless() -> None:
     codec, kv = make(*SHAPES[0])
     data = codec.encode(kv, 1, positions=range(START, START + T))

@@ -27,6 +27,29 @@ def test_misfits_are_refused() -> None:
             PagedTarget(blocks, table, 0, 20)
 
 
+def test_numbers_that_no_cache_has_are_refused() -> None:
+    """Decoding into integers would cut every value off."""
+
+    def pair(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(1, 2, 16, 4, dtype=dtype, device=device), torch.zeros(1, 2, 16, 4, dtype=dtype)
+
+    half, whole, integer = pair(torch.float16), pair(torch.float32), pair(torch.int32)
+    with pytest.raises(CodecError, match=r"not torch.int32"):
+        HuggingFaceTarget([integer], 0, 16)
+    with pytest.raises(CodecError, match=r"one dtype and lies on one device, not torch.float16 on cpu, torch.float32"):
+        HuggingFaceTarget([half, whole], 0, 16)
+    with pytest.raises(CodecError, match="on meta"):
+        HuggingFaceTarget([pair(torch.float32, "meta")], 0, 16)
+    with pytest.raises(CodecError, match=r"not torch.uint8"):
+        PagedTarget([torch.zeros(2, 5, 16, 2, 4, dtype=torch.uint8)], [0], 0, 10)
+    blocks = [torch.zeros(2, 5, 16, 2, 4, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+    with pytest.raises(CodecError, match="one dtype"):
+        PagedTarget(blocks, [0], 0, 10)
+    for other in ([1, 2], {"layers": 3}):
+        with pytest.raises(CodecError, match="cannot decode into a"):
+            as_target(other)  # type: ignore[arg-type]
+
+
 def test_float16_saturates() -> None:
     tensor = torch.zeros(1, 2, 1, 1, 2, dtype=torch.float16)
     StridedTarget(tensor).write(0, 1, torch.tensor([[[1e6, -1e6]]]))
