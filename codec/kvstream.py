@@ -12,10 +12,10 @@ All that depends on the model is in the profile; a chunk holds the coded coeffic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +26,12 @@ from torch import Tensor
 from codec.api import Codec, Decoder, Level
 from codec.container import Chunk, Header
 from codec.entropy import escapes, rans
+from codec.entropy.sections import join
 from codec.entropy.tables import PROB_SCALE, Tables
 from codec.errors import CodecError
 from codec.profile import Profile
 from codec.quantize import ALPHABET, MAX_SHIFT, Classes, column_entropy, design
+from codec.sharing import share_out
 from codec.targets import CacheTarget, KVTarget
 from codec.transform import Rope, analyse, synthesise
 
@@ -134,7 +136,7 @@ class KVStream(Codec):
         words = np.diff(coded.offsets).reshape(coded.segments, header.layers, 2, -1).sum(axis=(0, 3))
         patches = self._patches(chunk)
         symbols = rans.decode_streams(coded, own, self.classes.tables)
-        ideal = self._ideal_bits(header.level, symbols, patches.fine, chunk.section("escs"))
+        ideal = self._ideal_bits(header.level, slice(None), symbols, len(chunk.section("escs")))
         return {
             "bits_by_layer": (16 * words / (header.elements / header.layers / 2)).tolist(),
             "ideal_bits_per_element": ideal / header.elements,
@@ -146,15 +148,16 @@ class KVStream(Codec):
         """Bits that ideal coding of a chunk's symbols under their tables takes: what the bitstream's size is judged
         by."""
         self._check_level(level)
-        symbols, fine, escaped = self._symbols(kv, level, positions)
-        return self._ideal_bits(level, symbols, fine, escaped.data)
+        total = 0.0
+        for number, part in enumerate(self._parts):
+            symbols, _, escaped = self._symbols(kv, level, positions, number)
+            total += self._ideal_bits(level, part, symbols, escaped.nbytes)
+        return total
 
-    def _ideal_bits(
-        self, level: int, symbols: NDArray[np.uint8], fine: NDArray[np.uint8], escaped: memoryview
-    ) -> float:
-        cost = self.classes.tables.cost_bits[self._class_of_column[level][:, None], symbols]
-        further = int(self._shift_of_column[level].sum(dtype=np.int64)) * fine.shape[1]
-        return float(cost.sum() + further + 8 * escaped.nbytes)
+    def _ideal_bits(self, level: int, part: slice, symbols: NDArray[np.uint8], escape_bytes: int) -> float:
+        cost = self.classes.tables.cost_bits[self._class_of_column[level][part, None], symbols]
+        further = int(self._shift_of_column[level][part].sum(dtype=np.int64)) * symbols.shape[1]
+        return float(cost.sum() + further + 8 * escape_bytes)
 
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
         self._check_shape(header)
@@ -162,35 +165,49 @@ class KVStream(Codec):
             from codec import kvstream_triton
 
             return kvstream_triton.encode(self.on_device(kv.device), kv, level, header.positions, SEGMENT_TOKENS)
-        symbols, fine, escaped = self._symbols(kv, level, header.positions)
         own, shift = self.columns(level)
+        found: list[Any] = [None] * len(self._parts)
+
+        def some(numbers: range, threads: int) -> None:
+            for number in numbers:
+                part = self._parts[number]
+                symbols, further, escaped = self._symbols(kv, level, header.positions, number)
+                settings = {"segment_tokens": SEGMENT_TOKENS, "threads": threads}
+                bits = shift[part][shift[part] > 0]
+                found[number] = (
+                    rans.encode_streams(symbols, own[part], self.classes.tables, **settings),
+                    [rans.encode_streams(further, bits - 1, UNIFORM, **settings)] if len(bits) else [],
+                    escaped.tobytes(),
+                )
+
+        share_out(some, len(self._parts), header.layers)
+        coef, fine, escaped = zip(*found, strict=True)
         return {
-            "escs": escaped.tobytes(),
-            "fine": rans.encode(fine, shift[shift > 0] - 1, UNIFORM, segment_tokens=SEGMENT_TOKENS)
-            if len(fine)
-            else b"",
-            "coef": rans.encode(symbols, own, self.classes.tables, segment_tokens=SEGMENT_TOKENS),
+            "escs": b"".join(escaped),
+            "fine": join(list(chain(*fine))) if shift.any() else b"",
+            "coef": join(coef),
         }
 
-    def _symbols(
-        self, kv: Tensor, level: int, positions: range
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
-        """Symbols `[columns, T]`, further bits of wide columns `[W, T]`, escapes."""
+    @cached_property
+    def _parts(self) -> list[slice]:
+        """The columns of each layer's keys and values, in order."""
         layers, heads, dim = self.shape
-        own, shift = self._class_of_column[level], self._shift_of_column[level]
-        symbols = np.empty((len(own), len(positions)), np.uint8)
-        fine, escaped = [], []
-        for low, (layer, side) in zip(range(0, len(own), heads * dim), np.ndindex(layers, 2), strict=True):
-            part = slice(low, low + heads * dim)
-            coefficients = analyse(
-                kv, layer, side, self.mean[layer, side], self.inverse[layer, side], self.rope, positions
-            )
-            values = coefficients.flatten(0, 1).mul_(1 / float(self._steps[level])).numpy()
-            symbols[part], further, outside = self.classes.quantise(values, own[part], shift[part])
-            outside["column"] += low
-            fine.append(further)
-            escaped.append(outside)
-        return symbols, np.concatenate(fine), np.concatenate(escaped)
+        return [slice(low, low + heads * dim) for low in range(0, layers * 2 * heads * dim, heads * dim)]
+
+    def _symbols(
+        self, kv: Tensor, level: int, positions: range, number: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
+        """Of a layer's keys (`number` is even) or values: symbols `[H * D, T]`, further bits of wide columns `[W, T]`,
+        escapes."""
+        layer, side = divmod(number, 2)
+        part = self._parts[number]
+        mean, inverse = self.mean[layer, side], self.inverse[layer, side]
+        coefficients = analyse(kv, layer, side, mean, inverse, self.rope, positions)
+        steps = coefficients.flatten(0, 1).mul_(1 / float(self._steps[level])).numpy()
+        own, shift = self.columns(level)
+        symbols, further, outside = self.classes.quantise(steps, own[part], shift[part])
+        outside["column"] += part.start
+        return symbols, further, outside
 
     def _check_chunk(self, chunk: Chunk) -> None:
         chunk.section("coef")
@@ -207,33 +224,33 @@ class KVStream(Codec):
             parts = {"coef": chunk.section("coef"), "fine": chunk.section("fine"), "escs": escaped}
             kvstream_triton.decode(model, header.level, header.positions, parts, target)
             return
-        layers, heads, dim = self.shape
-        columns, step = heads * dim, float(self._steps[header.level])
+        _, heads, dim = self.shape
+        step = float(self._steps[header.level])
         own = self._class_of_column[header.level]
         coded = rans.parse(chunk.section("coef"), len(own), header.tokens, SEGMENT_TOKENS)
         patches = self._patches(chunk)
 
-        def blocks(numbers: range, threads: int | None) -> None:
-            """The keys (even numbers) or values (odd) of some layers."""
-            coefficients = np.empty((heads, header.tokens, dim), np.float32)
+        def some(numbers: range, threads: int) -> None:
+            """A segment at a time, so that what a thread holds does not grow with the chunk."""
+            room = np.empty((heads, coded.segment_tokens, dim), np.float32)
             for number in numbers:
                 layer, side = divmod(number, 2)
-                low, high = number * columns, (number + 1) * columns
+                columns = self._parts[number]
+                mean, basis = self.mean[layer, side], self._basis[layer, side] * step
                 for segment in range(coded.segments):
-                    part = coded.part(segment, low, high)
+                    part = coded.part(segment, columns.start, columns.stop)
                     first = segment * coded.segment_tokens
+                    coefficients = room[:, : part.tokens]
                     rans.decode_dequantised(
-                        part, own[low:high], self.classes.tables, columns, part.tokens,
-                        coefficients[:, first : first + part.tokens], values=self.classes.values, threads=threads,
+                        part, own[columns], self.classes.tables, heads * dim, part.tokens, coefficients,
+                        values=self.classes.values, threads=threads,
                     )  # fmt: skip
-                patches.apply(coefficients, low)
-                values = synthesise(
-                    torch.from_numpy(coefficients), layer, side, self.mean[layer, side],
-                    self._basis[layer, side] * step, self.rope, header.positions,
-                )  # fmt: skip
-                target.write(layer, side, values.to(target.device))
+                    patches.apply(coefficients, columns.start, first)
+                    positions = header.positions[first : first + part.tokens]
+                    values = synthesise(torch.from_numpy(coefficients), layer, side, mean, basis, self.rope, positions)
+                    target.write(layer, side, values.to(target.device), first)
 
-        _shared_out(blocks, 2 * layers)
+        share_out(some, len(self._parts), header.layers)
 
     def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None) -> Decoder:
         if not self.decodes_pieces(device):
@@ -266,30 +283,6 @@ class KVStream(Codec):
             raise CodecError(f"the cache has (layers, heads, head_dim) {shape}, the profile's model {self.shape}")
 
 
-def _shared_out(blocks: Callable[[range, int | None], None], count: int) -> None:
-    """Call `blocks` with numbers below `count` and the threads that each may use: on as many threads as torch has.
-
-    Threads of torch within an operation would not do: between operations they spin, and keep the entropy decoder's
-    threads from the processors.
-    """
-    allowed = torch.get_num_threads()
-    workers = min(allowed, count)
-    if workers == 1:
-        blocks(range(count), None)
-        return
-
-    def work(first: int) -> None:
-        with torch.inference_mode():  # each thread has a mode of its own
-            blocks(range(first, count, workers), 1)
-
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-            list(pool.map(work, range(workers)))
-    finally:
-        torch.set_num_threads(allowed)
-
-
 @dataclass(frozen=True)
 class Patches:
     """What is mended in decoded coefficients: the further bits of wide columns, and escapes; both by column."""
@@ -301,17 +294,19 @@ class Patches:
     token: NDArray[np.uint16]
     value: NDArray[np.int16]
 
-    def apply(self, coefficients: NDArray[np.float32], low: int) -> None:
-        """Mend `[B, T, D]`, which holds the columns from `low` on, in place."""
-        blocks, _, dim = coefficients.shape
-        high = low + blocks * dim
+    def apply(self, coefficients: NDArray[np.float32], low: int, first: int) -> None:
+        """Mend `[B, n, D]`, which holds the columns from `low` and the tokens from `first` on, in place."""
+        blocks, tokens, dim = coefficients.shape
+        high, last = low + blocks * dim, first + tokens
         for index in range(*np.searchsorted(self.wide, (low, high))):
             block, place = divmod(int(self.wide[index]) - low, dim)
             unit = 1 << int(self.shift[index])
-            coefficients[block, :, place] = coefficients[block, :, place] * unit + (self.fine[index] - unit / 2)
-        some = slice(*np.searchsorted(self.column, (low, high)))
+            further = self.fine[index, first:last] - unit / 2
+            coefficients[block, :, place] = coefficients[block, :, place] * unit + further
+        some = np.arange(*np.searchsorted(self.column, (low, high)))
+        some = some[(self.token[some] >= first) & (self.token[some] < last)]
         block, place = np.divmod(self.column[some] - low, dim)
-        coefficients[block, self.token[some], place] = self.value[some]
+        coefficients[block, self.token[some] - first, place] = self.value[some]
 
 
 def rope_of_profile(profile: Profile) -> Rope | None:

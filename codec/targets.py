@@ -1,7 +1,7 @@
 """Where decoded KV goes: a strided tensor, a Hugging Face cache, LMCache's layout or vLLM's paged blocks.
 
-A decoder produces one `[T, H, D]` block per (layer, K or V) and hands it to `write`, which converts to the
-destination's dtype in the same pass: the whole cache never exists twice.
+A decoder produces blocks `[n, H, D]` of some tokens of one (layer, K or V) and hands them to `write`, which converts to
+the destination's dtype in the same pass: the whole cache never exists twice.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class CacheTarget(ABC):
         return None
 
     @abstractmethod
-    def write(self, layer: int, kv: int, values: Tensor) -> None:
-        """Store `values` `[T, H, D]` as the keys (`kv` 0) or values (1) of `layer`, converted to `dtype`."""
+    def write(self, layer: int, kv: int, values: Tensor, first: int = 0) -> None:
+        """Store `values` `[n, H, D]`, converted to `dtype`, as keys (`kv` 0) or values (1) of a layer's tokens
+        `[first, first + n)`."""
 
 
 KVTarget: TypeAlias = Tensor | CacheTarget | HuggingFaceCache
@@ -86,8 +87,8 @@ class StridedTarget(CacheTarget):
         self.shape = (layers, 2, tokens, heads, head_dim)
         self.dtype, self.device = _kind_of([tensor])
 
-    def write(self, layer: int, kv: int, values: Tensor) -> None:
-        self.tensor[layer, kv].copy_(saturate(values, self.dtype))
+    def write(self, layer: int, kv: int, values: Tensor, first: int = 0) -> None:
+        self.tensor[layer, kv, first : first + len(values)].copy_(saturate(values, self.dtype))
 
     @cached_property
     def placement(self) -> Placement:
@@ -115,7 +116,7 @@ class HuggingFaceTarget(CacheTarget):
         if start < 0 or start + tokens > capacity:
             raise CodecError(f"tokens [{start}, {start + tokens}) do not fit into a cache of {capacity}")
         self._layers = layers
-        self._tokens = slice(start, start + tokens)
+        self._start = start
         self.shape = (len(layers), 2, tokens, heads, head_dim)
         self.dtype, self.device = _kind_of([side for pair in layers for side in pair])
 
@@ -128,13 +129,14 @@ class HuggingFaceTarget(CacheTarget):
         memory = torch.empty((layers, 2, 1, heads, tokens, head_dim), dtype=dtype, device=device)
         return cls([(keys, values) for keys, values in memory], 0, tokens)
 
-    def write(self, layer: int, kv: int, values: Tensor) -> None:
-        destination = self._layers[layer][kv][0, :, self._tokens]
+    def write(self, layer: int, kv: int, values: Tensor, first: int = 0) -> None:
+        destination = self._layers[layer][kv][0].narrow(1, self._start + first, len(values))
         destination.copy_(saturate(values, self.dtype).permute(1, 0, 2))
 
     @cached_property
     def placement(self) -> Placement | None:
-        views = [side[0, :, self._tokens].permute(1, 0, 2) for layer in self._layers for side in layer]
+        sides = [side[0] for layer in self._layers for side in layer]
+        views = [side.narrow(1, self._start, self.shape[2]).permute(1, 0, 2) for side in sides]
         if len({view.stride() for view in views}) > 1:
             return None
         return Placement.of(views[0], [view.data_ptr() for view in views])
@@ -174,8 +176,9 @@ class PagedTarget(CacheTarget):
         self.shape = (len(layers), 2, tokens, heads, head_dim)
         self.dtype, self.device = _kind_of(layers)
 
-    def write(self, layer: int, kv: int, values: Tensor) -> None:
-        self._layers[layer][kv][self._block, self._slot] = saturate(values, self.dtype).to(self.dtype)
+    def write(self, layer: int, kv: int, values: Tensor, first: int = 0) -> None:
+        some = slice(first, first + len(values))
+        self._layers[layer][kv][self._block[some], self._slot[some]] = saturate(values, self.dtype).to(self.dtype)
 
     @cached_property
     def placement(self) -> Placement | None:

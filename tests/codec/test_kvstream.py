@@ -22,6 +22,7 @@ from tests.codec.synthetic import synthetic_kv
 
 class TestKVStream(Conformance):
     tolerance = (0.6, 0.1)
+    entropy_coded = True
 
     @staticmethod
     def build() -> Codec:

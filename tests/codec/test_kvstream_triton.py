@@ -145,8 +145,8 @@ class OnlyWrites(CacheTarget):
     def __init__(self, inner: CacheTarget) -> None:
         self.inner, self.shape, self.dtype, self.device = inner, inner.shape, inner.dtype, inner.device
 
-    def write(self, layer: int, kv: int, values: Any) -> None:
-        self.inner.write(layer, kv, values)
+    def write(self, layer: int, kv: int, values: Any, first: int = 0) -> None:
+        self.inner.write(layer, kv, values, first)
 
 
 @pytest.mark.parametrize("piece", [7, 64, 1 << 20])
