@@ -71,6 +71,15 @@ class CollectingDecoder(Decoder):
         return self._codec.decode(data, self._out, device=self._device)
 
 
+def check_finite(kv: Tensor, what: str, then: str = "") -> None:
+    """Raises CodecError for NaN, infinities and magnitudes above 1e30."""
+    low, high = (float(x) for x in torch.aminmax(kv))
+    if not (low >= -LARGEST_MAGNITUDE and high <= LARGEST_MAGNITUDE):
+        raise CodecError(
+            f"{what} holds NaN, infinities or magnitudes above {LARGEST_MAGNITUDE:g} (range {low:g} to {high:g}){then}"
+        )
+
+
 class Codec(ABC):
     """Encodes chunks of one model's KV cache at several levels; level 0 is the smallest."""
 
@@ -134,12 +143,7 @@ class Codec(ABC):
         )
         with torch.inference_mode():
             if not self.lossless:
-                low, high = (float(x) for x in torch.aminmax(kv.detach()))
-                if not (low >= -LARGEST_MAGNITUDE and high <= LARGEST_MAGNITUDE):
-                    raise CodecError(
-                        f"the KV cache holds NaN, infinities or magnitudes above {LARGEST_MAGNITUDE:g} "
-                        f"(range {low:g} to {high:g}); codec {self.codec_id} refuses them, use codec raw"
-                    )
+                check_finite(kv.detach(), "the KV cache", f"; codec {self.codec_id} refuses them, use codec raw")
             return container.pack(header, self._encode(kv.detach(), level, header))
 
     def decode(

@@ -12,18 +12,22 @@ alike. Its container, a Python pickle, is replaced by ours. A row of zeros, whic
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from codec.api import Codec, Level
 from codec.cachegen import columns_first
 from codec.container import DTYPE_BYTES, Chunk, Header
-from codec.entropy.sections import Streams
+from codec.entropy import arithmetic
+from codec.entropy.sections import Streams, in_order
 from codec.entropy.tables import column_counts
 from codec.errors import CodecError
 from codec.raw import frombuffer
+from codec.sharing import share_out
 from codec.targets import DTYPES, CacheTarget
 from codec.uniform import as_bytes, checked_scale, quantise
 
@@ -46,23 +50,28 @@ class Artifact(Codec):
     )
 
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
-        from codec.entropy import arithmetic
-
-        scale = kv.abs().amax(dim=(3, 4))
         halves = half_of_layer(header.layers, level)
-        quantised = [quantise(kv[i].flatten(2), scale[i], half) for i, half in enumerate(halves)]
-        symbols = columns_first(torch.stack(quantised))
-        del quantised
-        cdfs = arithmetic.from_counts(column_counts(symbols, MAX_BINS))
-        own = np.arange(cdfs.count)
         segment = min(SEGMENT_TOKENS, header.tokens)
-        coded = arithmetic.encode(symbols, own, cdfs, segment_tokens=segment)
-        streams = arithmetic.parse(coded, cdfs.count, header.tokens)
+        found: list[Any] = [None] * header.layers
+
+        def some(layers: range, threads: int) -> None:
+            for layer in layers:
+                rows = kv[layer].flatten(2).cpu()
+                scale = rows.abs().amax(dim=2)
+                symbols = columns_first(quantise(rows, scale, halves[layer]))
+                cdfs = arithmetic.from_counts(column_counts(symbols, MAX_BINS))
+                own = np.arange(cdfs.count)
+                streams = arithmetic.encode_streams(symbols, own, cdfs, segment_tokens=segment, threads=threads)
+                found[layer] = as_bytes(scale), cdfs.cumulative.astype("<u2").tobytes(), streams
+
+        share_out(some, header.layers, header.layers)
+        scales, tables, coded = zip(*found, strict=True)
+        lengths, units = in_order(coded)
         return {
-            "scal": as_bytes(scale),
-            "cdfs": cdfs.cumulative.astype("<u2").tobytes(),
-            "lens": np.diff(streams.offsets).astype("<u4").tobytes(),
-            "data": streams.units[: streams.offsets[-1]].tobytes(),
+            "scal": b"".join(scales),
+            "cdfs": b"".join(tables),
+            "lens": lengths.astype("<u4").tobytes(),
+            "data": b"".join(part.data for part in units),
         }
 
     def _check_chunk(self, chunk: Chunk) -> None:
@@ -76,30 +85,70 @@ class Artifact(Codec):
             raise CodecError("section 'data' is not as long as the strings in it; encode again")
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
-        from codec.entropy import arithmetic
-
         header = chunk.header
-        layers, tokens = header.layers, header.tokens
-        scale = checked_scale(frombuffer(chunk.section("scal"), DTYPES[header.dtype])).view(layers, 2, tokens).float()
-        cdfs = arithmetic.Cdfs(np.frombuffer(chunk.section("cdfs"), "<u2").reshape(-1, MAX_BINS + 1))
-        offsets = np.zeros(len(chunk.section("lens")) // 4 + 1, np.int64)
-        np.cumsum(np.frombuffer(chunk.section("lens"), "<u4"), out=offsets[1:])
-        data = np.frombuffer(chunk.section("data"), np.uint8)
-        streams = Streams(data, offsets, cdfs.count, tokens, min(SEGMENT_TOKENS, tokens))
-        columns = header.heads * header.head_dim
-        symbols = np.empty((columns, tokens), np.uint8)
-        for number, half in enumerate(np.repeat(half_of_layer(layers, header.level), 2).tolist()):
-            layer, side = divmod(number, 2)
-            low, high = number * columns, (number + 1) * columns
+        dtype = DTYPES[header.dtype]
+        scale = checked_scale(frombuffer(chunk.section("scal"), dtype)).view(header.layers, 2, header.tokens).float()
+        streams = _streams(chunk)
+        halves = half_of_layer(header.layers, header.level)
+
+        def some(layers: range, threads: int) -> None:
+            for layer in layers:
+                half = halves[layer]
+                cdfs = _cdfs(chunk, layer)
+                for segment in range(streams.segments):
+                    first = segment * SEGMENT_TOKENS
+                    symbols = _symbols(streams, segment, layer, cdfs, threads)
+                    if int(symbols.max()) > 2 * half:
+                        raise CodecError(f"section 'data' holds symbols that layer {layer} does not have; encode again")
+                    step = scale[layer, :, None, first : first + symbols.shape[1]] / half
+                    values = (torch.from_numpy(symbols).float().view(2, -1, symbols.shape[1]) - half) * step
+                    for side in (0, 1):
+                        block = values[side].view(header.heads, header.head_dim, -1).permute(2, 0, 1)
+                        target.write(layer, side, block.to(target.device), first)
+
+        share_out(some, header.layers, header.layers)
+
+    def _describe(self, chunk: Chunk) -> dict[str, Any]:
+        """Bits by layer of the strings; ideal coding takes their symbols' and the scales, but neither tables nor
+        lengths."""
+        header = chunk.header
+        streams = _streams(chunk)
+        bits = 8 * np.diff(streams.offsets).reshape(streams.segments, header.layers, 2, -1).sum(axis=(0, 3))
+        ideal = 8.0 * len(chunk.section("scal"))
+        for layer in range(header.layers):
+            cdfs = _cdfs(chunk, layer)
+            cost = 16 - np.log2(np.diff(cdfs.bounds.astype(np.int64), axis=1))
             for segment in range(streams.segments):
-                part = padded(streams.part(segment, low, high))
-                first = segment * streams.segment_tokens
-                arithmetic.decode_streams(part, np.arange(low, high), cdfs, symbols[:, first : first + part.tokens])
-            if int(symbols.max()) > 2 * half:
-                raise CodecError(f"section 'data' holds symbols that layer {layer} does not have; encode again")
-            values = (torch.from_numpy(symbols).float() - half) * (scale[layer, side] / half)
-            block = values.view(header.heads, header.head_dim, tokens).permute(2, 0, 1)
-            target.write(layer, side, block.to(target.device))
+                symbols = _symbols(streams, segment, layer, cdfs)
+                ideal += float(np.take_along_axis(cost, symbols.astype(np.int64), axis=1).sum())
+        return {
+            "bits_by_layer": (bits / (header.elements / header.layers / 2)).tolist(),
+            "ideal_bits_per_element": ideal / header.elements,
+        }
+
+
+def _streams(chunk: Chunk) -> Streams:
+    """Where each string lies; their lengths add up, as the codec has checked."""
+    header = chunk.header
+    offsets = np.zeros(len(chunk.section("lens")) // 4 + 1, np.int64)
+    np.cumsum(np.frombuffer(chunk.section("lens"), "<u4"), out=offsets[1:])
+    data = np.frombuffer(chunk.section("data"), np.uint8)
+    columns = header.layers * 2 * header.heads * header.head_dim
+    return Streams(data, offsets, columns, header.tokens, min(SEGMENT_TOKENS, header.tokens))
+
+
+def _cdfs(chunk: Chunk, layer: int) -> arithmetic.Cdfs:
+    """The tables of a layer's keys and values. Raises CodecError."""
+    tables = np.frombuffer(chunk.section("cdfs"), "<u2").reshape(chunk.header.layers, -1, MAX_BINS + 1)
+    return arithmetic.Cdfs(tables[layer])
+
+
+def _symbols(
+    streams: Streams, segment: int, layer: int, cdfs: arithmetic.Cdfs, threads: int | None = None
+) -> NDArray[np.uint8]:
+    """Symbols `[2 * H * D, n]` of a layer's keys and values in one segment. Raises CodecError."""
+    part = padded(streams.part(segment, layer * cdfs.count, (layer + 1) * cdfs.count))
+    return arithmetic.decode_streams(part, np.arange(cdfs.count), cdfs, threads=threads)
 
 
 def padded(part: Streams) -> Streams:

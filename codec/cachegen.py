@@ -9,12 +9,13 @@ What the paper leaves open is settled here. Vectors are a token's H * D channels
 anchor's step is its vector's largest magnitude / 127. A difference's step is `bin * m / 16`, where m is the largest
 magnitude of the token's difference vector: bins are in sixteenths of it, so bin 1 gives 33 symbols, about the 32 of
 the public code. Scales are kept in the dtype of the cache. Because every step follows its vector, no symbol can leave
-the profiled alphabet and none needs an escape.
+the alphabet of its layer and none needs an escape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.api import Codec, Level, Setting
+from codec.api import Codec, Level, Setting, check_finite
 from codec.coders import Coder, make_coder
 from codec.container import DTYPE_BYTES, Chunk, Header
+from codec.entropy.sections import Streams, join
 from codec.entropy.tables import PROB_SCALE, column_counts
 from codec.errors import CodecError
 from codec.profile import Profile
 from codec.raw import frombuffer
+from codec.sharing import share_out
 from codec.targets import DTYPES, CacheTarget
 from codec.uniform import as_bytes, checked_scale, quantise
 
@@ -40,6 +43,8 @@ BINS = (0.5, 1.0, 1.5)
 SCALES = (3.0, 2.0, 1.5, 1.0, 0.5)
 """Levels, smallest first; scale 1 is the paper's default."""
 PRIOR_SYMBOLS = 64
+PIECE = 51 * GROUP
+"""Tokens that a decoder holds in float32 at a time."""
 
 
 class CacheGen(Codec):
@@ -56,26 +61,55 @@ class CacheGen(Codec):
         if self.profile.codec_id != self.codec_id:
             raise CodecError(f"profile is for codec {self.profile.codec_id}, not {self.codec_id}: calibrate again")
         self._shape = tuple(self.profile.number(name) for name in ("layers", "heads", "head_dim"))
-        layers, heads, head_dim = self._shape
-        columns = layers * 2 * heads * head_dim
-        anchor = self.profile.tensor("anchor", np.uint16, (columns, 2 * ANCHOR_HALF + 1))
-        self._anchor: Coder = make_coder(coder, anchor)
+        layers = self._shape[0]
+        self._anchor: Coder = make_coder(coder, self._tables("anchor", [ANCHOR_HALF] * layers))
         self._delta: list[Coder] = [
-            make_coder(coder, self.profile.tensor(f"delta{level}", np.uint16, (columns, 2 * largest_half(scale) + 1)))
+            make_coder(coder, self._tables(f"delta{level}", halves_of(layers, scale)))
             for level, scale in enumerate(SCALES)
         ]
 
     def settings(self) -> dict[str, Setting]:
         return {"coder": self.coder_name}
 
+    def _tables(self, name: str, halves: Sequence[int]) -> list[NDArray[Any]]:
+        """The tables of each layer's keys and values, of the symbols that the layer can have."""
+        assert self.profile is not None
+        layers, heads, head_dim = self._shape
+        shape = (layers * 2 * heads * head_dim, 2 * max(halves) + 1)
+        found = self.profile.tensor(name, np.uint16, shape).reshape(layers, 2, -1, shape[1])
+        for layer, half in enumerate(halves):
+            if found[layer, :, :, 2 * half + 1 :].any():
+                raise CodecError(
+                    f"profile {self.profile.sha256[:12]} gives slots of {name!r} to symbols that layer {layer} cannot "
+                    "have; calibrate again with --fresh"
+                )
+        return [side[:, : 2 * half + 1] for sides, half in zip(found, halves, strict=True) for side in sides]
+
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
         self._check_shape(header)
-        anchor_scale, anchors, delta_scale, deltas = symbols_of(kv, SCALES[level])
+        anchor, delta = self._anchor, self._delta[level]
+        steps = delta_steps(header.layers, SCALES[level]).tolist()
+        found: list[Any] = [None] * header.layers
+
+        def coded(coder: Coder, layer: int, symbols: Tensor, threads: int) -> list[Streams]:
+            sides = enumerate(symbols) if symbols.shape[1] else ()
+            return [coder.encode(2 * layer + side, columns_first(part), threads) for side, part in sides]
+
+        def some(layers: range, threads: int) -> None:
+            for layer in layers:
+                anchor_scale, anchors, delta_scale, deltas = layer_symbols(kv[layer], steps[layer])
+                found[layer] = (
+                    as_bytes(anchor_scale), as_bytes(delta_scale),
+                    coded(anchor, layer, anchors, threads), coded(delta, layer, deltas, threads),
+                )  # fmt: skip
+
+        share_out(some, header.layers, header.layers)
+        ascl, dscl, anch, delt = zip(*found, strict=True)
         return {
-            "ascl": as_bytes(anchor_scale),
-            "dscl": as_bytes(delta_scale),
-            "anch": self._anchor.encode(columns_first(anchors)),
-            "delt": self._delta[level].encode(columns_first(deltas)),
+            "ascl": b"".join(ascl),
+            "dscl": b"".join(dscl),
+            "anch": join(list(chain(*anch))),
+            "delt": join(list(chain(*delt))) if header.tokens > 1 else b"",
         }
 
     def _check_chunk(self, chunk: Chunk) -> None:
@@ -97,30 +131,44 @@ class CacheGen(Codec):
         anchor, delta = self._anchor, self._delta[header.level]
         anchor_streams = anchor.parse(chunk.section("anch"), groups)
         delta_streams = delta.parse(chunk.section("delt"), tokens - groups)
-        of_token = torch.arange(tokens) // GROUP
-        is_delta = torch.arange(tokens) % GROUP != 0
+        of_token = torch.arange(PIECE) // GROUP
+        is_delta = torch.arange(PIECE) % GROUP != 0
         steps = delta_steps(layers, SCALES[header.level])
-        for layer in range(layers):
-            half = half_of(float(steps[layer]))
-            for side in (0, 1):
-                low = (2 * layer + side) * header.heads * header.head_dim
-                columns = (low, low + header.heads * header.head_dim)
-                anchors = torch.from_numpy(anchor.decode(anchor_streams, *columns))
-                deltas = torch.from_numpy(delta.decode(delta_streams, *columns))
+
+        def some(numbers: range, threads: int) -> None:
+            for number in numbers:
+                layer, side = divmod(number, 2)
+                anchors = torch.from_numpy(anchor.decode(anchor_streams, number, threads))
+                deltas = torch.from_numpy(delta.decode(delta_streams, number, threads))
                 anchor_step = anchor_scale[layer, side] / ANCHOR_HALF
-                values = ((anchors.float() - ANCHOR_HALF) * anchor_step).t()[of_token]
                 step = delta_scale[layer, side] * steps[layer]
-                values[is_delta] += ((deltas.float() - half) * step).t()
-                target.write(layer, side, values.view(tokens, header.heads, header.head_dim).to(target.device))
+                half = half_of(float(steps[layer]))
+                for first in range(0, tokens, PIECE):
+                    stop = min(first + PIECE, tokens)
+                    own = slice(n_anchors(first), n_anchors(stop))
+                    values = ((anchors[:, own].float() - ANCHOR_HALF) * anchor_step[own]).t()[of_token[: stop - first]]
+                    own = slice(first - n_anchors(first), stop - n_anchors(stop))
+                    values[is_delta[: stop - first]] += ((deltas[:, own].float() - half) * step[own]).t()
+                    block = values.view(-1, header.heads, header.head_dim)
+                    target.write(layer, side, block.to(target.device), first)
+
+        share_out(some, 2 * layers, layers)
 
     def _describe(self, chunk: Chunk) -> dict[str, Any]:
-        """Bits by layer of anchors and differences together, scales apart."""
+        """Bits by layer of anchors and differences together, scales apart; scales count as ideally coded."""
         header = chunk.header
         groups = n_anchors(header.tokens)
-        anchors = self._anchor.column_bits(chunk.section("anch"), groups)
-        deltas = self._delta[header.level].column_bits(chunk.section("delt"), header.tokens - groups)
-        by_layer = (anchors + deltas).reshape(header.layers, 2, -1).sum(axis=2)
-        return {"bits_by_layer": (by_layer / (header.elements / header.layers / 2)).tolist()}
+        bits, ideal = 0 * np.arange(2 * header.layers), 8.0 * (len(chunk.section("ascl")) + len(chunk.section("dscl")))
+        for coder, tag, tokens in (
+            (self._anchor, "anch", groups), (self._delta[header.level], "delt", header.tokens - groups)
+        ):  # fmt: skip
+            streams = coder.parse(chunk.section(tag), tokens)
+            bits += coder.block_bits(streams)
+            ideal += coder.ideal_bits(streams)
+        return {
+            "bits_by_layer": (bits.reshape(-1, 2) / (header.elements / header.layers / 2)).tolist(),
+            "ideal_bits_per_element": ideal / header.elements,
+        }
 
     def _check_shape(self, header: Header) -> None:
         shape = (header.layers, header.heads, header.head_dim)
@@ -144,48 +192,50 @@ def half_of(step: float) -> int:
     return int(1 / step + 0.5)
 
 
-def largest_half(scale: float) -> int:
-    """The same for the layers with the finest bins: it sets the alphabet of a level."""
-    return half_of(BINS[0] * scale / BINS_PER_MAGNITUDE)
+def halves_of(layers: int, scale: float) -> list[int]:
+    """The same for every layer; that of the first is the largest, and sets the width of a level's tables."""
+    return [half_of(step) for step in delta_steps(layers, scale).tolist()]
+
+
+def layer_symbols(sides: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scales and symbols of one layer's keys and values `[2, T, H, D]`, on the CPU.
+
+    Returns anchor scales `[2, A]`, anchor symbols uint8 `[2, A, C]`, difference scales `[2, T - A]` and difference
+    symbols `[2, T - A, C]`, C = H * D. Raises CodecError for a difference that the cache's dtype cannot hold.
+    """
+    rows = sides.flatten(2).cpu()
+    is_anchor = torch.arange(rows.shape[1]) % GROUP == 0
+    anchor_of_delta = (torch.arange(rows.shape[1]) // GROUP)[~is_anchor]
+    anchor_rows = rows[:, is_anchor]
+    anchor_scale = anchor_rows.abs().amax(dim=2)
+    anchors = quantise(anchor_rows, anchor_scale, ANCHOR_HALF)
+    restored = (anchors.float() - ANCHOR_HALF) * (anchor_scale.float() / ANCHOR_HALF)[..., None]
+    delta = rows[:, ~is_anchor].float() - restored[:, anchor_of_delta]
+    delta_scale = delta.abs().amax(dim=2).to(rows.dtype)
+    if not bool(torch.isfinite(delta_scale).all()):
+        raise CodecError(
+            f"a token differs from its anchor by more than {rows.dtype} holds ({torch.finfo(rows.dtype).max:g}); give "
+            "the cache as bfloat16 or float32, or take another codec"
+        )
+    width = delta_scale.float() * step
+    # A width of 0, or one so small that it is 0 in float32, means that there is nothing to code.
+    width = torch.where(width > 0, width, torch.inf)[..., None]
+    half = half_of(step)
+    deltas = delta.div_(width).round_().clamp_(-half, half).add_(half).to(torch.uint8)
+    return anchor_scale, anchors, delta_scale, deltas
 
 
 def symbols_of(kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scales and symbols of `kv` `[L, 2, T, H, D]`.
-
-    Returns anchor scales `[L, 2, A]`, anchor symbols uint8 `[L, 2, A, C]`, difference scales `[L, 2, T - A]` and
-    difference symbols `[L, 2, T - A, C]`, C = H * D.
-    """
-    layers, _, tokens, heads, head_dim = kv.shape
-    is_anchor = torch.arange(tokens) % GROUP == 0
-    anchor_of_delta = (torch.arange(tokens) // GROUP)[~is_anchor]
-    n, columns = n_anchors(tokens), heads * head_dim
-    anchor_scale = torch.empty((layers, 2, n), dtype=kv.dtype)
-    delta_scale = torch.empty((layers, 2, tokens - n), dtype=kv.dtype)
-    anchors = torch.empty((layers, 2, n, columns), dtype=torch.uint8)
-    deltas = torch.empty((layers, 2, tokens - n, columns), dtype=torch.uint8)
-    # layer by layer, so that the differences of all are never held in float32
-    for layer, step in enumerate(delta_steps(layers, scale).tolist()):
-        rows = kv[layer].flatten(2)
-        anchor_rows = rows[:, is_anchor]
-        anchor_scale[layer] = anchor_rows.abs().amax(dim=2)
-        anchors[layer] = quantise(anchor_rows, anchor_scale[layer], ANCHOR_HALF)
-        restored = (anchors[layer].float() - ANCHOR_HALF) * (anchor_scale[layer].float() / ANCHOR_HALF)[..., None]
-        delta = rows[:, ~is_anchor].float() - restored[:, anchor_of_delta]
-        largest = delta.abs().amax(dim=2).to(kv.dtype)
-        if kv.dtype == torch.float16:
-            largest.clamp_(max=torch.finfo(torch.float16).max)
-        delta_scale[layer] = largest
-        width = largest.float() * step
-        # A width of 0, or one so small that it is 0 in float32, means that there is nothing to code.
-        width = torch.where(width > 0, width, torch.inf)[..., None]
-        half = half_of(step)
-        deltas[layer] = delta.div_(width).round_().clamp_(-half, half).add_(half).to(torch.uint8)
+    """`layer_symbols` of all layers of `kv` `[L, 2, T, H, D]`, stacked."""
+    steps = delta_steps(len(kv), scale).tolist()
+    layers = [layer_symbols(sides, step) for sides, step in zip(kv, steps, strict=True)]
+    anchor_scale, anchors, delta_scale, deltas = (torch.stack(parts) for parts in zip(*layers, strict=True))
     return anchor_scale, anchors, delta_scale, deltas
 
 
 def columns_first(symbols: Tensor) -> NDArray[np.uint8]:
-    """uint8 `[L, 2, T, C]` as the coder wants it: `[L * 2 * C, T]`."""
-    return symbols.transpose(2, 3).flatten(0, 2).contiguous().numpy()
+    """uint8 `[..., T, C]` as the coder wants it: `[... * C, T]`."""
+    return symbols.transpose(-2, -1).flatten(0, -2).contiguous().numpy()
 
 
 def fit(kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any] | None = None) -> Profile:
@@ -194,31 +244,32 @@ def fit(kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any] | None = No
     A few tens of thousands of tokens suffice. Every column's histogram is smoothed with that of its layer, so that a
     symbol that a column did not show is still coded.
     """
-    anchor_counts: NDArray[np.int64] | None = None
-    delta_counts: list[NDArray[np.int64]] = []
+    counts: dict[str, NDArray[np.int64]] = {}
     shape: tuple[int, ...] = ()
     tokens = 0
     for kv in kv_samples:
+        check_finite(kv, "a KV sample")
         layers, _, length, heads, head_dim = kv.shape
-        if anchor_counts is None:
+        if not shape:
             shape = (layers, heads, head_dim)
             columns = layers * 2 * heads * head_dim
-            anchor_counts = np.zeros((columns, 2 * ANCHOR_HALF + 1), np.int64)
-            delta_counts = [np.zeros((columns, 2 * largest_half(s) + 1), np.int64) for s in SCALES]
+            counts["anchor"] = np.zeros((columns, 2 * ANCHOR_HALF + 1), np.int64)
+            for level, scale in enumerate(SCALES):
+                counts[f"delta{level}"] = np.zeros((columns, 2 * halves_of(layers, scale)[0] + 1), np.int64)
         elif (layers, heads, head_dim) != shape:
             raise CodecError(f"KV samples have different shapes: {shape} and {(layers, heads, head_dim)}")
         for level, scale in enumerate(SCALES):
             _, anchors, _, deltas = symbols_of(kv, scale)
-            delta_counts[level] += column_counts(columns_first(deltas), delta_counts[level].shape[1])
-            if level == 0:
-                anchor_counts += column_counts(columns_first(anchors), anchor_counts.shape[1])
+            found = counts[f"delta{level}"]
+            found += column_counts(columns_first(deltas), found.shape[1])
+        counts["anchor"] += column_counts(columns_first(anchors), 2 * ANCHOR_HALF + 1)
         tokens += length
-    if anchor_counts is None:
+    if not shape:
         raise CodecError("a profile needs at least one KV sample")
-    tensors = {"anchor": smooth_tables(anchor_counts, 2 * shape[0])}
-    for level, counts in enumerate(delta_counts):
-        tensors[f"delta{level}"] = smooth_tables(counts, 2 * shape[0])
     layers, heads, head_dim = shape
+    tensors = {"anchor": smooth_tables(counts["anchor"], [ANCHOR_HALF] * layers)}
+    for level, scale in enumerate(SCALES):
+        tensors[f"delta{level}"] = smooth_tables(counts[f"delta{level}"], halves_of(layers, scale))
     facts = {
         **(metadata or {}),
         "codec": CacheGen.codec_id,
@@ -230,19 +281,24 @@ def fit(kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any] | None = No
     return Profile(tensors, facts)
 
 
-def smooth_tables(counts: NDArray[np.int64], blocks: int) -> NDArray[np.uint16]:
-    """Frequencies `[C, S]` that sum to 1,024, none of them 0, from histograms `[C, S]` of equal `blocks` of columns.
+def smooth_tables(counts: NDArray[np.int64], halves: Sequence[int]) -> NDArray[np.uint16]:
+    """Frequencies `[C, S]` that sum to 1,024, from histograms `[C, S]` of layers with symbols 0 to 2 * half.
 
-    The distribution of the block counts as `PRIOR_SYMBOLS` further symbols of each column. Every symbol gets one slot,
-    the others are shared out in proportion, by largest remainder.
+    The distribution of a layer's keys or values counts as `PRIOR_SYMBOLS` further symbols of each column. Every symbol
+    that the layer can have gets one slot, the others are shared out in proportion, by largest remainder.
     """
-    columns, alphabet = counts.shape
-    pooled = counts.reshape(blocks, -1, alphabet).sum(axis=1) + 1.0
-    prior = np.repeat(pooled / pooled.sum(axis=1, keepdims=True), columns // blocks, axis=0)
-    p = (counts + PRIOR_SYMBOLS * prior) / (counts.sum(axis=1, keepdims=True) + PRIOR_SYMBOLS)
-    share = p * (PROB_SCALE - alphabet)
-    slots = np.floor(share).astype(np.int64)
-    missing = (PROB_SCALE - alphabet) - slots.sum(axis=1)
-    rank = np.argsort(np.argsort(slots - share, axis=1, kind="stable"), axis=1, kind="stable")
-    slots += rank < missing[:, None]
-    return (slots + 1).astype(np.uint16)
+    tables = np.zeros(counts.shape, np.uint16)
+    columns = len(counts) // (2 * len(halves))
+    for number, half in enumerate(np.repeat(halves, 2).tolist()):
+        alphabet = 2 * half + 1
+        part = (slice(number * columns, (number + 1) * columns), slice(alphabet))
+        own = counts[part]
+        pooled = own.sum(axis=0) + 1.0
+        p = (own + PRIOR_SYMBOLS * pooled / pooled.sum()) / (own.sum(axis=1, keepdims=True) + PRIOR_SYMBOLS)
+        share = p * (PROB_SCALE - alphabet)
+        slots = np.floor(share).astype(np.int64)
+        missing = (PROB_SCALE - alphabet) - slots.sum(axis=1)
+        rank = np.argsort(np.argsort(slots - share, axis=1, kind="stable"), axis=1, kind="stable")
+        slots += rank < missing[:, None]
+        tables[part] = slots + 1
+    return tables

@@ -1,33 +1,37 @@
 """The two entropy coders behind one small interface, for codecs that let the user choose: `coder=rans` or `coder=ac`.
 
-Both take the same tables (frequencies of 1,024), one a column.
+Both take the same tables (frequencies of 1,024), one a column. Columns come in blocks, the keys or values of a layer
+each, whose tables have an alphabet of their own, and of which a large model has too many to hold as one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codec.entropy.sections import MAX_SEGMENT_TOKENS, Streams
-from codec.entropy.tables import Tables
+from codec.entropy.tables import Tables, column_counts, cross_entropy_bits
 from codec.errors import CodecError
 
 
 class Coder(ABC):
-    """Codes symbols uint8 `[C, T]`, column c with table c."""
+    """Codes blocks of symbols uint8 `[C, T]`, column c of block b with the table c of b."""
 
     unit_bits: ClassVar[int]
     """What streams consist of, and are as long as a multiple of."""
 
-    def __init__(self, frequencies: NDArray[Any]) -> None:
-        self._rows = np.arange(len(frequencies))
+    def __init__(self, blocks: Sequence[NDArray[Any]]) -> None:
+        self._tables = [Tables(frequencies) for frequencies in blocks]
+        self._ends = np.cumsum([tables.count for tables in self._tables])
 
-    def encode(self, symbols: NDArray[np.uint8]) -> bytes:
-        return self._encode(symbols) if symbols.size else b""
+    @abstractmethod
+    def encode(self, block: int, symbols: NDArray[np.uint8], threads: int | None = None) -> Streams:
+        """The streams of a block; `sections.join` makes a section of those of all."""
 
     def parse(self, data: memoryview, tokens: int) -> Streams | None:
         """The checked streams of a section; None for no tokens, which take no bytes. Raises CodecError."""
@@ -35,31 +39,38 @@ class Coder(ABC):
 
         if not tokens:
             return None
-        return sections.parse(data, len(self._rows), tokens, self.unit_bits // 8, MAX_SEGMENT_TOKENS)
+        return sections.parse(data, int(self._ends[-1]), tokens, self.unit_bits // 8, MAX_SEGMENT_TOKENS)
 
-    def decode(self, streams: Streams | None, low: int, high: int) -> NDArray[np.uint8]:
-        """Symbols `[high - low, T]` of some columns. Raises CodecError."""
+    def decode(self, streams: Streams | None, block: int, threads: int | None = None) -> NDArray[np.uint8]:
+        """Symbols `[C, T]` of a block. Raises CodecError."""
+        high = int(self._ends[block])
+        columns = self._tables[block].count
         if streams is None:
-            return np.empty((high - low, 0), np.uint8)
-        symbols = np.empty((high - low, streams.tokens), np.uint8)
+            return np.empty((columns, 0), np.uint8)
+        symbols = np.empty((columns, streams.tokens), np.uint8)
         for segment in range(streams.segments):
-            part = streams.part(segment, low, high)
+            part = streams.part(segment, high - columns, high)
             first = segment * streams.segment_tokens
-            self._decode(part, self._rows[low:high], symbols[:, first : first + part.tokens])
+            self._decode(part, block, symbols[:, first : first + part.tokens], threads)
         return symbols
 
-    def column_bits(self, data: memoryview, tokens: int) -> NDArray[np.int64]:
-        """Bits of each column's streams: `[C]`."""
-        streams = self.parse(data, tokens)
+    def block_bits(self, streams: Streams | None) -> NDArray[np.int64]:
+        """Bits of each block's streams: `[B]`."""
         if streams is None:
-            return 0 * self._rows
-        return self.unit_bits * np.diff(streams.offsets).reshape(streams.segments, -1).sum(axis=0)
+            return 0 * self._ends
+        by_column = np.diff(streams.offsets).reshape(streams.segments, -1).sum(axis=0)
+        return self.unit_bits * np.add.reduceat(by_column, [0, *self._ends[:-1]])
+
+    def ideal_bits(self, streams: Streams | None) -> float:
+        """Bits that ideal coding of the streams' symbols under their tables takes."""
+        total = 0.0
+        for block, tables in enumerate(self._tables):
+            counts = column_counts(self.decode(streams, block), tables.symbols)
+            total += cross_entropy_bits(counts, np.arange(tables.count), tables)
+        return total
 
     @abstractmethod
-    def _encode(self, symbols: NDArray[np.uint8]) -> bytes: ...
-
-    @abstractmethod
-    def _decode(self, part: Streams, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None: ...
+    def _decode(self, part: Streams, block: int, out: NDArray[np.uint8], threads: int | None) -> None: ...
 
 
 class RansCoder(Coder):
@@ -67,19 +78,17 @@ class RansCoder(Coder):
 
     unit_bits = 16
 
-    def __init__(self, frequencies: NDArray[Any]) -> None:
-        super().__init__(frequencies)
-        self._tables = Tables(frequencies)
-
-    def _encode(self, symbols: NDArray[np.uint8]) -> bytes:
+    def encode(self, block: int, symbols: NDArray[np.uint8], threads: int | None = None) -> Streams:
         from codec.entropy import rans
 
-        return rans.encode(symbols, self._rows, self._tables)
+        tables = self._tables[block]
+        return rans.encode_streams(symbols, np.arange(tables.count), tables, threads=threads)
 
-    def _decode(self, part: Streams, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    def _decode(self, part: Streams, block: int, out: NDArray[np.uint8], threads: int | None) -> None:
         from codec.entropy import rans
 
-        rans.decode_streams(part, rows, self._tables, out)
+        tables = self._tables[block]
+        rans.decode_streams(part, np.arange(tables.count), tables, out, threads=threads)
 
 
 class ArithmeticCoder(Coder):
@@ -87,28 +96,30 @@ class ArithmeticCoder(Coder):
 
     unit_bits = 8
 
-    def __init__(self, frequencies: NDArray[Any]) -> None:
+    def encode(self, block: int, symbols: NDArray[np.uint8], threads: int | None = None) -> Streams:
         from codec.entropy import arithmetic
 
-        super().__init__(frequencies)
-        self._cdfs = arithmetic.from_tables(Tables(frequencies))
+        cdfs = self._cdfs[block]
+        return arithmetic.encode_streams(symbols, np.arange(cdfs.count), cdfs, threads=threads)
 
-    def _encode(self, symbols: NDArray[np.uint8]) -> bytes:
+    def _decode(self, part: Streams, block: int, out: NDArray[np.uint8], threads: int | None) -> None:
         from codec.entropy import arithmetic
 
-        return arithmetic.encode(symbols, self._rows, self._cdfs)
+        cdfs = self._cdfs[block]
+        arithmetic.decode_streams(part, np.arange(cdfs.count), cdfs, out, threads=threads)
 
-    def _decode(self, part: Streams, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    @cached_property
+    def _cdfs(self) -> list[Any]:
         from codec.entropy import arithmetic
 
-        arithmetic.decode_streams(part, rows, self._cdfs, out)
+        return [arithmetic.from_tables(tables) for tables in self._tables]
 
 
-CODERS: dict[str, Callable[[NDArray[Any]], Coder]] = {"rans": RansCoder, "ac": ArithmeticCoder}
+CODERS: dict[str, Callable[[Sequence[NDArray[Any]]], Coder]] = {"rans": RansCoder, "ac": ArithmeticCoder}
 
 
-def make_coder(name: str, frequencies: NDArray[Any]) -> Coder:
-    """A coder by name, for tables uint16 `[C, S]`. Raises CodecError naming the known ones."""
-    if name not in CODERS:
+def make_coder(name: str, blocks: Sequence[NDArray[Any]]) -> Coder:
+    """A coder by name, for tables uint16 `[C, S]` of each block. Raises CodecError naming the known ones."""
+    if not isinstance(name, str) or name not in CODERS:
         raise CodecError(f"no entropy coder is called {name!r}; known are {', '.join(sorted(CODERS))}")
-    return CODERS[name](frequencies)
+    return CODERS[name](blocks)

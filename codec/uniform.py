@@ -112,9 +112,10 @@ def pack_bits(symbols: Tensor, bits: int) -> Tensor:
         return padded
     if bits == 4:
         return padded[:, 0::2] | padded[:, 1::2] << 4
+    device = symbols.device
     groups = padded.unflatten(1, (-1, 8)).to(torch.int32)
-    words = (groups << torch.arange(0, 8 * bits, bits, dtype=torch.int32)).sum(dim=2, dtype=torch.int32)
-    parts = words[..., None] >> torch.arange(0, 8 * bits, 8, dtype=torch.int32) & 0xFF
+    words = (groups << torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=device)).sum(dim=2, dtype=torch.int32)
+    parts = words[..., None] >> torch.arange(0, 8 * bits, 8, dtype=torch.int32, device=device) & 0xFF
     return parts.to(torch.uint8).flatten(1)
 
 

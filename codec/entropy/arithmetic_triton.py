@@ -129,7 +129,7 @@ def encode(symbols: Tensor, cdfs: DeviceCdfs, *, segment_tokens: int | None = No
     if stream >= 0:
         raise CodecError(f"column {stream % len(symbols)} holds a symbol outside its alphabet of {cdfs.symbols}")
     n = lengths.cpu().numpy().astype(np.int64)
-    return sections.assemble(n, symbols.shape[1], segment_tokens, [data.cpu().numpy()])
+    return sections.assemble(n, [data.cpu().numpy()], symbols.shape[1], segment_tokens)
 
 
 def launch_encode(symbols: Tensor, cdfs: DeviceCdfs, segment_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from codec.entropy._kernels import CoderKernels
 
 MAX_SHARED_TABLES = 256
-"""Up to here all decoding tables are built once (4 KiB each); beyond, each is built for the columns that use it."""
+"""Up to here decoding tables that columns share are built once (4 KiB each); others are built for each column."""
 
 
 def encode(
@@ -137,7 +137,7 @@ def _decode(
     threads: int | None,
 ) -> None:  # fmt: skip
     kernel = _kernels().decode[str(target.dtype)]
-    shared = tables.count <= MAX_SHARED_TABLES
+    shared = tables.count <= MAX_SHARED_TABLES and tables.count < streams.columns
     packed = tables.packed if shared else np.empty((1, 1), np.uint32)
 
     def decode_columns(*job: Any) -> int:

@@ -135,7 +135,7 @@ def encode(symbols: Tensor, tables: DeviceTables, *, segment_tokens: int | None 
     if stream >= 0:
         raise CodecError(f"column {stream % len(symbols)} holds a symbol that its table gives no slot; escape it")
     n = lengths.cpu().numpy().astype(np.int64)
-    return sections.assemble(n, symbols.shape[1], segment_tokens, [words.cpu().numpy()])
+    return sections.assemble(n, [words.cpu().numpy()], symbols.shape[1], segment_tokens)
 
 
 def launch_encode(symbols: Tensor, tables: DeviceTables, segment_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -162,13 +162,14 @@ def encode(
 
 def join(blocks: Sequence[Streams]) -> bytes:
     """One section of blocks of columns that were coded apart, in order; they have the same tokens and segments."""
-    lengths, units = [], []
-    for segment in range(blocks[0].segments):
-        for block in blocks:
-            part = block.part(segment, 0, block.columns)
-            lengths.append(np.diff(part.offsets))
-            units.append(part.units[part.offsets[0] : part.offsets[-1]])
-    return assemble(np.concatenate(lengths), blocks[0].tokens, blocks[0].segment_tokens, units)
+    return assemble(*in_order(blocks), blocks[0].tokens, blocks[0].segment_tokens)
+
+
+def in_order(blocks: Sequence[Streams]) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
+    """Lengths of the streams of blocks of columns, segment by segment, and their units."""
+    parts = [block.part(segment, 0, block.columns) for segment in range(blocks[0].segments) for block in blocks]
+    units = [part.units[part.offsets[0] : part.offsets[-1]] for part in parts]
+    return np.concatenate([np.diff(part.offsets) for part in parts]), units
 
 
 def segment_length(tokens: int, segment_tokens: int | None) -> int:
@@ -246,7 +247,7 @@ def stream_offsets(found: Layout) -> NDArray[np.int64]:
     return offsets
 
 
-def assemble(lengths: NDArray[np.int64], tokens: int, segment_tokens: int, units: list[NDArray[Any]]) -> bytes:
+def assemble(lengths: NDArray[np.int64], units: list[NDArray[Any]], tokens: int, segment_tokens: int) -> bytes:
     """A section of streams of these lengths (in units, in order), whose units lie one after another in `units`."""
     packed = _pack_lengths(lengths, tokens, segment_tokens)
     return b"".join([packed, *(part.data for part in units), b"\0\0"])

@@ -38,8 +38,7 @@ class Tables:
         k, s = given.shape
         if not (1 <= k <= MAX_TABLES and 1 <= s <= MAX_SYMBOLS):
             raise CodecError(f"{k} tables of {s} symbols: at most {MAX_TABLES} of {MAX_SYMBOLS} can be coded")
-        wide = given.astype(np.int64)
-        if wide.min() < 0 or not (wide.sum(axis=1) == PROB_SCALE).all():
+        if given.min() < 0 or not (given.sum(axis=1, dtype=np.int64) == PROB_SCALE).all():
             raise CodecError(f"every table must be non-negative and sum to {PROB_SCALE}")
         frequencies = np.ascontiguousarray(given, dtype=np.uint16).copy()
         frequencies.setflags(write=False)
@@ -154,7 +153,7 @@ def column_counts(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.int6
     if tokens and int(symbols.max(initial=0)) >= n_symbols:
         raise CodecError(f"symbol {int(symbols.max())} is outside an alphabet of {n_symbols}")
     counts = np.zeros((columns, n_symbols), np.int64)
-    block = max(1, (1 << 22) // max(tokens, 1))
+    block = max(1, (1 << 18) // max(tokens, 1))  # eight bytes a symbol are held for so many
     for first in range(0, columns, block):
         part = symbols[first : first + block]
         flat = part.astype(np.int64) + np.arange(len(part))[:, None] * n_symbols

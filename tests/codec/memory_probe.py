@@ -1,8 +1,11 @@
-"""How much memory encoding and decoding take, in a process of its own: python -m tests.codec.memory_probe CODEC...
+"""How much memory encoding and decoding take, in a process of its own:
+
+    python -m tests.codec.memory_probe deep|small THREADS CODEC...
 
 Prints JSON: for each codec the most memory held while decoding, input and output included, over their bytes, and while
-encoding, input included, over the input's. The cache has the depth and dtype of a 7B model; a codec works layer by
-layer, so that on a shallower model its buffers weigh more.
+encoding, input included, over the input's; the larger of the lowest and the highest level. A `deep` cache has the depth
+and dtype of a 7B model, a `small` one the shape of the bundled model's: a codec works layer by layer, so that its
+buffers weigh more there.
 """
 
 from __future__ import annotations
@@ -22,24 +25,31 @@ from codec.profile import Profile
 from codec.transform import Rope
 from tests.codec.synthetic import synthetic_kv
 
-L, T, H, D = 32, 4096, 4, 32
+SHAPES = {"deep": (32, 4096, 4, 32), "small": (8, 1024, 5, 32)}
+"""Layers, tokens, heads, dimensions."""
 Result = TypeVar("Result")
 
 
-ROPE = Rope(10_000.0 ** -(torch.arange(D // 2) / (D // 2)).repeat(L, 1))
-PROFILES: dict[str, Callable[[], Profile]] = {
-    "kvstream": lambda: kvstream.fit([cache(600, 2)], rope=ROPE, target_bits=(1.2,)),
-    "cachegen": lambda: cachegen.fit([cache(600, 2)]),
-}
+def rope(layers: int, dim: int) -> Rope:
+    return Rope(10_000.0 ** -(torch.arange(dim // 2) / (dim // 2)).repeat(layers, 1))
 
 
-def cache(tokens: int, seed: int) -> torch.Tensor:
+def cache(layers: int, tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
     """Synthetic, its keys turned by their positions as a model's are."""
-    kv = synthetic_kv(L, tokens, H, D, seed=seed)
-    for layer in range(L):
+    kv = synthetic_kv(layers, tokens, heads, dim, seed=seed)
+    turn = rope(layers, dim)
+    for layer in range(layers):
         keys = kv[layer, 0].float().transpose(0, 1).contiguous()
-        kv[layer, 0] = ROPE.rotate(keys, layer, range(tokens)).transpose(0, 1)
+        kv[layer, 0] = turn.rotate(keys, layer, range(tokens)).transpose(0, 1)
     return kv
+
+
+def profile(name: str, layers: int, heads: int, dim: int) -> Profile | None:
+    """Fitted to another such cache, where the codec needs one."""
+    if name == "kvstream":
+        sample = cache(layers, 600, heads, dim, seed=2)
+        return kvstream.fit([sample], rope=rope(layers, dim), target_bits=(1.2, 3.6))
+    return cachegen.fit([cache(layers, 600, heads, dim, seed=2)]) if name == "cachegen" else None
 
 
 def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
@@ -58,21 +68,23 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    kv = cache(T, 1)
+    layers, tokens, heads, dim = SHAPES[sys.argv[1]]
+    torch.set_num_threads(int(sys.argv[2]))
+    kv = cache(layers, tokens, heads, dim, seed=1)
     size = kv.numel() * kv.element_size()
     found = {}
-    for name in sys.argv[1:]:
-        codec = registry.make(name, {}, PROFILES[name]() if name in PROFILES else None)
-        few = codec.encode(kv[:, :, :64], 0, positions=range(64))
-        codec.decode(few)  # what is compiled and cached stays out of the measurement
-        data, encoding = peak_bytes(lambda codec=codec: codec.encode(kv, 0, positions=range(T)))
-        out, decoding = peak_bytes(lambda codec=codec, data=data: codec.decode(data))
-        assert isinstance(out, torch.Tensor)
-        found[name] = {
-            "decode": (len(data) + decoding) / (len(data) + size),
-            "encode": (size + encoding) / size,
-        }
+    for name in sys.argv[3:]:
+        codec = registry.make(name, {}, profile(name, layers, heads, dim))
+        decode, encode = [], []
+        for level in sorted({0, len(codec.levels) - 1}):
+            few = codec.encode(kv[:, :, :64], level, positions=range(64))
+            codec.decode(few)  # what is compiled and cached stays out of the measurement
+            data, more = peak_bytes(lambda codec=codec, level=level: codec.encode(kv, level, positions=range(tokens)))
+            encode.append((size + more) / size)
+            out, more = peak_bytes(lambda codec=codec, data=data: codec.decode(data))
+            decode.append((len(data) + more) / (len(data) + size))
+            del out
+        found[name] = {"decode": max(decode), "encode": max(encode)}
     print(json.dumps(found))
 
 

@@ -14,6 +14,7 @@ from tests.codec.synthetic import synthetic_kv
 
 class TestArtifact(Conformance):
     tolerance = (0.35, 0.1)
+    entropy_coded = True
 
     @staticmethod
     def build() -> Codec:
@@ -72,6 +73,15 @@ class TestArtifact(Conformance):
         lying = b"\xff\xff\xff\x7f" + sections["lens"][4:]
         with pytest.raises(CodecError, match="not as long"):
             codec.decode(container.pack(chunk.header, sections | {"lens": lying}))
+
+
+def test_models_of_many_columns() -> None:
+    """Llama-2-7B has 262,144 of them, and a coder's tables are at most 65,536."""
+    codec = registry.make("artifact")
+    kv = torch.randn((33, 2, 9, 1, 1_024), generator=torch.Generator().manual_seed(0))
+    decoded = codec.decode(codec.encode(kv, 2, positions=range(9)))
+    assert isinstance(decoded, torch.Tensor)
+    assert float((decoded - kv).pow(2).mean().sqrt()) < 0.1
 
 
 def test_bins_by_thirds() -> None:

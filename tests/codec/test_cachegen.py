@@ -16,6 +16,7 @@ from tests.codec.synthetic import synthetic_kv
 
 class TestCacheGen(Conformance):
     tolerance = (0.25, 0.05)
+    entropy_coded = True
 
     @staticmethod
     def build() -> Codec:
@@ -45,7 +46,7 @@ class TestCacheGen(Conformance):
         for scale in SCALES:
             _, anchors, _, deltas = symbols_of(kv, scale)
             assert int(anchors.max()) <= 254
-            assert int(deltas.max()) <= 2 * cachegen.largest_half(scale)
+            assert int(deltas.max()) <= 2 * cachegen.halves_of(3, scale)[0]
 
     def test_distributions_are_per_column(self) -> None:
         """The size is near the empirical entropy of each column's own histogram, not that of a shared one."""
@@ -84,8 +85,17 @@ class TestCacheGen(Conformance):
             with pytest.raises(CodecError, match="has no tensor"):
                 registry.make("cachegen", {}, Profile(tensors, good.metadata))
             tensors[name] = np.ones_like(good.tensors[name])
-            with pytest.raises(CodecError, match="sum to"):
+            match = "sum to" if name == "anchor" else r"'delta0' to symbols that layer 1 cannot have.*--fresh"
+            with pytest.raises(CodecError, match=match):
                 registry.make("cachegen", {}, Profile(tensors, good.metadata))
+
+    def test_slots_are_for_symbols_that_a_layer_can_have(self, codec: Codec) -> None:
+        assert codec.profile is not None
+        for level, scale in enumerate(SCALES):
+            tables = codec.profile.tensors[f"delta{level}"].reshape(3, 2 * 2 * 8, -1)
+            for table, half in zip(tables, cachegen.halves_of(3, scale), strict=True):
+                assert bool((table[:, : 2 * half + 1] > 0).all())
+                assert not bool(table[:, 2 * half + 1 :].any())
 
     def test_unknown_coders_are_named(self) -> None:
         with pytest.raises(CodecError, match="known are"):
@@ -94,6 +104,7 @@ class TestCacheGen(Conformance):
 
 class TestCacheGenArithmetic(Conformance):
     tolerance = (0.25, 0.05)
+    entropy_coded = True
 
     @staticmethod
     def build() -> Codec:
@@ -111,8 +122,43 @@ class TestCacheGenArithmetic(Conformance):
             assert len(mine) == pytest.approx(len(theirs), rel=0.1)
 
 
+@pytest.mark.parametrize("coder", ["rans", "ac"])
+def test_models_of_many_columns(coder: str) -> None:
+    """Llama-2-7B has 262,144 of them, and a coder's tables are at most 65,536."""
+    layers, width = 33, 1_024
+
+    def flat(halves: list[int], widest: int) -> np.ndarray:
+        tables = np.zeros((layers, 2 * width, 2 * widest + 1), np.uint16)
+        for table, half in zip(tables, halves, strict=True):
+            table[:, : 2 * half + 1] = 1024 // (2 * half + 1)
+            table[:, half] += 1024 % (2 * half + 1)
+        return tables.reshape(-1, 2 * widest + 1)
+
+    tensors = {"anchor": flat([cachegen.ANCHOR_HALF] * layers, cachegen.ANCHOR_HALF)}
+    for level, scale in enumerate(SCALES):
+        halves = cachegen.halves_of(layers, scale)
+        tensors[f"delta{level}"] = flat(halves, halves[0])
+    facts = {"codec": "cachegen", "layers": layers, "heads": 1, "head_dim": width}
+    codec = registry.make("cachegen", {"coder": coder}, Profile(tensors, facts))
+    kv = torch.randn((layers, 2, 11, 1, width), generator=torch.Generator().manual_seed(0))
+    error = codec.decode(codec.encode(kv, 4, positions=range(11))) - kv
+    assert float(error.pow(2).mean().sqrt()) < 0.05
+
+
+def test_a_difference_that_the_caches_dtype_cannot_hold_is_refused() -> None:
+    """Its scale would be infinite, or clipped and the values silently wrong."""
+    codec = registry.make("cachegen", {}, stored("cachegen"))
+    kv = torch.zeros((3, 2, 20, 2, 8))
+    kv[:, :, 0], kv[:, :, 1] = -60_000, 60_000
+    with pytest.raises(CodecError, match=r"more than torch.float16 holds \(65504\)"):
+        codec.encode(kv.half(), 0, positions=range(20))
+    assert float(codec.decode(codec.encode(kv, 4, positions=range(20)))[0, 0, 1, 0, 0]) == pytest.approx(6e4, rel=0.01)
+
+
 def test_fitting_checks_its_samples() -> None:
     with pytest.raises(CodecError, match="at least one"):
         cachegen.fit([])
     with pytest.raises(CodecError, match="different shapes"):
         cachegen.fit([synthetic_kv(2, 20, 2, 8), synthetic_kv(3, 20, 2, 8)])
+    with pytest.raises(CodecError, match="a KV sample holds NaN"):
+        cachegen.fit([synthetic_kv(2, 20, 2, 8) * float("nan")])
