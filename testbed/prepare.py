@@ -24,7 +24,7 @@ from testbed.store import Store, store_evaluation, store_kv
 if TYPE_CHECKING:
     from codec.api import Codec
 
-FORMAT = 1
+FORMAT = 2
 """Counts changes of what is stored, so that old caches are left alone."""
 
 MOST_QUESTIONS = 16
@@ -101,7 +101,7 @@ def prepare(
             Question(tuple(model.encode(q.prompt.decode())), tuple(model.encode(q.answer.decode())))
             for q in asked(context.questions)
         ]
-        right = store_evaluation(store, key, model, kv, questions)
+        right = store_evaluation(store, key, model, kv, questions, calibrate.passage(model))
         (store.path / "contexts" / key / "evaluation" / "exact.json").write_text(json.dumps(sum(right)))
     exact = {
         name: json.loads((store.path / "contexts" / key / "evaluation" / "exact.json").read_text())

@@ -53,6 +53,8 @@ class Row:
     met: bool
     distortion: float | None
     measured_kl: float | None
+    """Mean KL (nats) of the next-token distribution against the exact cache, over the first tokens that are read after
+    the session: a passage of text, and the answers."""
     answer_ok: bool | None
     """The timed question's answer, from the cache that arrived."""
     answers_right: int | None
