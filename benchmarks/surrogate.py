@@ -4,8 +4,8 @@
 
 Sessions with mixed levels over simulated links: policies that mix levels, on traces and deadlines that make them, under
 each codec, for the shipped contexts. The cache of every session is put together from the encoded chunks that it chose
-(text is exact), and what a run's results call `measured_kl` is measured on it as a receiver does: the KL divergence from
-the exact cache over the first tokens that are read next, a passage of text and the answers to questions.
+(text is exact), and what a run's results call `measured_kl` is measured on it as a receiver does: the KL divergence
+from the exact cache over the first tokens that are read next, a passage of text and the answers to questions.
 
 Printed: Spearman's rank correlation of `distortion` with `measured_kl`, by codec and over all sessions. The bar is 0.8
 over all. Within a codec the sessions differ less, and the ranks agree less.

@@ -270,7 +270,7 @@ def store_evaluation(
     questions: Sequence[Question],
     passage: Sequence[int] = (),
 ) -> tuple[bool, ...]:
-    """Read the passage and answer the questions over the exact cache, and keep the log-probabilities beside the context.
+    """Read the passage and answer the questions over the exact cache; keep the log-probabilities beside the context.
 
     Returns which answers were right: what no level can be expected to beat.
     """
