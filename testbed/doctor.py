@@ -1,7 +1,9 @@
 """What this machine can do, and for each thing that it cannot the line that fixes it.
 
-Links are probed for real, in a sandbox that is thrown away: `python -m testbed.doctor` is its inside. Nothing is
-guessed from a version number, and neither torch nor numba is imported.
+Links are probed for real, in a sandbox that is thrown away. Nothing is guessed from a version number, and neither
+torch nor numba is imported.
+
+    python -m testbed.doctor [FILE]      the inside alone, as JSON: it makes a sandbox for itself where it is in none
 """
 
 from __future__ import annotations
@@ -265,5 +267,21 @@ def _make_network() -> str:
     return f"a shaped link in {up - start:.2f} s, gone in {time.monotonic() - up:.2f} s"
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The checks of the inside, to the file named or to standard output. Outside a sandbox it runs itself in one."""
+    if not sandbox.inside():
+        try:
+            return sandbox.run([sys.executable, "-m", "testbed.doctor", *arguments])
+        except MachineError as error:
+            print(f"doctor: {error}", file=sys.stderr)
+            return 4
+    found = json.dumps([asdict(check) for check in _inside()])
+    if arguments:
+        Path(arguments[0]).write_text(found)
+    else:
+        print(found)
+    return 0
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps([asdict(check) for check in _inside()]))
+    sys.exit(main(sys.argv[1:]))

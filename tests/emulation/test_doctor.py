@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from testbed import doctor
@@ -43,6 +45,21 @@ def test_without_namespaces_the_doctor_says_why(monkeypatch):
     assert "AppArmor forbids it" in found.detail
     assert found.fix == "sudo this"
     assert doctor.status([found]) == 4
+
+
+def test_the_inside_alone_makes_its_own_sandbox():
+    """It adds interfaces, queues and rules: never to the host."""
+    command = [sys.executable, "-m", "testbed.doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        seen: set[str] = set()
+        while process.poll() is None:
+            seen |= set(os.listdir("/sys/class/net"))
+            time.sleep(0.002)
+        found = json.loads(process.stdout.read())
+    assert process.returncode == 0
+    assert "veth" in {check["name"] for check in found}
+    assert not {name for name in seen if name.startswith("probe")}
 
 
 def test_the_command_prints_json():
