@@ -12,6 +12,7 @@ import json
 import select
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.emulator.link import LinkSettings, varies
@@ -38,17 +39,14 @@ class Impairments:
         self.network = network
         self.link = network.link
         self._element: subprocess.Popen[str] | None = None
-        wanted = self.link.impair
-        if self.link.jitter_s and self.link.jitter_order:
-            if wanted == "netem":
-                raise MachineError(
-                    "netem cannot keep packets in order under jitter: use impair=nfqueue or jitter_order=off"
-                )
-            wanted = "nfqueue"
-        refused = None if wanted == "nfqueue" else self._try_netem()
-        if wanted == "netem" and refused is not None:
-            raise MachineError(f"this kernel has no netem ({refused}): use impair=nfqueue, or load sch_netem")
-        self.backend = "netem" if wanted != "nfqueue" and refused is None else "nfqueue"
+        refused = unfit_for_netem(self.link, network.traces)
+        if self.link.impair == "netem" and refused is not None:
+            raise MachineError(f"netem cannot {refused}: leave impair=netem away, and our element does it")
+        if refused is None and self.link.impair != "nfqueue":
+            refused = self._try_netem()
+            if self.link.impair == "netem" and refused is not None:
+                raise MachineError(f"this kernel has no netem ({refused}): use impair=nfqueue, or load sch_netem")
+        self.backend = "nfqueue" if refused is not None or self.link.impair == "nfqueue" else "netem"
         self.settings: dict[str, Any] = {"backend": self.backend, "why_not_netem": refused}
         if self.backend == "nfqueue":
             self._start_element()
@@ -153,6 +151,15 @@ class Impairments:
             f"cannot delay packets without netem: {troubles[0]}; run `sudo apt-get install iptables`, "
             "and `sudo modprobe xt_NFQUEUE` where the kernel has it as a module"
         )
+
+
+def unfit_for_netem(link: LinkSettings, traces: Iterable[Trace]) -> str | None:
+    """What the path asks for that netem cannot do, on any kernel."""
+    if link.jitter_s and link.jitter_order:
+        return "keep packets in order under jitter (jitter_order=off would let them overtake)"
+    if any(varies(trace) for trace in traces):
+        return "follow a trace's delays and losses"
+    return None
 
 
 def netem_words(link: LinkSettings, *, forward: bool) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from typing import ClassVar
 
 import pytest
 
-from testbed.emulator.impairments import netem_words
+from testbed.emulator.impairments import Impairments, netem_words
 from testbed.emulator.link import LinkSettings
-from testbed.errors import SpecError
+from testbed.errors import MachineError, SpecError
 from testbed.specs import build, parse_settings
+from traces.trace import Trace
 
 
 @pytest.mark.parametrize("delay_ms", [2, 20])
@@ -95,6 +97,46 @@ def test_netem_is_asked_for_the_same():
     assert enter / (enter + leave) * bad == pytest.approx(0.01, rel=1e-4)
     assert (1 / leave, bad, good) == (4, 1.0, 0.0)
     assert words[8:] == ["duplicate", "2.000000%", "reorder", "3.000000%"]
+
+
+class WithNetem:
+    """A network on a kernel that has netem, as far as choosing needs one."""
+
+    hosts: ClassVar = {"delay": None}
+
+    def __init__(self, link: str, *traces: Trace) -> None:
+        self.link, self.traces = build(LinkSettings, parse_settings(link, "link"), "link"), traces
+
+    def run(self, host: object, argv: list[str]) -> str:
+        return '[{"kind": "netem"}]' if "show" in argv else ""
+
+
+VARYING = Trace("varying", [1.0], [1e6], delay_s=[0.01])
+
+
+@pytest.mark.parametrize(
+    ("link", "traces", "backend"),
+    [
+        ("delay=5ms", [], "netem"),
+        ("delay=5ms,impair=nfqueue", [], "nfqueue"),
+        ("delay=5ms,jitter=1ms", [], "nfqueue"),
+        ("delay=5ms,jitter=1ms,jitter_order=off", [], "netem"),
+        ("", [VARYING], "nfqueue"),
+        ("delay=5ms", [VARYING], "nfqueue"),
+    ],
+)
+def test_netem_is_taken_where_it_can_do_it(link, traces, backend, monkeypatch):
+    monkeypatch.setattr(Impairments, "_start_element", lambda self: None)
+    found = Impairments(WithNetem(link, *traces))
+    assert found.settings["backend"] == backend
+    assert (found.settings["why_not_netem"] is None) == (backend == "netem" or "nfqueue" in link)
+
+
+def test_netem_by_name_is_refused_for_what_it_cannot_do():
+    for link, says in (("impair=netem", "delays and losses"), ("delay=5ms,jitter=1ms,impair=netem", "in order")):
+        with pytest.raises(MachineError, match=says) as caught:
+            Impairments(WithNetem(link, VARYING))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
