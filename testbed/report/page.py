@@ -350,6 +350,7 @@ def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
         "model": f"{models} {_short(fingerprint)}" if fingerprint else models,
         "profiles": _hashes(manifest.get("profiles", {})),
         "traces": _hashes(manifest.get("traces", {})),
+        "simplified": manifest.get("simplified", ""),
     }
     items = "".join(f"<dt>{key}<dd><code>{escape(value)}</code>" for key, value in facts.items() if value)
     folded = {
