@@ -271,12 +271,16 @@ WATCH = """
 import sys, time
 from testbed.emulator.clock import be_punctual
 be_punctual(light=True)
+print("ready", flush=True)
 due, end = time.monotonic(), time.monotonic() + float(sys.argv[1])
+seen = []
 while due < end:
     with open("/sys/class/net/receiver0-left/statistics/rx_bytes") as file:
-        print(time.monotonic(), int(file.read()))
+        seen.append((time.monotonic(), int(file.read())))
     due += 0.002
     time.sleep(max(due - time.monotonic(), 0.0))
+for at_s, received in seen:  # a pipe that nobody reads meanwhile would fill, and stop the watching
+    print(at_s, received)
 """
 
 
@@ -292,7 +296,8 @@ def filled(network: Network, length_s: float, meanwhile: Callable[[], None]) -> 
     time.sleep(1.0)
     watch = [sys.executable, "-c", WATCH, str(length_s + 1.0)]
     watcher = network.popen(network.receiver, watch, stdout=subprocess.PIPE, text=True)
-    time.sleep(0.3)
+    assert watcher.stdout is not None
+    watcher.stdout.readline()
     meanwhile()
     lines = watcher.communicate()[0].splitlines()
     for process in (*clients, server):
