@@ -89,9 +89,13 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """A run that exists. Raises SpecError otherwise."""
         run = cls(Path(path))
-        if not (run.path / "manifest.json").is_file():
+        if not run.exists():
             raise SpecError(f"{path}: no run is there (manifest.json is missing); give a folder under runs/")
         return run
+
+    def exists(self) -> bool:
+        """Whether a run has begun in this folder."""
+        return (self.path / "manifest.json").is_file()
 
     def create(self, manifest: Json) -> None:
         """Begin, or go on with, a run. Raises SpecError if the folder holds a different experiment."""

@@ -64,7 +64,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
         plugs.check_levels(scheme.policy, len(prepared.manifests[experiment.contexts[0], scheme.codec].levels))
     units = experiment.units()
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
-    manifest = describe(experiment, prepared, "mininet")
+    manifest = describe(experiment, prepared, "mininet") | _of_earlier_parts(run)
     manifest["simplified"] = f"the oracle {simplified}" if simplified else ""
     run.create(manifest)
     progress.begin(experiment, len(units) * len(experiment.schemes), [unit for unit, _ in todo], emulated=True)
@@ -82,8 +82,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
             packets=experiment.capture,
             probe=experiment.probe,
         ) as stage:
-            manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings}
-            manifest |= {"costs": stage.costs_json}
+            manifest["networks"][text] = stage.network.settings | {"shaper": stage.shaper.settings}
+            manifest["costs"] = stage.costs_json
             run.create(manifest)
             for unit, scheme in sessions:
                 trace = traces[unit.trace]
@@ -94,6 +94,12 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
                 run.save(row, chunks, link, result.packets)
                 events.append(log, events.SessionEnd(vars(row)))
                 progress.step(row)
+
+
+def _of_earlier_parts(run: Run) -> Json:
+    """What only a network that was up can say: kept from the parts of the run that are done."""
+    before = run.manifest if run.exists() else {}
+    return {"networks": {}} | {key: before[key] for key in ("networks", "costs") if key in before}
 
 
 def _prepared(experiment: Experiment, progress: Progress, note: str) -> prepare.Prepared:

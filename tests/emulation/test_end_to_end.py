@@ -147,8 +147,8 @@ def test_the_oracle_is_met_by_nobody_and_chooses_better(run):
 def test_the_files_of_a_run_are_there(run):
     folder, _ = run
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["network"]
-    assert manifest["shaper"]
+    assert set(manifest["networks"]) == {"delay=10ms,queue=50ms"}
+    assert manifest["networks"]["delay=10ms,queue=50ms"]["shaper"]["queue_s"] == 0.05
     for name in ("sessions.jsonl", "chunks.jsonl", "link.jsonl", "summary.json", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     assert len((folder / "sessions.jsonl").read_text().splitlines()) == 6
@@ -192,6 +192,9 @@ def test_a_finished_run_is_not_run_again(run):
     done = kvstream("run", "e2e.toml", "--json", cwd=folder.parents[1])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schemes"] == before["schemes"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["networks"], "what the first part said of its links stays"
+    assert manifest["costs"]
     assert time.monotonic() - start < 60, "a run that is complete only has to be summarised"
 
 
