@@ -104,4 +104,4 @@ def replay_command(args: argparse.Namespace) -> int:
 
     result = measure.replay(open_trace(args.trace), make_link(args.link), parse_time(args.length), fill=args.measure)
     print(json.dumps(result.to_json(), indent=1) if args.json else result.text())
-    return 0
+    return 0 if result.verdict.ok else 3

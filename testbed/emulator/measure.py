@@ -64,7 +64,13 @@ class Measurement:
                 f"one TCP flow got {self.goodput_bps / 1e6:.2f} Mbit/s of goodput, {self.goodput_per_trace:.1%} of "
                 f"what the trace allows; {verdict.drops} packets dropped at the queue"
             )
-        lines.append("valid" if verdict.ok else "invalid: " + "; ".join(verdict.reasons))
+        if not verdict.ok:
+            lines.append("invalid: " + "; ".join(verdict.reasons))
+        elif verdict.windows:
+            lines.append("valid")
+        else:
+            fills = "; --measure fills it" if self.goodput_bps is None else ""
+            lines.append(f"nothing to judge: the link was never full{fills}")
         return "\n".join(lines)
 
 
