@@ -150,6 +150,11 @@ def test_netem_by_name_is_refused_for_what_it_cannot_do():
         "queue=0ms",
         "mtu=100",
         "cc=a b",
+        "queue=50B",
+        "queue=5%",
+        "loss=20ms",
+        "delay=0.1%",
+        "loss_burst=3ms",
     ],
 )
 def test_impossible_settings_are_refused(text):
