@@ -1,11 +1,11 @@
-"""Does the emulated link do what its trace says? Replay, delay, loss, set-up, sharing, measured against bars.
+"""Does the emulated link do what its trace says? Replay, delay, loss, probe, set-up, sharing, measured against bars.
 
     python benchmarks/fidelity.py [--only PART ...] [--out FILE.json] [--small]
 
-Everything runs in a sandbox, as root or not. Parts: replay, lateness, steps, delay (with the cost in CPU), loss, setup,
-sharing; all take about 8 minutes. With --out the file is extended: parts that are measured again replace their old
-rows, others stay, so that the table can be made in pieces. `steps` also drives Mininet's own `TCLink.config` through
-the same rates, and both are measured at the receiver.
+Everything runs in a sandbox, as root or not. Parts: replay, lateness, steps, delay (with the cost in CPU), loss,
+element (how much ours takes), probe, setup, sharing; all take about 10 minutes. With --out the file is extended: parts
+that are measured again replace their old rows, others stay, so that the table can be made in pieces. `steps` also
+drives Mininet's own `TCLink.config` through the same rates, and both are measured at the receiver.
 
 A measurement during which the run had to wait for processors that others had says little about the link: it is made
 again, up to three times, and the median of the undisturbed ones counts. Where all were disturbed, the row says so.
@@ -40,6 +40,7 @@ from testbed.emulator.clock import CpuMeter  # noqa: E402
 from testbed.emulator.fidelity import expected_bytes, windows  # noqa: E402
 from testbed.emulator.link import LinkSettings  # noqa: E402
 from testbed.emulator.measure import replay  # noqa: E402
+from testbed.emulator.probe import Prober  # noqa: E402
 from testbed.emulator.record import LinkRecord  # noqa: E402
 from testbed.emulator.shaper import Shaper  # noqa: E402
 from testbed.emulator.topology import Network  # noqa: E402
@@ -64,6 +65,9 @@ FLOW_BYTES = 25e6
 """What one TCP flow can have under way: its window ends with a buffer of 64 MiB, at 1.2 Gbit/s over 80 ms."""
 RAMP_S = 20.0
 LOSSES = (0.001, 0.01, 0.1)
+ELEMENT_RATES = (10e3, 20e3, 30e3, 40e3, 50e3, 60e3, 80e3, 100e3, 120e3, 150e3, 200e3)
+"""Packets a second."""
+PROBED_MBPS = (10.0, 100.0, 1000.0)
 TRIES = 3
 CALM = 0.05
 """Seconds a second that a measurement's processes may wait for processors that others have."""
@@ -469,6 +473,72 @@ def received_packets(network: Network) -> int:
     return counters["InDatagrams"] + counters["NoPorts"] + counters["InErrors"]
 
 
+# ---- how far the element and the probe go ------------------------------------------------------------------------
+
+
+def element(table: Table, small: bool) -> None:
+    length_s = 1.0 if small else 3.0
+    table.steady("element", lambda: [*singles(length_s), *groups(length_s)])
+
+
+def singles(length_s: float) -> list[Value]:
+    """The highest rate of datagrams of one MTU at which the element keeps up and the kernel drops none on its way."""
+    kept = 0.0
+    for rate in ELEMENT_RATES:
+        count = int(rate * length_s)
+        with Network(LinkSettings(delay_s=0.005, loss=0.001, impair="nfqueue", seed=11)) as network:
+            assert network.impairments is not None
+            start_s = time.monotonic()
+            network.run(network.sender, [sys.executable, "-c", FLOOD, network.receiver_ips[0], str(count), str(rate)])
+            spent_s = time.monotonic() - start_s
+            lane = network.impairments.report()["lanes"][0]
+        if lane["lost_by_kernel"] or lane["packets"] < 0.99 * count:
+            break
+        kept = max(kept, count / spent_s)
+    return [Value("single packets, none lost by the kernel", kept / 1e3, "k/s")]
+
+
+def groups(length_s: float) -> list[Value]:
+    """What TCP gets through a delay of 5 ms where nothing else limits it."""
+    with Network(LinkSettings(delay_s=0.005, impair="nfqueue")) as network:
+        assert network.impairments is not None
+        server = traffic.start_server(network, network.sender, network.sender_ip)
+        clients = [
+            traffic.start_pull(network, network.receiver, network.sender_ip, seconds=length_s + 1.5) for _ in range(2)
+        ]
+        begin_s = time.monotonic() + 1.0
+        results = [traffic.result_of(client) for client in clients]
+        rate = sum(traffic.rate_between(result, begin_s, begin_s + length_s) for result in results)
+        lost = sum(lane["lost_by_kernel"] for lane in network.impairments.report()["lanes"])
+        traffic.end(server)
+    return [
+        Value("TCP in groups, goodput", rate / 1e9, "Gbit/s"),
+        Value("TCP in groups, lost by the kernel", lost, "", 0),
+    ]
+
+
+def probe(table: Table, small: bool) -> None:
+    for rate_mbps in PROBED_MBPS:
+        table.steady("probe", lambda rate_mbps=rate_mbps: probed(rate_mbps, 3 if small else 10))  # type: ignore[misc]
+
+
+def probed(rate_mbps: float, count: int) -> list[Value]:
+    """How far the probe's estimates are from a link of one rate."""
+    trace = Trace("probed", np.array([60.0]), np.array([rate_mbps * 1e6]))
+    network = Network(LinkSettings(delay_s=0.005), traces=[trace])
+    with network, Shaper(network) as shaper, Prober(network) as prober:
+        shaper.arm(trace, time.monotonic(), 60.0)
+        found = [prober.measure() for _ in range(count)]
+        shaper.finish()
+    errors = [abs(one.capacity_bps / trace.peak_bps - 1.0) for one in found]
+    what = f"{rate_mbps:g} Mbit/s: "
+    return [
+        Value(what + "median error", median(errors), "fraction", 0.03),
+        Value(what + "largest error", max(errors), "fraction"),
+        Value(what + "round trip of 10 ms, median off by", abs(median(one.rtt_s for one in found) - 0.01) * 1e3, "ms"),
+    ]
+
+
 # ---- the rest ---------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +590,8 @@ PARTS: dict[str, Callable[[Table, bool], None]] = {
     "steps": steps,
     "delay": delays,
     "loss": losses,
+    "element": element,
+    "probe": probe,
     "setup": setup,
     "sharing": sharing,
 }
