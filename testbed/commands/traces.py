@@ -39,6 +39,9 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     replay.add_argument("--length", default="10s", help="how long to replay (default: 10s)")
     replay.add_argument("--link", default="", help="link settings: delay=20ms,queue=50ms,cc=cubic")
     replay.add_argument("--measure", action="store_true", help="fill the link with TCP and print the error per window")
+    replay.add_argument(
+        "--receivers", type=int, default=1, metavar="N", help="with --measure: so many share the link, a flow each"
+    )
     replay.add_argument("--json", action="store_true", help="print the measurement as JSON")
     replay.set_defaults(run=replay_command)
 
@@ -94,7 +97,10 @@ def convert_command(args: argparse.Namespace) -> int:
 
 def replay_command(args: argparse.Namespace) -> int:
     from testbed.emulator import sandbox
+    from testbed.errors import SpecError
 
+    if args.receivers != 1 and not args.measure:
+        raise SpecError("--receivers goes with --measure, which sends to them")
     if not sandbox.inside():
         return sandbox.run([sys.executable, "-m", "testbed.cli", *sys.argv[1:]])
     from testbed.emulator import measure
@@ -102,6 +108,12 @@ def replay_command(args: argparse.Namespace) -> int:
     from traces.resolve import open_trace
     from traces.units import parse_time
 
-    result = measure.replay(open_trace(args.trace), make_link(args.link), parse_time(args.length), fill=args.measure)
+    result = measure.replay(
+        open_trace(args.trace),
+        make_link(args.link),
+        parse_time(args.length),
+        fill=args.measure,
+        receivers=args.receivers,
+    )
     print(json.dumps(result.to_json(), indent=1) if args.json else result.text())
     return 0 if result.verdict.ok else 3
