@@ -50,9 +50,16 @@ def list_command(args: argparse.Namespace) -> int:
     from traces import formats, generators, library
 
     if args.json:
-        print(json.dumps({"library": library.names(), "generators": sorted(generators.GENERATORS),
-                          "formats": sorted(formats.FORMATS)}, indent=1))  # fmt: skip
+        about = {
+            name: {"unit": one.unit, "edge": one.edge, "kind": one.kind, "written": one.write is not None}
+            for name, one in sorted(formats.FORMATS.items())
+        }
+        listed = {"library": library.names(), "generators": sorted(generators.GENERATORS), "formats": about}
+        print(json.dumps(listed, indent=1))
         return 0
+    from rich.console import Console
+    from rich.table import Table
+
     from traces.units import format_rate, format_time
 
     print("Library (kvstream trace show NAME):")
@@ -61,7 +68,10 @@ def list_command(args: argparse.Namespace) -> int:
         print(f"  {name:<24} mean {format_rate(trace.mean_bps):>12}, {format_time(trace.duration_s)}")
     print("Families: family/NAME-NNN for", ", ".join(library.families()))
     print("Generators:", ", ".join(sorted(generators.GENERATORS)))
-    print("Formats:", ", ".join(sorted(formats.FORMATS)))
+    table = Table("format", "unit", "a row holds for", "rates are", "written", box=None, pad_edge=False)
+    for name, one in sorted(formats.FORMATS.items()):
+        table.add_row(name, one.unit, one.edge, one.kind, "yes" if one.write else "")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 
 
@@ -77,8 +87,10 @@ def show_command(args: argparse.Namespace) -> int:
         print(args.figure)
     elif args.json:
         facts = {"name": trace.name, "kind": trace.kind, "per": trace.per, "end": trace.end, "sha256": trace.sha256}
+        facts |= {"story": trace.story}
         numbers = {} if trace.per == "chunk" else {"duration_s": trace.duration_s, "mean_bps": trace.mean_bps}
-        rows = {"durations_s": trace.durations_s.tolist(), "rates_bps": trace.rates_bps.tolist()}
+        columns = {name: getattr(trace, name) for name in ("durations_s", "rates_bps", "delay_s", "loss")}
+        rows = {name: None if column is None else column.tolist() for name, column in columns.items()}
         print(json.dumps(facts | numbers | rows | {"provenance": [asdict(p) for p in trace.provenance]}, indent=1))
     else:
         print(trace_view.draw_terminal(trace))

@@ -1,0 +1,40 @@
+"""`kvstream trace`: what is listed, shown and converted."""
+
+from __future__ import annotations
+
+import json
+
+from testbed import cli
+from traces.formats import FORMATS
+
+
+def printed(capsys, *words: str) -> str:
+    assert cli.main(["trace", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_list_says_what_each_format_means(capsys):
+    text = printed(capsys, "list")
+    for name, format in FORMATS.items():
+        [line] = [line for line in text.splitlines() if line.split()[:1] == [name]]
+        assert format.unit in line
+        assert format.edge in line
+    about = json.loads(printed(capsys, "list", "--json"))["formats"]
+    assert set(about) == set(FORMATS)
+    assert about["oboe"] == {
+        "unit": FORMATS["oboe"].unit,
+        "edge": FORMATS["oboe"].edge,
+        "kind": "achieved",
+        "written": False,
+    }
+
+
+def test_show_prints_every_column_and_the_story(tmp_path, capsys):
+    rows = tmp_path / "t.csv"
+    rows.write_text("duration_s,rate_bps,delay_ms,loss\n1,5000000,20,0.01\n")
+    shown = json.loads(printed(capsys, "show", str(rows), "--json"))
+    assert (shown["rates_bps"], shown["delay_s"], shown["loss"]) == ([5e6], [0.02], [0.01])
+    assert shown["story"] == ""
+    lesson = json.loads(printed(capsys, "show", "lab-cliff", "--json"))
+    assert lesson["story"].startswith("Lesson 2.")
+    assert lesson["delay_s"] is None
