@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, EntryPoints
 
+import numpy as np
 import pytest
 
 from traces import formats, library, resolve
@@ -73,6 +74,7 @@ def test_transforms_apply_in_the_order_written_and_are_recorded():
         "stretch=2": lambda t: t.stretched(2.0),
         "resample=50ms": lambda t: t.resampled(0.05),
         "end=hold": lambda t: t.with_end("hold"),
+        "then=lab-cliff": lambda t: t.concatenated(library.load("lab-cliff")),
         "name=mine": lambda t: t.renamed("mine"),
     }.items(),
 )
@@ -82,6 +84,31 @@ def test_every_transform(setting, by_hand):
     assert made.provenance == wanted.provenance
     assert setting.partition("=")[0] in TRANSFORMS
     assert made.name == ("mine" if setting == "name=mine" else f"step-down-up,{setting}")
+
+
+def test_a_trace_after_another_stands_in_the_provenance(tmp_path):
+    path = tmp_path / "second.csv"
+    path.write_text("duration_s,rate_bps\n1,5e6\n2,7e6\n")
+    both = open_trace(f"constant,rate=3Mbps,length=2s,then={path},scale=2")
+    assert both.rates_bps.tolist() == [6e6, 10e6, 14e6]
+    assert [record.source for record in both.provenance] == ["constant,rate=3000000,length=2", "second.csv"]
+    assert both.provenance[1].sha256
+    assert [record.transforms[0].partition(" of 2")[0] for record in both.provenance] == ["part 1", "part 2"]
+
+
+def test_a_histogram_of_another_trace_is_drawn_from(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("duration_s,rate_bps\n3,2e6\n1,8e6\n")
+    drawn = open_trace(f"histogram,of={path},bins=2,length=400s,seed=3,scale=2")
+    assert np.mean(drawn.rates_bps < 10e6) == pytest.approx(0.75, abs=0.04)
+    assert 4e6 <= drawn.rates_bps.min() <= drawn.peak_bps <= 16e6
+    made, source = drawn.provenance
+    assert open_trace(f"{made.source},scale=2") == drawn, "the record alone makes it again"
+    assert (source.source, source.sha256) == ("log.csv", formats.load(path).provenance[0].sha256)
+    assert f"histogram of 2 bins (trace sha256 {formats.load(path).sha256})" in source.transforms[0]
+    (tmp_path / "log.json").write_text('[{"duration_ms": 1000, "bandwidth_kbps": 5000}]')
+    assert open_trace(f"histogram,of={tmp_path / 'log.json'}").kind == "achieved"
+    assert open_trace("histogram,of=lte-walk") == open_trace("histogram,of=lte-walk,bins=20")
 
 
 def test_a_generators_own_setting_comes_before_the_transform():
@@ -131,6 +158,13 @@ def test_plug_ins(monkeypatch):
         ("paper-uniform,resample=1s", "per=time"),
         ("lab-cliff,end=stop,start=99s", "no start offset"),
         ("uniform,length=1e12s", "more than"),
+        ("steady,then=stedy", "then: no trace 'stedy'.* did you mean steady"),
+        ("steady,then=paper-uniform", "then: .* per=time"),
+        ("histogram,bins=5", "no setting 'bins'; .* of, bins"),
+        ("histogram,of=steady,edges=1Mbps:2Mbps", "of=steady brings its own edges"),
+        ("histogram,of=steady,bins=0", "bins=0; give at least one"),
+        ("histogram,of=steady,bins=x", "'x' is not a quantity"),
+        ("histogram,of=stedy", "did you mean steady"),
     ],
 )
 def test_bad_specs_are_refused_in_one_line(spec, says):
