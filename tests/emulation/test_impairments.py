@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from testbed.emulator.impairments import Impairments, netem_words
+from testbed.emulator.impairments import Impairments, handled, netem_words
 from testbed.emulator.link import LinkSettings
 from testbed.errors import MachineError, SpecError
 from testbed.specs import build, parse_settings
@@ -97,6 +97,34 @@ def test_netem_is_asked_for_the_same():
     assert enter / (enter + leave) * bad == pytest.approx(0.01, rel=1e-4)
     assert (1 / leave, bad, good) == (4, 1.0, 0.0)
     assert words[8:] == ["duplicate", "2.000000%", "reorder", "3.000000%"]
+
+
+def lane(packets: int, dropped: int, late: list[int], lost: int = 0) -> dict[str, object]:
+    return {"packets": packets, "dropped": dropped, "late": late, "lost_by_kernel": lost}
+
+
+def test_what_was_done_to_packets_is_the_difference_of_two_reports():
+    before = {"backend": "nfqueue", "lanes": [lane(10, 1, [9, 0, 0, 0, 0, 0, 0, 0, 0]), lane(0, 0, [0] * 9)]}
+    for late, p99_s in (([109, 0, 0], 0.0001), ([107, 2, 0], 0.0002), ([9, 0, 100], 0.0005)):
+        after = [lane(120, 11, [*late, 0, 0, 0, 0, 0, 0]), lane(30, 0, [30, *[0] * 8], lost=2)]
+        done = handled(before, {"backend": "nfqueue", "lanes": after})
+        assert (done["packets"], done["dropped"], done["lost_by_kernel"]) == (140, 10, 2)
+        assert done["late_p99_s"] == p99_s
+    never = [lane(20, 1, [9, 0, 0, 0, 0, 0, 0, 0, 10]), lane(0, 0, [0] * 9)]
+    assert handled(before, {"backend": "nfqueue", "lanes": never})["late_p99_s"] is None
+    assert handled(before, before)["packets"] == 0
+    lanes = [[{"packets": n, "drops": n // 10}, {"packets": n, "drops": 0}] for n in (10, 60)]
+    netem = [{"backend": "netem", "lanes": each} for each in lanes]
+    assert handled(*netem) == {"backend": "netem", "packets": 100, "dropped": 5}
+
+
+def test_a_session_s_record_has_what_was_done_to_its_packets(scenario):
+    done = scenario("replay", rows=[[0.5, 20]], length_s=0.5, link="delay=5ms,loss=1%,impair=nfqueue")
+    told = done["verdict"]["impairments"]
+    assert told == done["record"]["impairments"]
+    assert told["packets"] > 100
+    assert told["lost_by_kernel"] == 0
+    assert told["dropped"] < 0.1 * told["packets"]
 
 
 class WithNetem:
