@@ -42,6 +42,7 @@ class Impairments:
         self.network = network
         self.link = network.link
         self._element: subprocess.Popen[str] | None = None
+        self._seeded = True
         refused = unfit_for_netem(self.link, network.traces)
         if self.link.impair == "netem" and refused is not None:
             raise MachineError(f"netem cannot {refused}: leave impair=netem away, and our element does it")
@@ -50,7 +51,11 @@ class Impairments:
             if self.link.impair == "netem" and refused is not None:
                 raise MachineError(f"this kernel has no netem ({refused}): use impair=nfqueue, or load sch_netem")
         self.backend = "nfqueue" if refused is not None or self.link.impair == "nfqueue" else "netem"
-        self.settings: dict[str, Any] = {"backend": self.backend, "why_not_netem": refused}
+        self.settings: dict[str, Any] = {
+            "backend": self.backend,
+            "why_not_netem": refused,
+            "seeded": self._seeded or self.backend == "nfqueue",
+        }
         if self.backend == "nfqueue":
             self._start_element()
 
@@ -101,19 +106,25 @@ class Impairments:
         return self.network.hosts[HOST]
 
     def _try_netem(self) -> str | None:
-        """Set netem up in both directions; the reason when the kernel will not."""
+        """Set netem up in both directions; the reason when the kernel will not. Says in `_seeded` whether it has our
+        seed: Linux and iproute2 before 6.6 know of none."""
+        seeded = []
         for interface, forward in ((RIGHT, True), (LEFT, False)):
-            words = netem_words(self.link, forward=forward)
+            words = ["dev", interface, "root", "netem", "limit", str(NETEM_LIMIT)]
+            words += netem_words(self.link, forward=forward)
+            seed = (2 * self.link.seed + forward) % (1 << 64)  # the two directions must not draw the same
             try:
-                self.network.run(
-                    self._host,
-                    ["tc", "qdisc", "add", "dev", interface, "root", "netem", "limit", str(NETEM_LIMIT), *words],
-                )
+                try:
+                    self.network.run(self._host, ["tc", "qdisc", "add", *words, "seed", str(seed)])
+                except MachineError:
+                    self.network.run(self._host, ["tc", "qdisc", "add", *words])
                 (qdisc,) = json.loads(self.network.run(self._host, ["tc", "-j", "qdisc", "show", "dev", interface]))
             except MachineError as error:
                 return str(error).rpartition(": ")[2]
             if qdisc["kind"] != "netem":
                 return f"asked for netem, got {qdisc['kind']}"
+            seeded.append(qdisc.get("options", {}).get("seed") == seed)
+        self._seeded = all(seeded)
         return None
 
     def _start_element(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from typing import ClassVar
 
@@ -135,8 +136,30 @@ class WithNetem:
     def __init__(self, link: str, *traces: Trace) -> None:
         self.link, self.traces = build(LinkSettings, parse_settings(link, "link"), "link"), traces
 
+    knows_seeds = True
+    seeds: ClassVar[dict[str, int]] = {}
+
     def run(self, host: object, argv: list[str]) -> str:
-        return '[{"kind": "netem"}]' if "show" in argv else ""
+        device = argv[argv.index("dev") + 1]
+        if "show" in argv:
+            return json.dumps([{"kind": "netem", "options": {"seed": self.seeds[device]} if self.knows_seeds else {}}])
+        if "seed" in argv:
+            if not self.knows_seeds:
+                raise MachineError('`tc` on delay failed: What is "seed"?')
+            self.seeds[device] = int(argv[argv.index("seed") + 1])
+        return ""
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_netem_is_seeded_where_it_can_be_and_it_is_said(knows, monkeypatch):
+    monkeypatch.setattr(WithNetem, "knows_seeds", knows)
+    found = Impairments(WithNetem("delay=5ms,seed=7"))
+    assert found.settings == {"backend": "netem", "why_not_netem": None, "seeded": knows}
+    if knows:
+        assert len(set(WithNetem.seeds.values())) == 2
+        first = dict(WithNetem.seeds)
+        Impairments(WithNetem("delay=5ms,seed=8"))
+        assert not set(first.values()) & set(WithNetem.seeds.values())
 
 
 VARYING = Trace("varying", [1.0], [1e6], delay_s=[0.01])
