@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -38,8 +39,8 @@ GOLDEN = [
     ("puffer.csv", "puffer", 1, [1.0], [2e7], True, "loop"),
     ("oboe.txt", "oboe", None, [0.459, 0.04, 0.391], [3168640.0, 3175930.0, 3183220.0], True, "loop"),
     ("purdue.txt", "purdue", None, [10.0, 10.0], [1e6, 5e6], False, "hold"),
-    ("cachegen.jsonl", "cachegen", 0, [], [0.5658e9, 5.0257e9, 9.5e9], False, "loop"),
-    ("cachegen.jsonl", "cachegen", 1, [], [1.5e9], False, "loop"),
+    ("cachegen.jsonl", "cachegen", 0, [], [0.5658e9, 5.0257e9, 9.5e9], True, "loop"),
+    ("cachegen.jsonl", "cachegen", 1, [], [1.5e9], True, "loop"),
     ("plain.csv", "csv", None, [0.5, 0.5], [10e6, 2.5e6], False, "loop"),
     ("kvstream.csv", "kvstream", None, [0.5, 0.25], [1e6, 2e6], False, "stop"),
 ]
@@ -209,7 +210,9 @@ def test_mahimahi_both_ways():
 
 def test_cachegen_both_ways():
     trace = paper_uniform(seed=1, chunks=7)
-    back = formats.loads(formats.dumps(trace, "cachegen").encode(), "bw.jsonl")
+    text = formats.dumps(trace, "cachegen")
+    assert json.loads(text)["bw"] == pytest.approx(trace.rates_bps * 1448 / 1514 / 1e9)
+    back = formats.loads(text.encode(), "bw.jsonl")
     assert back.rates_bps == pytest.approx(trace.rates_bps)
     assert back.per == "chunk"
 
