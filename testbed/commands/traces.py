@@ -70,7 +70,7 @@ def list_command(args: argparse.Namespace) -> int:
     print("Generators:", ", ".join(sorted(generators.GENERATORS)))
     table = Table("format", "unit", "a row holds for", "rates are", "written", box=None, pad_edge=False)
     for name, one in sorted(formats.FORMATS.items()):
-        table.add_row(name, one.unit, one.edge, one.kind, "yes" if one.write else "")
+        table.add_row(name, one.unit, one.edge, one.kind or "as the file says", "yes" if one.write else "")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 
@@ -103,6 +103,12 @@ def convert_command(args: argparse.Namespace) -> int:
 
     trace = formats.load(args.trace, format=args.source_format) if args.source_format else open_trace(args.trace)
     formats.save(trace, args.output, args.to)
+    if formats.FORMATS[args.to].kind not in (None, trace.kind):
+        print(
+            f"kvstream: format {args.to} cannot say that rates are {trace.kind}; {args.output} will be read as "
+            f"{formats.FORMATS[args.to].kind}",
+            file=sys.stderr,
+        )
     print(f"{args.output}: {trace.name}, {len(trace.rates_bps)} rows, format {args.to}")
     return 0
 

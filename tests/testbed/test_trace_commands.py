@@ -38,3 +38,15 @@ def test_show_prints_every_column_and_the_story(tmp_path, capsys):
     lesson = json.loads(printed(capsys, "show", "lab-cliff", "--json"))
     assert lesson["story"].startswith("Lesson 2.")
     assert lesson["delay_s"] is None
+
+
+def test_converting_says_what_the_written_format_cannot(tmp_path, capsys):
+    log, out = tmp_path / "log.json", tmp_path / "out.csv"
+    log.write_text('[{"duration_ms": 1000, "bandwidth_kbps": 5000, "latency_ms": 40}]')
+    assert cli.main(["trace", "convert", str(log), str(out), "--to", "csv"]) == 0
+    said = capsys.readouterr().err
+    assert said == f"kvstream: format csv cannot say that rates are achieved; {out} will be read as capacity\n"
+    assert json.loads(printed(capsys, "show", str(out), "--json"))["delay_s"] == [0.02]
+    for to in ("kvstream", "sabre"):
+        assert cli.main(["trace", "convert", str(log), str(out), "--to", to]) == 0
+        assert capsys.readouterr().err == ""
