@@ -23,7 +23,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     show.set_defaults(run=show_command)
 
     convert = commands.add_parser("convert", help="read a trace in one format and write it in another")
-    convert.add_argument("trace", help="a file (its format by --from or by itself), a name or a generator")
+    convert.add_argument("trace", help="a file (format by --from or by itself) with part and transforms, or a name")
     convert.add_argument("output", help="the file to write")
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="format of the file that is read")
     convert.add_argument("--to", default="kvstream", metavar="FORMAT", help="format to write (default: kvstream)")
@@ -101,7 +101,12 @@ def convert_command(args: argparse.Namespace) -> int:
     from traces import formats
     from traces.resolve import open_trace
 
-    trace = formats.load(args.trace, format=args.source_format) if args.source_format else open_trace(args.trace)
+    if args.source_format is None:
+        trace = open_trace(args.trace)
+    elif Path(args.trace).is_file():  # whose name may hold a comma
+        trace = formats.load(args.trace, args.source_format)
+    else:
+        trace = open_trace(f"{args.trace},format={args.source_format}")
     formats.save(trace, args.output, args.to)
     if formats.FORMATS[args.to].kind not in (None, trace.kind):
         print(

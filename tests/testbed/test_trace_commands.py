@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from testbed import cli
+from traces import formats
 from traces.formats import FORMATS
 
 
@@ -50,3 +53,19 @@ def test_converting_says_what_the_written_format_cannot(tmp_path, capsys):
     for to in ("kvstream", "sabre"):
         assert cli.main(["trace", "convert", str(log), str(out), "--to", to]) == 0
         assert capsys.readouterr().err == ""
+
+
+def test_a_format_goes_with_part_and_transforms(tmp_path, capsys):
+    log, comma, out = tmp_path / "log.txt", tmp_path / "a,b.txt", tmp_path / "out.csv"
+    for file in (log, comma):
+        file.write_text("0 10\n1 20\n2 30\n")
+    for spec, mean_bps in ((f"{log},scale_mean=9Mbps", 9e6), (f"{log},take=1s,scale_mean=4Mbps", 4e6)):
+        printed(capsys, "convert", spec, str(out), "--from", "lumos5g")
+        assert formats.load(out).mean_bps == pytest.approx(mean_bps)
+    printed(capsys, "convert", str(comma), str(out), "--from", "lumos5g")
+    assert formats.load(out) == formats.load(log, "lumos5g")
+    log.write_text('{"bw": [1.0]}\n{"bw": [2.0]}\n')
+    printed(capsys, "convert", f"{log},part=1", str(out), "--from", "cachegen")
+    assert formats.load(out).chunk_rate(0) == pytest.approx(2e9 * 1514 / 1448)
+    assert cli.main(["trace", "convert", "steady", str(out), "--from", "csv"]) == 2
+    assert "no setting 'format'" in capsys.readouterr().err

@@ -191,11 +191,13 @@ def test_mahimahi_keeps_the_bits_to_a_packet(content, share):
     if trace.bits_by(trace.duration_s * 0.999999) < 2 * 12112:
         return
     back = formats.loads(formats.dumps(trace, "mahimahi").encode(), "t", "mahimahi")
-    assert back.duration_s == pytest.approx(trace.duration_s, abs=0.0006)
-    whole = round(trace.mean_bps * trace.duration_s / 12112) * 12112
+    times = round(back.duration_s / trace.duration_s)
+    assert back.duration_s == pytest.approx(times * trace.duration_s, abs=0.0006)
+    assert back.mean_bps == pytest.approx(trace.mean_bps, rel=0.00101)
+    whole = round(trace.mean_bps * times * trace.duration_s / 12112) * 12112
     assert back.mean_bps * back.duration_s == pytest.approx(whole)
-    bins = math.floor(share * trace.duration_s / 0.05)
-    if bins * 0.05 < min(trace.duration_s, back.duration_s) - 0.001:
+    bins = math.floor(share * back.duration_s / 0.05)
+    if bins * 0.05 < min(times * trace.duration_s, back.duration_s) - 0.001:
         # half a packet of total error, one of position, 1 ms of the clock, and the last packet, which marks the period
         slack = 3.5 * 12112 + 0.0021 * trace.peak_bps
         assert abs(back.bits_by(bins * 0.05) - trace.bits_by(bins * 0.05)) <= slack
@@ -214,6 +216,13 @@ def test_mahimahi_both_ways():
     assert text.splitlines() == [str(ms) for ms in range(1, 1001)]
     back = formats.loads(text.encode(), "t.down")
     assert back.rates_bps == pytest.approx(np.full(20, 12.112e6))
+
+
+def test_mahimahi_repeats_what_is_too_short_for_whole_milliseconds():
+    """12.6 ms would be 13, and the mean 3 % off; five times as long is 63."""
+    back = formats.loads(formats.dumps(constant(rate=30e6, length=0.0126), "mahimahi").encode(), "t.down")
+    assert back.duration_s == pytest.approx(0.063)
+    assert back.mean_bps == pytest.approx(30e6, rel=0.001)
 
 
 def test_cachegen_both_ways():
@@ -236,6 +245,7 @@ def test_cachegen_both_ways():
         (Trace("t", [1.0], [1.0], delay_s=[0.1]), "pensieve", "no column for delay_s"),
         (Trace("t", [1.0], [1.0], loss=[0.1]), "sabre", "no column for loss"),
         (Trace("t", [1.0], [0.0]), "mahimahi", "carries no packet"),
+        (Trace("t", [1.0], [0.001]), "mahimahi", "too slow or too short .* write format kvstream"),
         (constant(rate=10e9, length=60.0), "mahimahi", "lines in mahimahi"),
         (uniform(), "oboe", "can be read but not written"),
         (uniform(), "word", "no trace format 'word'"),
