@@ -73,6 +73,8 @@ class Row:
     """How many times as long as alone the steps of compute were reckoned to take (testbed.rehearsal)."""
     prior_bps: float | None = None
     """Goodput that the link was probed for before the session; None without a probe, or if nothing came through."""
+    prior_rtt_s: float | None = None
+    """The round trip that the same probe saw, over emulated links."""
     capture: Json | None = None
     """What the packets say, where they were recorded (testbed.emulator.analysis)."""
 

@@ -20,7 +20,7 @@ from testbed import ideal, machine, outcome, plugs, prepare
 from testbed.dashboard import events
 from testbed.emulator import analysis, fidelity
 from testbed.emulator.capture import capture
-from testbed.emulator.probe import Prober
+from testbed.emulator.probe import Estimate, Prober
 from testbed.emulator.record import LinkRecord
 from testbed.emulator.shaper import Shaper
 from testbed.emulator.topology import Network
@@ -253,7 +253,8 @@ class Stage:
         self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path | None
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session on the link, with what the link did. `log` is where it is told how it gets on, if anywhere."""
-        prior_bps = self._prior_bps(trace)
+        prior = self._prior(trace)
+        prior_bps, prior_rtt_s = (None, None) if prior is None else (prior.goodput_bps, prior.rtt_s)
         with ExitStack() as stack:
             captures = None
             if self._packets:
@@ -291,6 +292,7 @@ class Stage:
             fidelity=verdict.to_json(),
             strain=answer["strain"],
             prior_bps=prior_bps,
+            prior_rtt_s=prior_rtt_s,
         )
         self._bear((unit.context, scheme.codec), answer["strain"])
         chunks = answer["record"]["chunks"]
@@ -300,20 +302,20 @@ class Stage:
         self, result: Outcome, chunks: list[Json], measured: LinkRecord, captures: Mapping[str, Any]
     ) -> tuple[Outcome, list[Json]]:
         """The session with what its packets say."""
-        found = analysis.analyse(captures, self.network.sender_ip, self._link.mtu)
+        found = analysis.analyse(captures, self.network.sender_ips, self._link.mtu)
         end_s = measured.t0_s + measured.length_s
         windows = found.windows(measured.t0_s, end_s)
-        summary = found.summary(measured, alone=not self._link.crossed and self._link.senders == 1)
+        summary = found.summary(measured, alone=not self._link.crossed)
         return replace(result, capture=summary, packets=windows), found.chunks(chunks, measured.t0_s)
 
-    def _prior_bps(self, trace: Trace) -> float | None:
+    def _prior(self, trace: Trace) -> Estimate | None:
         """What a train of packets finds of the link at the session's start; None where nothing comes through."""
         if self._prober is None:
             return None
         self.shaper.arm(None, time.monotonic(), COVERED_S)
         self.shaper.set_rate(float(trace.rates_bps[0]))
         try:
-            return self._prober.measure().goodput_bps if trace.rates_bps[0] else None
+            return self._prober.measure() if trace.rates_bps[0] else None
         except MachineError:
             return None
         finally:

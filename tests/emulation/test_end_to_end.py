@@ -165,6 +165,7 @@ def test_packets_and_a_prior_on_request(tmp_path):
     assert row["capture"]["rtt_min_s"] >= 0.020
     goodput = 30e6 * 1448 / 1514
     assert row["prior_bps"] == pytest.approx(goodput, rel=0.05)
+    assert 0.020 <= row["prior_rtt_s"] < 0.040
     chunks = [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
     rates = [chunk["capture_goodput_bps"] for chunk in chunks[1:] if chunk["bytes"] > 50_000]
     assert rates == pytest.approx([goodput] * len(rates), rel=0.1)
