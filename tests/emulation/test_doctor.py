@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 from testbed import doctor
+from testbed.emulator.turn import LOCK
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +62,20 @@ def test_the_inside_alone_makes_its_own_sandbox():
     assert process.returncode == 0
     assert "veth" in {check["name"] for check in found}
     assert not {name for name in seen if name.startswith("probe")}
+
+
+def test_another_emulation_s_turn_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    lock = (tmp_path / LOCK.name).open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        checks = {check.name: check for check in doctor.probe()}
+    found = checks["Mininet"]
+    assert (found.detail, found.fix) == (
+        "not tried: another emulation is running here",
+        "try again when it is over",
+    )
+    assert doctor.status(list(checks.values())) == 0
 
 
 def test_the_command_prints_json():
