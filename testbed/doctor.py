@@ -165,11 +165,9 @@ def _inside() -> list[Check]:
     """Try out, in namespaces of our own, everything that a link may be made of."""
     from testbed.emulator.clock import be_punctual
 
-    checks = [_try("veth", _make_veth, "sudo modprobe veth")]
+    checks = [_try("veth", _make_veth, _modules("veth"))]
     if checks[0].ok:
-        checks.append(
-            _try("htb, tbf, bfifo", _make_queues, "sudo modprobe -a sch_htb sch_tbf; the package linux-modules-extra")
-        )
+        checks.append(_try("htb, tbf, bfifo", _make_queues, _modules("sch_htb sch_tbf")))
         checks.append(_netem())
         checks.append(_try("NFQUEUE", _make_packet_queue, "sudo modprobe nfnetlink_queue", needed=False))
         checks.append(_iptables())
@@ -179,6 +177,11 @@ def _inside() -> list[Check]:
     fix = "root, or Linux 6.12 and newer, keeps rate changes punctual on a busy machine"
     checks.append(_mininet())
     return [*checks, Check("punctual shaper", prompt, granted, fix, needed=False)]
+
+
+def _modules(names: str) -> str:
+    """The line that loads modules, or installs them where Ubuntu keeps them in a package of their own."""
+    return f"sudo modprobe -a {names} || sudo apt-get install linux-modules-extra-$(uname -r)"
 
 
 def _try(name: str, attempt: Callable[[], str], fix: str, *, needed: bool = True) -> Check:
@@ -222,7 +225,7 @@ def _netem() -> Check:
         text=True,
         check=False,
     )
-    fix = "sudo modprobe sch_netem; without it packets are delayed through NFQUEUE"
+    fix = f"{_modules('sch_netem')}  # without it packets are delayed through NFQUEUE"
     detail = "delay and loss in the kernel" if done.returncode == 0 else done.stderr.strip().rpartition("Error: ")[2]
     return Check("netem", done.returncode == 0, detail, fix, needed=False)
 
@@ -243,14 +246,14 @@ def _iptables() -> Check:
             rule = [program, "-w", "-A", "FORWARD", "-j", "NFQUEUE", "--queue-num", "0"]
             if subprocess.run(rule, capture_output=True, check=False).returncode == 0:
                 working.append(program)
-    fix = "sudo apt-get install iptables; sudo modprobe xt_NFQUEUE; or netem"
+    fix = "sudo apt-get install --no-install-recommends iptables && sudo modprobe xt_NFQUEUE  # or netem"
     return Check("iptables to NFQUEUE", bool(working), ", ".join(working) or "none works", fix, needed=False)
 
 
 def _congestion_controls() -> Check:
     names = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
     return Check(
-        "congestion controls", "cubic" in names, ", ".join(names), "sudo modprobe tcp_cubic, or --link cc=reno"
+        "congestion controls", "cubic" in names, ", ".join(names), "sudo modprobe tcp_cubic  # or --link cc=reno"
     )
 
 
