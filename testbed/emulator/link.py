@@ -30,7 +30,8 @@ class LinkSettings:
     jitter_s: float = 0.0
     """Each packet's delay is drawn evenly from delay ± jitter."""
     jitter_order: bool = True
-    """Jitter keeps packets in order (a packet waits for the one before). Off: they overtake each other."""
+    """Jitter keeps packets in order (a packet waits for the one before). Off: they overtake each other, one by one: it
+    switches `offloads` off."""
     loss: Fraction = 0.0
     """Mean fraction of packets lost. Counts packets of one MTU: it switches `offloads` off."""
     loss_burst: Number = 0.0
@@ -102,7 +103,8 @@ class LinkSettings:
 
     def grouped(self, traces: Iterable[Trace] = ()) -> bool:
         """Whether segmentation offloads are in use: single packets must be single to be lost or overtaken alone."""
-        harmed = any((self.loss, self.reorder, self.duplicate)) or any(trace.loss is not None for trace in traces)
+        overtaken = self.reorder or (self.jitter_s and not self.jitter_order)
+        harmed = any((self.loss, overtaken, self.duplicate)) or any(trace.loss is not None for trace in traces)
         return self.offloads and not harmed
 
     def gso_bytes(self, traces: Sequence[Trace] = ()) -> int:

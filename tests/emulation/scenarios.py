@@ -136,6 +136,9 @@ def tampered(how: str) -> dict[str, Any]:
             elif how == "rate":
                 words = "htb rate 40mbit ceil 40mbit burst 10k cburst 10k quantum 60000"
                 net.run(net.router, f"tc class change dev {net.bottleneck} parent 5: classid 5:1 {words}".split())
+            elif how == "queue":
+                words = "tbf rate 1tbit burst 1g limit 3028"
+                net.run(net.router, f"tc qdisc change dev {net.bottleneck} parent 5:1 handle 6: {words}".split())
             elif how == "kill":
                 subprocess.run(["kill", "-9", str(shaper.pid)], check=True)
             else:

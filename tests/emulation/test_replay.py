@@ -129,7 +129,14 @@ def test_pinned_ends_have_cores_of_their_own(scenario):
     assert not sender & receiver
 
 
-@pytest.mark.parametrize(("how", "words"), [("delete", "the class is gone"), ("rate", "not the 20000000 that was set")])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("delete", "the class is gone"),
+        ("rate", "not the 20000000 that was set"),
+        ("queue", "the queue is open with 3028 bytes, not the 125000 that were set"),
+    ],
+)
 def test_tampering_with_the_link_is_caught(scenario, how, words):
     done = scenario("tampered", how=how)
     assert not done["verdict"]["ok"]

@@ -135,6 +135,8 @@ def test_rows_carry_capacity_queue_and_lateness():
         (LinkSettings(), [0.0, 1e9], 65_536),
         (LinkSettings(offloads=False), [3e9], 1500),
         (LinkSettings(loss=0.01), [3e9], 1500),
+        (LinkSettings(delay_s=0.01, jitter_s=0.005), [3e9], 65_536),
+        (LinkSettings(delay_s=0.01, jitter_s=0.005, jitter_order=False), [3e9], 1500),
     ],
 )
 def test_packets_are_sized_to_the_rates(link, rates, size):
