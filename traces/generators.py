@@ -34,6 +34,7 @@ P = ParamSpec("P")
 
 GENERATORS: dict[str, Callable[..., Trace]] = {}
 """Generators by the name a spec uses."""
+MAX_BINS = 10_000
 IDLE = {"chunk": ("hold", "length"), "time": ("chunks",)}
 """Settings that say nothing for a trace with one rate a chunk, and for one over time: refused rather than ignored."""
 
@@ -306,8 +307,8 @@ def histogram(
 
 def histogram_of(trace: Trace, bins: int = 20) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(edges in bit/s, weights in seconds) of a trace's rates over time, as `histogram` takes them."""
-    if bins < 1:
-        raise TraceError(f"bins={bins}; give at least one")
+    if not 1 <= bins <= MAX_BINS:
+        raise TraceError(f"bins={bins}; give 1 to {MAX_BINS}")
     weights, edges = np.histogram(
         trace.rates_bps, bins=bins, weights=trace.durations_s if trace.per == "time" else None
     )

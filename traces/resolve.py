@@ -48,6 +48,10 @@ TRANSFORMS: dict[str, Callable[[Trace, str], Trace]] = {
 """Transforms by the key a spec uses."""
 
 
+NAMES_A_TRACE = ("then", "of")
+"""Settings whose value is another trace: a name, or a file."""
+
+
 def open_trace(spec: str | Path) -> Trace:
     """The trace that a spec, a library name or a path means. Its name is the spec, folders left away.
 
@@ -77,7 +81,8 @@ def open_trace(spec: str | Path) -> Trace:
             raise TraceError(f"trace {spec!r}: {key}: {error}") from None
     if "name" in rest or not settings:
         return trace
-    return trace.renamed(",".join([Path(head).name if head not in GENERATORS else head, *spec.split(",")[1:]]))
+    words = [f"{key}={Path(value).name if key in NAMES_A_TRACE else value}" for key, value in settings.items()]
+    return trace.renamed(",".join([Path(head).name, *words]))
 
 
 def _parsed(spec: str) -> tuple[str, dict[str, str]]:

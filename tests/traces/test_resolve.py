@@ -92,6 +92,7 @@ def test_a_trace_after_another_stands_in_the_provenance(tmp_path):
     path.write_text("duration_s,rate_bps\n1,5e6\n2,7e6\n")
     both = open_trace(f"constant,rate=3Mbps,length=2s,then={path},scale=2")
     assert both.rates_bps.tolist() == [6e6, 10e6, 14e6]
+    assert both.name == "constant,rate=3Mbps,length=2s,then=second.csv,scale=2"
     assert [record.source for record in both.provenance] == ["constant,rate=3000000,length=2", "second.csv"]
     assert both.provenance[1].sha256
     assert [record.transforms[0].partition(" of 2")[0] for record in both.provenance] == ["part 1", "part 2"]
@@ -103,6 +104,7 @@ def test_a_histogram_of_another_trace_is_drawn_from(tmp_path):
     drawn = open_trace(f"histogram,of={path},bins=2,length=400s,seed=3,scale=2")
     assert np.mean(drawn.rates_bps < 10e6) == pytest.approx(0.75, abs=0.04)
     assert 4e6 <= drawn.rates_bps.min() <= drawn.peak_bps <= 16e6
+    assert drawn.name == "histogram,of=log.csv,bins=2,length=400s,seed=3,scale=2"
     made, source = drawn.provenance
     assert open_trace(f"{made.source},scale=2") == drawn, "the record alone makes it again"
     assert (source.source, source.sha256) == ("log.csv", formats.load(path).provenance[0].sha256)
@@ -166,7 +168,8 @@ def test_plug_ins(monkeypatch):
         ("steady,then=paper-uniform", "then: .* per=time"),
         ("histogram,bins=5", "no setting 'bins'; .* of, bins"),
         ("histogram,of=steady,edges=1Mbps:2Mbps", "of=steady brings its own edges"),
-        ("histogram,of=steady,bins=0", "bins=0; give at least one"),
+        ("histogram,of=steady,bins=0", "bins=0; give 1 to 10000"),
+        ("histogram,of=steady,bins=1e9", "bins=1000000000; give 1 to 10000"),
         ("histogram,of=steady,bins=x", "'x' is not a quantity"),
         ("histogram,of=stedy", "did you mean steady"),
     ],
