@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 import re
 import tomllib
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from testbed.emulator.fidelity import Limits
 from testbed.errors import SpecError
 
 MAIN_JOB = Path(__file__).with_name("main.toml")
@@ -214,6 +216,7 @@ def _check(experiment: Experiment) -> None:
     for offset_s in experiment.offsets_s:
         if not isinstance(offset_s, int | float) or offset_s < 0:
             raise SpecError(f"offset is {offset_s!r}; give seconds of at least 0")
+    _check_limits(experiment.limits)
     if experiment.workload:
         from testbed import synthetic
 
@@ -232,6 +235,17 @@ def _check(experiment: Experiment) -> None:
     _unique([scheme.name for scheme in experiment.schemes], "two schemes are called {}; give one a label")
     if experiment.baseline and experiment.baseline not in {scheme.name for scheme in experiment.schemes}:
         raise SpecError(f"baseline {experiment.baseline!r} is none of the schemes")
+
+
+def _check_limits(limits: object) -> None:
+    known = [f.name for f in fields(Limits)]
+    if not isinstance(limits, Mapping):
+        raise SpecError(f"limits is {limits!r}; give a table of {', '.join(known)}")
+    for name, value in limits.items():
+        if name not in known:
+            raise SpecError(f"limits has no setting {name!r}; it has {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+            raise SpecError(f"limits: {name} is {value!r}; give a number of at least 0")
 
 
 def _unique(names: Sequence[str], message: str) -> None:

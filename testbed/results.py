@@ -75,6 +75,8 @@ class Row:
     """How many times as long as alone the steps of compute were reckoned to take (testbed.rehearsal)."""
     prior_bps: float | None = None
     """Goodput that the link was probed for before the session; None without a probe, or if nothing came through."""
+    prior_rtt_s: float | None = None
+    """The round trip that the same probe saw, over emulated links."""
     capture: Json | None = None
     """What the packets say, where they were recorded (testbed.emulator.analysis)."""
 
@@ -91,9 +93,13 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """A run that exists. Raises SpecError otherwise."""
         run = cls(Path(path))
-        if not (run.path / "manifest.json").is_file():
+        if not run.exists():
             raise SpecError(f"{path}: no run is there (manifest.json is missing); give a folder under runs/")
         return run
+
+    def exists(self) -> bool:
+        """Whether a run has begun in this folder."""
+        return (self.path / "manifest.json").is_file()
 
     def create(self, manifest: Json) -> None:
         """Begin, or go on with, a run. Raises SpecError if the folder holds a different experiment."""

@@ -350,19 +350,27 @@ def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
         "model": f"{models} {_short(fingerprint)}" if fingerprint else models,
         "profiles": _hashes(manifest.get("profiles", {})),
         "traces": _hashes(manifest.get("traces", {})),
+        "delay and loss": _impairments(manifest.get("networks", {})),
+        "simplified": manifest.get("simplified", ""),
     }
     items = "".join(f"<dt>{key}<dd><code>{escape(value)}</code>" for key, value in facts.items() if value)
     folded = {
         "The experiment as it was resolved": manifest["experiment"],
-        "The network and the shaper, as read back": {key: manifest.get(key) for key in ("network", "shaper")},
+        "The networks and their shapers, as read back": manifest.get("networks", {}),
     }
     details = "".join(
         f"<details><summary>{head}</summary><pre>{escape(json.dumps(body, indent=1))}</pre></details>"
         for head, body in folded.items()
-        if any(body.values())
+        if body
     )
     return f"""<section aria-labelledby="provenance"><h2 id="provenance">Provenance</h2><dl>{items}</dl>
 {details}</section>"""
+
+
+def _impairments(networks: Mapping[str, Json]) -> str:
+    """What delays and loses packets on each link that has something to do so."""
+    found = {link: network["impairments"]["backend"] for link, network in networks.items() if "impairments" in network}
+    return "; ".join(f"{link or 'the default link'}: {backend}" for link, backend in found.items())
 
 
 def _hashes(found: Mapping[str, str | None]) -> str:

@@ -43,12 +43,23 @@ def test_every_unit_runs_all_schemes_in_an_order_of_its_own():
         ({"name": "../x"}, "name"),
         ({"baseline": "x"}, "baseline"),
         ({"offsets_s": [-1]}, "offset"),
+        ({"limits": {"median_eror": 0.1}}, "limits has no setting 'median_eror'; it has window_s, median_error"),
+        ({"limits": {"starved": "0.1"}}, "limits: starved is '0.1'; give a number of at least 0"),
+        ({"limits": {"gap_s": True}}, "give a number"),
+        ({"limits": {"gap_s": -1}}, "at least 0"),
+        ({"limits": {"gap_s": float("nan")}}, "at least 0"),
+        ({"limits": 0.1}, "give a table"),
     ],
 )
 def test_a_wrong_experiment_gets_one_line(change, says):
     with pytest.raises(SpecError, match=says) as caught:
         experiment.from_dict(BASE | change)
     assert "\n" not in str(caught.value)
+
+
+def test_limits_that_differ_are_kept():
+    limits = {"starved": 10, "gap_s": 0.5}
+    assert experiment.from_dict(BASE | {"limits": limits}).limits == limits
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):

@@ -104,6 +104,7 @@ def test_what_the_numbers_depend_on_is_told(page: str) -> None:
     assert "steady,scale_mean=30Mbps abababababab" in page
     assert "cachegen cdcdcdcdcdcd" in page
     assert "&quot;cc&quot;: &quot;cubic&quot;" in page
+    assert "<dt>delay and loss<dd><code>delay=20ms: nfqueue</code>" in page
 
 
 def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:
