@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from testbed import machine, outcome, plugs, shipped, synthetic
 from testbed.experiment import Experiment, Scheme, Unit
+from testbed.guard import ask_for
 from testbed.manifest import Manifest
 from testbed.outcome import Outcome
 from testbed.progress import Progress
@@ -62,6 +63,7 @@ def run_simulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
 
 def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodput: Trace, probe: bool) -> Outcome:
     prior_bps = (float(goodput.rates_bps[0]) or None) if probe else None
+    policy = plugs.make_policy(scheme.policy)
     try:
         record = simulate(
             manifest,
@@ -74,6 +76,7 @@ def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodp
             overlap=scheme.overlap,
             seed=unit.seed,
             prior_bps=prior_bps,
+            ask=ask_for(policy),
         )
     except SessionFailed as error:
         return Outcome("failed", str(error))

@@ -12,6 +12,7 @@ import pytest
 
 from policies.api import Choice, InFlight, Observation, Transfer
 from policies.errors import PolicyError
+from testbed import guard
 from testbed.errors import SpecError
 from testbed.lab import check, cli, explain, grade, remote, situation, submission, worker
 from testbed.lab.start import FILES, start
@@ -130,6 +131,24 @@ def test_a_fault_becomes_level_0_and_its_traceback_is_shown_once(
     out = capsys.readouterr().out
     assert out.count("ZeroDivisionError") == 1
     assert "replaced by level 0" in out
+
+
+@pytest.mark.parametrize("hook", ["choose", "progress"])
+def test_an_endless_loop_ends_the_session_of_its_policy_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hook: str
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE_S", 0.1)
+    loop = "    while obs.chunk > 2: pass\n"
+    body = "  def choose(self, obs):\n" + (loop if hook == "choose" else "") + "    return Choice(1)\n"
+    if hook == "progress":
+        body += "  def progress(self, obs):\n" + loop
+    write(tmp_path, body)
+    assert run("check", tmp_path / "mine.py") == 0
+    out = capsys.readouterr().out
+    assert "no answer within 100 ms" in out
+    assert "Traceback" not in out
+    assert run("explain", "cliff", 5, tmp_path / "mine.py") == 0
+    assert "You took level 0" in capsys.readouterr().out
 
 
 def test_check_is_one_screen_and_quick() -> None:
