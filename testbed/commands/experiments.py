@@ -181,7 +181,8 @@ def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
         if sys.stdout.isatty():
             from rich.console import Console
 
-            Console().print(summary.table(result))
+            console = Console()
+            console.print(summary.table(result, console.width))
         else:
             print(summary.text(result))
         if manifest["experiment"].get("is_quick"):
