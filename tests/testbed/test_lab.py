@@ -262,9 +262,24 @@ def test_a_policy_does_the_same_here_and_in_the_worker(lab: situation.Situation)
 def test_grading_better_and_worse_policies(lab: situation.Situation) -> None:
     peer = grade.grade(check.PEER, "secret", links_each=2, situation=lab)
     assert (peer["gain"], peer["score"]) == (0, peer["buffer_based_score"])
+    assert [peer[f"{what}_difference{end}"] for what in ("violations", "regret") for end in ("", "_low", "_high")] == [
+        0
+    ] * 6
+    assert "difference +0.0 points [95 % interval +0.0 to +0.0], McNemar p = 1" in grade.text(peer)
     worst = grade.grade("text", "secret", links_each=2, situation=lab)
     assert worst["score"] < peer["score"]
     assert worst["gain_high"] < 0
+    assert (
+        0 < worst["violations_difference_low"] <= worst["violations_difference"] <= worst["violations_difference_high"]
+    )
+    assert worst["violations_difference"] == pytest.approx(worst["violations"] - worst["violations_buffer_based"])
+
+
+def test_regret_is_compared_where_both_met_the_deadline(lab: situation.Situation) -> None:
+    found = grade.grade("lowest", "secret", links_each=2, situation=lab)
+    assert 0 < found["regret_difference_n"] <= found["sessions"]
+    assert 0 < found["regret_difference_low"] <= found["regret_difference"] <= found["regret_difference_high"]
+    assert f"over the {found['regret_difference_n']} sessions that both met" in grade.text(found)
 
 
 def test_the_seed_decides_the_links_and_is_needed_to_know_them() -> None:
@@ -332,3 +347,7 @@ def test_results_go_to_autograders_and_the_leaderboard(tmp_path: Path, capsys: p
     assert scores == sorted(scores, reverse=True)
     with pytest.raises(SpecError, match="not a result"):
         run("leaderboard", tmp_path / "ada-scope.json")
+    result = json.loads((tmp_path / "ada.json").read_text())
+    (tmp_path / "eve.json").write_text(json.dumps(result | {"score": "100"}))
+    with pytest.raises(SpecError, match=r"eve\.json: not a result .*score is '100'; give a number"):
+        run("leaderboard", tmp_path / "eve.json")
