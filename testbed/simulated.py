@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 
-from testbed import machine, outcome, plugs, shipped, synthetic
+from testbed import inputs, machine, outcome, plugs, shipped, synthetic
 from testbed.experiment import Experiment, Scheme, Unit
 from testbed.guard import ask_for
 from testbed.manifest import Manifest
@@ -20,11 +20,9 @@ from testbed.progress import Progress
 from testbed.results import Json, Run
 from testbed.session import Costs, SessionFailed
 from testbed.simulator import simulate
-from testbed.specs import parse_settings
 from traces.framing import goodput_per_capacity
 from traces.resolve import open_trace
 from traces.trace import Trace
-from traces.units import parse_time
 
 Offers = Mapping[tuple[str, str], tuple[Manifest, Costs]]
 """(context, codec) -> what a sender would offer, and what computing with it costs."""
@@ -35,9 +33,9 @@ def run_simulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     progress = Progress(quiet)
     units = experiment.units()
     traces = {name: open_trace(name) for name in dict.fromkeys(unit.trace for unit in units)}
-    for scheme in experiment.schemes:
-        plugs.make_policy(scheme.policy)
     offers, source = _offers(experiment, progress)
+    for scheme in experiment.schemes:
+        plugs.check_levels(scheme.policy, len(offers[experiment.contexts[0], scheme.codec][0].levels))
     run.create(_describe(experiment, units, traces, offers, source))
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
     progress.place(f"SIMULATOR: virtual links and clock, no model; {source}")
@@ -67,7 +65,7 @@ def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodp
     try:
         record = simulate(
             manifest,
-            plugs.make_policy(scheme.policy),
+            policy,
             goodput,
             deadline_s=unit.deadline_s,
             costs=costs,
@@ -85,13 +83,17 @@ def _session(unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodp
 
 def _goodput(trace: Trace, unit: Unit) -> Trace:
     """What a session of the unit gets, bit/s of application bytes, from its start."""
-    mtu = int(parse_settings(unit.link, "link").get("mtu", "1500"))
-    return (trace.shifted(unit.offset_s) if unit.offset_s else trace).scaled(goodput_per_capacity(mtu))
+    shifted = trace.shifted(unit.offset_s) if unit.offset_s else trace
+    return shifted.scaled(goodput_per_capacity(_link(unit.link).mtu))
 
 
 def _rtt_s(link: str) -> float:
     """Round trip of a link. Of the other settings the fluid link has no notion."""
-    return 2.0 * parse_time(parse_settings(link, "link").get("delay", "0s"))
+    return 2.0 * _link(link).delay_s
+
+
+_link = lru_cache(maxsize=64)(plugs.make_link)
+"""Settings as an emulated link would read them, so that what it refuses is refused here too."""
 
 
 def _offers(experiment: Experiment, progress: Progress) -> tuple[Offers, str]:
@@ -126,16 +128,19 @@ def _describe(
             "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in units],
             "levels": ladders,
             "costs": source.strip(),
+            "profiles": {codec: manifest.profile for (_, codec), (manifest, _) in offers.items()},
             "traces": {name: trace.sha256 for name, trace in traces.items()},
+            "files": inputs.files(experiment),
             "command": machine.command(),
         }
-        | _workload(experiment)
+        | _origin(experiment, offers)
         | machine.describe()
     )
 
 
-def _workload(experiment: Experiment) -> Json:
+def _origin(experiment: Experiment, offers: Offers) -> Json:
+    """The model whose caches have these sizes, or the workload."""
     if not experiment.workload:
-        return {}
+        return {"model": {"fingerprint": next(iter(offers.values()))[0].model}}
     workload = synthetic.parse(experiment.workload)
     return {"workload": workload.describe(experiment.contexts, experiment.codecs, experiment.chunk_tokens)}
