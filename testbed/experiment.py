@@ -185,7 +185,7 @@ def from_dict(data: Mapping[str, Any]) -> Experiment:
     for key in ("offsets_s", "links"):
         if data.get(key) == []:
             raise SpecError(f"{key} is empty; leave it away or give a list")
-    typed.check(data, get_type_hints(Experiment) | {"schemes": list[Any]})  # schemes are tables yet, checked below
+    typed.check(data, get_type_hints(Experiment) | {"schemes": list})  # schemes are tables yet, checked below
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     return checked(Experiment(**(values | {"schemes": tuple(_scheme(entry) for entry in data["schemes"])})))
 

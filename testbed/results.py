@@ -29,15 +29,16 @@ Status: TypeAlias = Literal["ok", "failed", "invalid"]
 Json: TypeAlias = dict[str, Any]
 
 _MANIFEST: Final[Json] = {
-    "experiment": dict[str, Any],
+    "experiment": dict,
     "backend": str,
-    "schemes": list[Any],
-    "levels": dict[str, list[Any]],
-    **dict.fromkeys(("traces", "profiles", "files", "model", "versions"), dict[str, Any]),
+    "schemes": list,
+    "levels": dict[str, list],
+    **dict.fromkeys(("traces", "profiles", "files", "model", "versions"), dict),
 }
 """What a reader of `manifest.json` relies on."""
 _ALWAYS: Final = ("experiment", "backend", "schemes")
-_CELL: Final[Json] = {"row": dict[str, Any], "chunks": list[dict[str, Any]], "link": list[dict[str, Any]]}
+_CELL: Final[Json] = {"row": dict, "chunks": list, "link": list}
+"""Not what is in them: large runs have millions of chunks."""
 _INPUTS: Final[Mapping[str, str]] = {
     "traces": "a trace",
     "files": "the file of a policy or a context",
@@ -268,7 +269,7 @@ def _checked(value: Any, hints: Json, needed: Iterable[str]) -> Json:
 def _cells(file: Path) -> list[Json]:
     """The sessions in a file: one, or those of a unit. Raises SpecError."""
     with _damage(file, "remove it, and the next run measures it again"):
-        body = _checked(json.loads(file.read_text(encoding="utf-8")), {"cells": list[Any]}, ())
+        body = _checked(json.loads(file.read_text(encoding="utf-8")), {"cells": list}, ())
         cells: list[Json] = body.get("cells", [body])
         for cell in cells:
             _checked(_checked(cell, _CELL, _CELL)["row"], {}, _ROW)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Final, Literal, Union, get_args, get_origin
+from typing import Any, Final, Union, get_args, get_origin
 
 from testbed.errors import SpecError
 
@@ -17,6 +17,8 @@ _WORDS: Final[Mapping[Any, tuple[str, str]]] = {
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     str: ("a text", "texts"),
+    list: ("a list", "lists"),
+    dict: ("a table", "tables"),
     type(None): ("nothing", "nothing"),
 }
 _SHOWN: Final = 60
@@ -33,21 +35,17 @@ def check(values: Mapping[str, object], hints: Mapping[str, Any]) -> None:
 
 def fits(value: object, hint: Any) -> bool:
     """Whether a value out of TOML or JSON is what an annotation says: a list will do for a tuple, 1 for a float."""
+    if type(hint) is type and hint not in (int, float):
+        return isinstance(value, hint)
     origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
     if origin in (list, tuple):
         return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(fits(key, inner[0]) and fits(value[key], inner[1]) for key in value)
-    if hint in (int, float):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole or (hint is float and isinstance(value, float) and math.isfinite(value))
-    return isinstance(value, hint)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (hint is float and isinstance(value, float) and math.isfinite(value))
 
 
 def words(hint: Any, several: bool = False) -> str:
@@ -55,14 +53,8 @@ def words(hint: Any, several: bool = False) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(words(option, several) for option in inner)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, inner))
     if origin in (list, tuple):
-        return ("lists" if several else "a list") + _held(inner[0])
+        return f"{_WORDS[list][several]} of {words(inner[0], several=True)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return ("tables" if several else "a table") + _held(inner[1])
+        return f"{_WORDS[dict][several]} of {words(inner[1], several=True)}"
     return _WORDS[hint][several]
-
-
-def _held(hint: Any) -> str:
-    return "" if hint is Any else f" of {words(hint, several=True)}"

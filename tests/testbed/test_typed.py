@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -29,9 +29,8 @@ from testbed.errors import SpecError
         ([], Mapping[str, float], False),
         (None, float | None, True),
         ("x", float | None, False),
-        ("ok", Literal["ok", "failed"], True),
-        ("okay", Literal["ok", "failed"], False),
-        (object(), Any, True),
+        ([object()], list, True),
+        ({}, list, False),
     ],
 )
 def test_what_fits(value: object, hint: Any, good: bool) -> None:
@@ -39,7 +38,7 @@ def test_what_fits(value: object, hint: Any, good: bool) -> None:
 
 
 def test_the_name_the_value_and_what_to_give_are_told() -> None:
-    hints = {"rates": tuple[float, ...], "limits": Mapping[str, float], "any": list[Any], "on": bool, "x": int | None}
+    hints = {"rates": tuple[float, ...], "limits": Mapping[str, float], "any": list, "on": bool, "x": int | None}
     for values, says in (
         ({"rates": "5" * 100}, r"^rates is '5+\.\.\.; give a list of numbers$"),
         ({"limits": 3}, "^limits is 3; give a table of numbers$"),
