@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from testbed.errors import MachineError, SpecError
+from testbed.report.axes import line
 from testbed.report.style import INK, codec_style
 from testbed.trace_view import FIGURES
 
@@ -35,9 +36,8 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             own = [row for row in rows if row["codec"] == codec]
             style = codec_style(codec)
             bits, kl = [r["bits_per_element"] for r in own], [r["distortion"] for r in own]
-            look = {"color": style.colour, "linestyle": style.dash, "linewidth": 1.3}
-            axes.plot(bits, kl, zorder=2, **look)
-            axes.plot([], [], marker=style.marker, label=codec, **look)
+            axes.plot(bits, kl, zorder=2, **line(style))
+            axes.plot([], [], marker=style.marker, label=codec, **line(style))
             for row, x, y in zip(own, bits, kl, strict=True):
                 whole = row["answers_right"] == row["answers"]
                 face = style.colour if whole else "white"

@@ -11,7 +11,7 @@ from testbed.commands.arguments import port
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve = subparsers.add_parser("serve", help="serve stored contexts over HTTP")
-    serve.add_argument("store", help="folder of a store; made if it is not there and --writable")
+    serve.add_argument("store", help="folder of a store; with --writable it is made if it is not there")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: loopback)")
     serve.add_argument("--port", type=port, default=8700, help="port to bind (default: 8700)")
     serve.add_argument("--writable", action="store_true", help="allow uploads")
