@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from testbed import ideal, machine, outcome, plugs, prepare
+from testbed import ideal, inputs, machine, outcome, plugs, prepare
 from testbed.dashboard import events
 from testbed.emulator import analysis, fidelity
 from testbed.emulator.capture import capture
@@ -130,6 +130,7 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
             "levels": prepare.describe_levels(prepared, experiment.codecs),
             "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
             "traces": {unit.trace: open_trace(unit.trace).sha256 for unit in experiment.units()},
+            "files": inputs.files(experiment),
             "model": {
                 "name": prepared.model_name,
                 "source": Path(prepared.model).name,

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 
-from testbed import ideal, machine, outcome, plugs, shipped, synthetic
+from testbed import ideal, inputs, machine, outcome, plugs, shipped, synthetic
 from testbed.emulator.link import LinkSettings
 from testbed.experiment import Experiment, Scheme, Unit
+from testbed.guard import ask_for
 from testbed.manifest import Manifest
 from testbed.outcome import Outcome
 from testbed.progress import Progress
@@ -32,10 +33,10 @@ def run_simulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     progress = Progress(quiet)
     units = experiment.units()
     traces = {name: open_trace(name) for name in dict.fromkeys(unit.trace for unit in units)}
-    for scheme in experiment.schemes:
-        plugs.make_policy(scheme.policy)
     links = {text: plugs.make_link(text) for text in experiment.links}
     offers, source = _offers(experiment, progress)
+    for scheme in experiment.schemes:
+        plugs.check_levels(scheme.policy, len(offers[experiment.contexts[0], scheme.codec][0].levels))
     simplified = ideal.left_out(traces.values(), links.values())
     run.create(_describe(experiment, units, traces, offers, source, simplified))
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
@@ -66,10 +67,11 @@ def _session(
     unit: Unit, scheme: Scheme, manifest: Manifest, costs: Costs, goodput: Trace, rtt_s: float, *, probe: bool
 ) -> Outcome:
     prior_bps = (float(goodput.rates_bps[0]) or None) if probe else None
+    policy = plugs.make_policy(scheme.policy)
     try:
         record = simulate(
             manifest,
-            plugs.make_policy(scheme.policy),
+            policy,
             goodput,
             deadline_s=unit.deadline_s,
             costs=costs,
@@ -78,6 +80,7 @@ def _session(
             overlap=scheme.overlap,
             seed=unit.seed,
             prior_bps=prior_bps,
+            ask=ask_for(policy),
         )
     except SessionFailed as error:
         return Outcome("failed", str(error))
@@ -128,17 +131,20 @@ def _describe(
             "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in units],
             "levels": ladders,
             "costs": source.strip(),
+            "profiles": {codec: manifest.profile for (_, codec), (manifest, _) in offers.items()},
             "traces": {name: trace.sha256 for name, trace in traces.items()},
             "simplified": f"the simulator {simplified}" if simplified else "",
+            "files": inputs.files(experiment),
             "command": machine.command(),
         }
-        | _workload(experiment)
+        | _origin(experiment, offers)
         | machine.describe()
     )
 
 
-def _workload(experiment: Experiment) -> Json:
+def _origin(experiment: Experiment, offers: Offers) -> Json:
+    """The model whose caches have these sizes, or the workload."""
     if not experiment.workload:
-        return {}
+        return {"model": {"fingerprint": next(iter(offers.values()))[0].model}}
     workload = synthetic.parse(experiment.workload)
     return {"workload": workload.describe(experiment.contexts, experiment.codecs, experiment.chunk_tokens)}
