@@ -5,7 +5,7 @@ from __future__ import annotations
 from testbed import runner
 from testbed.results import Run
 
-BEGUN = {"experiment": {}, "backend": "mininet", "kernel": "6.1"}
+BEGUN = {"experiment": {"name": "x"}, "backend": "mininet", "schemes": [], "units": [], "kernel": "6.1"}
 
 
 def test_a_run_that_goes_on_keeps_what_its_networks_said(tmp_path):
