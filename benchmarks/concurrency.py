@@ -34,6 +34,8 @@ CONTEXTS = ("1500", "3000", "4500")
 TRACES = ("constant,rate=1Gbps", "uniform,low=300Mbps,high=2Gbps,hold=0.2s,seed=5")
 WAYS = (("batched", "cachegen"), ("shared", "cachegen"), ("batched", "lowest"), ("shared", "lowest"))
 WINDOW_S, MOST, DEADLINE_S, SPREAD_S = 0.05, 8, 1.5, 0.05
+RTT_S = 0.0
+"""A link without delay."""
 REPEATS = 3
 
 
@@ -46,9 +48,7 @@ def asked(count: int, policy: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def simulated(
-    count: int, way: tuple[str, str], trace: str, manifests: dict[str, Manifest], rtt_s: float
-) -> list[Served]:
+def simulated(count: int, way: tuple[str, str], trace: str, manifests: dict[str, Manifest]) -> list[Served]:
     workload = synthetic.parse(WORKLOAD)
     requests = [
         Request(manifests[one["context"]], plugs.make_policy(one["policy"]), workload.costs(manifests[one["context"]]),
@@ -57,8 +57,8 @@ def simulated(
     ]  # fmt: skip
     goodput = open_trace(trace).scaled(goodput_per_capacity())
     if way[0] == "batched":
-        return simulate_batched(requests, goodput, window_s=WINDOW_S, most=MOST, rtt_s=rtt_s)
-    return simulate_shared(requests, goodput, rtt_s=rtt_s)
+        return simulate_batched(requests, goodput, window_s=WINDOW_S, most=MOST, rtt_s=RTT_S)
+    return simulate_shared(requests, goodput, rtt_s=RTT_S)
 
 
 def emulated(stage: Any, count: int, way: tuple[str, str], trace: str, ids: dict[str, str]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def emulated(stage: Any, count: int, way: tuple[str, str], trace: str, ids: dict
         {
             "cmd": "group", "url": f"http://{stage.network.sender_ip}:{runner.PORT}", "start_s": zero_s,
             "requests": requests, "batched": way[0] == "batched", "window_s": WINDOW_S, "most": MOST,
-            "rtt_s": stage.rtt_s, "padding_bytes": runner.PADDING_BYTES,
+            "rtt_s": RTT_S, "padding_bytes": runner.PADDING_BYTES,
         },
         runner.SESSION_LIMIT_S,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def measure(counts: Sequence[int], emulate: bool) -> list[dict[str, Any]]:
     if not emulate:
         manifests = {context: workload.manifest(context, CODEC, CHUNK_TOKENS) for context in CONTEXTS}
         for count, way, trace in units:
-            rows.append(row(count, way, trace, "simulator", totals(simulated(count, way, trace, manifests, 0.0))))
+            rows.append(row(count, way, trace, "simulator", totals(simulated(count, way, trace, manifests))))
         return rows
     from testbed import synthetic_store
     from testbed.runner import Stage
@@ -108,7 +108,7 @@ def measure(counts: Sequence[int], emulate: bool) -> list[dict[str, Any]]:
         Stage(plugs.make_link(""), [open_trace(trace) for trace in TRACES], prepared, Path(folder)) as stage,
     ):
         for count, way, trace in units:
-            expected = simulated(count, way, trace, manifests, stage.rtt_s)
+            expected = simulated(count, way, trace, manifests)
             rows.append(row(count, way, trace, "simulator", totals(expected)))
             for _ in range(REPEATS):
                 answer = emulated(stage, count, way, trace, ids)

@@ -1,11 +1,11 @@
-"""Does the emulated link do what its trace says? Replay, delay, loss, set-up, sharing, measured against bars.
+"""Does the emulated link do what its trace says? Replay, delay, loss, probe, set-up, sharing, measured against bars.
 
     python benchmarks/fidelity.py [--only PART ...] [--out FILE.json] [--small]
 
-Everything runs in a sandbox, as root or not. Parts: replay, lateness, steps, delay (with the cost in CPU), loss, setup,
-sharing; all take about 8 minutes. With --out the file is extended: parts that are measured again replace their old
-rows, others stay, so that the table can be made in pieces. `steps` also drives Mininet's own `TCLink.config` through
-the same rates, and both are measured at the receiver.
+Everything runs in a sandbox, as root or not. Parts: replay, lateness, steps, delay (with the cost in CPU), loss,
+element (how much ours takes), probe, setup, sharing; all take about 10 minutes. With --out the file is extended: parts
+that are measured again replace their old rows, others stay, so that the table can be made in pieces. `steps` also
+drives Mininet's own `TCLink.config` through the same rates, and both are measured at the receiver.
 
 A measurement during which the run had to wait for processors that others had says little about the link: it is made
 again, up to three times, and the median of the undisturbed ones counts. Where all were disturbed, the row says so.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from testbed.emulator.clock import CpuMeter  # noqa: E402
 from testbed.emulator.fidelity import expected_bytes, windows  # noqa: E402
 from testbed.emulator.link import LinkSettings  # noqa: E402
 from testbed.emulator.measure import replay  # noqa: E402
+from testbed.emulator.probe import Prober  # noqa: E402
 from testbed.emulator.record import LinkRecord  # noqa: E402
 from testbed.emulator.shaper import Shaper  # noqa: E402
 from testbed.emulator.topology import Network  # noqa: E402
@@ -52,12 +54,20 @@ REPLAYS = {
     "LTE-like walk": ("lte-walk", 0.015, None),
 }
 """Trace, bar on the median error of 100 ms windows, bar on their 95th percentile."""
+TOTAL_BAR = 0.005
+"""On the error of all bytes, while backlogged and of the whole replay."""
 STEPS_S = (0.01, 0.05, 0.1, 1.0)
 STEP_RATES_MBPS = (20.0, 200.0)
 STEP_LINK = LinkSettings(queue_bytes=2_500_000, offloads=False)
 """A queue that stays, as in Mininet, and single packets, so that the receiver's counter counts what the shaper does."""
 DELAYS_MS = (1, 5, 20, 80, 200)
+FLOW_BYTES = 25e6
+"""What one TCP flow can have under way: its window ends with a buffer of 64 MiB, at 1.2 Gbit/s over 80 ms."""
+RAMP_S = 20.0
 LOSSES = (0.001, 0.01, 0.1)
+ELEMENT_RATES = (10e3, 20e3, 30e3, 40e3, 50e3, 60e3, 80e3, 100e3, 120e3, 150e3, 200e3)
+"""Packets a second."""
+PROBED_MBPS = (10.0, 100.0, 1000.0)
 TRIES = 3
 CALM = 0.05
 """Seconds a second that a measurement's processes may wait for processors that others have."""
@@ -145,11 +155,14 @@ def replays(table: Table, small: bool) -> None:
         trace = open_trace(spec)
 
         def measure(trace: Trace = trace, bars: Any = (median_bar, p95_bar), name: str = name) -> list[Value]:
-            done = replay(trace, LinkSettings(), 5.0 if small else 20.0)
+            length_s = 5.0 if small else 20.0
+            done = replay(trace, LinkSettings(), length_s)
             assert done.goodput_per_trace is not None
+            off = abs(done.goodput_per_trace - 1.0)
             return [
                 *against_trace(name, done.record, trace, *bars),
                 Value(f"{name}: goodput of one TCP flow against the trace", done.goodput_per_trace, "fraction"),
+                Value(f"{name}: all bytes of {length_s:g} s", off, "fraction", TOTAL_BAR),
             ]
 
         table.steady("replay", measure)
@@ -166,7 +179,7 @@ def against_trace(
     return [
         Value(f"{name}: median error of 100 ms windows", float(np.median(errors)), "fraction", median_bar),
         Value(f"{name}: 95th percentile of it", float(np.percentile(errors, 95)), "fraction", p95_bar),
-        Value(f"{name}: error of all bytes while backlogged", abs(delivered / carried - 1.0), "fraction", 0.005),
+        Value(f"{name}: error of all bytes while backlogged", abs(delivered / carried - 1.0), "fraction", TOTAL_BAR),
         Value(f"{name}: windows", len(found), ""),
     ]
 
@@ -271,12 +284,16 @@ WATCH = """
 import sys, time
 from testbed.emulator.clock import be_punctual
 be_punctual(light=True)
+print("ready", flush=True)
 due, end = time.monotonic(), time.monotonic() + float(sys.argv[1])
+seen = []
 while due < end:
     with open("/sys/class/net/receiver0-left/statistics/rx_bytes") as file:
-        print(time.monotonic(), int(file.read()))
+        seen.append((time.monotonic(), int(file.read())))
     due += 0.002
     time.sleep(max(due - time.monotonic(), 0.0))
+for at_s, received in seen:  # a pipe that nobody reads meanwhile would fill, and stop the watching
+    print(at_s, received)
 """
 
 
@@ -292,7 +309,8 @@ def filled(network: Network, length_s: float, meanwhile: Callable[[], None]) -> 
     time.sleep(1.0)
     watch = [sys.executable, "-c", WATCH, str(length_s + 1.0)]
     watcher = network.popen(network.receiver, watch, stdout=subprocess.PIPE, text=True)
-    time.sleep(0.3)
+    assert watcher.stdout is not None
+    watcher.stdout.readline()
     meanwhile()
     lines = watcher.communicate()[0].splitlines()
     for process in (*clients, server):
@@ -357,14 +375,18 @@ def delays(table: Table, small: bool) -> None:
 def delayed(delay_ms: int, count: int, plain: dict[str, float]) -> list[Value]:
     """One delay; without any it fills `plain`, the path's own."""
     trace = Trace("2G", np.array([1.0]), np.array([2e9]), end="hold")
-    link = LinkSettings(delay_s=delay_ms * 1e-3)
+    # A queue of a round trip keeps the link full while flows recover from a drop; the way back does not pass it.
+    link = LinkSettings(delay_s=delay_ms * 1e-3, queue_s=max(0.05, 2e-3 * delay_ms))
+    flows = math.ceil(max(2e9 / 8.0 * 2.0 * link.delay_s / FLOW_BYTES, 1.0))
     with Network(link, traces=[trace]) as network, Shaper(network) as shaper:
         back = (network.receiver, network.sender, network.sender_ip)
         there = (network.sender, network.receiver, network.receiver_ips[0])
         found = {"there": one_way(network, *there, count), "back": one_way(network, *back, count)}
         server = traffic.start_server(network, network.sender, network.sender_ip)
-        client = traffic.start_pull(network, network.receiver, network.sender_ip, seconds=60.0)
-        time.sleep(0.5 + 30 * link.delay_s)
+        clients = [
+            traffic.start_pull(network, network.receiver, network.sender_ip, seconds=120.0) for _ in range(flows)
+        ]
+        ramp_up(network, float(trace.rates_bps[0]))
         shaper.arm(trace, time.monotonic(), 60.0)
         before = cpu_of_element(network)
         found["back, 2 Gbit/s there"] = one_way(network, *back, count)
@@ -374,7 +396,7 @@ def delayed(delay_ms: int, count: int, plain: dict[str, float]) -> list[Value]:
             shaper.arm(trace, time.monotonic(), 60.0)
             found["back, 2 Gbit/s there, cores busy"] = one_way(network, *back, count)
             shaper.finish()
-        for process in (client, server):
+        for process in (*clients, server):
             traffic.end(process)
         backend = "none" if network.impairments is None else network.impairments.backend
     values = []
@@ -386,8 +408,8 @@ def delayed(delay_ms: int, count: int, plain: dict[str, float]) -> list[Value]:
             continue
         loaded = "cores busy" in name
         what = f"{delay_ms} ms ({backend}), {name}: "
-        bar = None if loaded else max(0.5, 0.02 * delay_ms)
-        values.append(Value(what + "off by (median)", abs(median_ms - plain[name] - delay_ms), "ms", bar))
+        off_ms = abs(median_ms - plain[name] - delay_ms)
+        values.append(Value(what + "off by (median)", off_ms, "ms", max(0.5, 0.02 * delay_ms)))
         spread_ms = float(np.percentile(seen, 99)) * 1e3 - median_ms
         values.append(Value(what + "jitter p99", spread_ms, "ms", 2.0 if loaded else None))
     if delay_ms:
@@ -396,6 +418,23 @@ def delayed(delay_ms: int, count: int, plain: dict[str, float]) -> list[Value]:
         values.append(Value(f"{delay_ms} ms: rate meanwhile", rate_gbps, "Gbit/s"))
         values.append(Value(f"{delay_ms} ms: CPU of shaper, counters, element", share, "cores", 0.25))
     return values
+
+
+def ramp_up(network: Network, rate_bps: float) -> None:
+    """Wait until the flows take the whole rate, or as much as this machine lets them within RAMP_S."""
+    end_s = time.monotonic() + RAMP_S
+    before, before_s = received_bytes(network), time.monotonic()
+    while time.monotonic() < end_s:
+        time.sleep(0.5)
+        now, now_s = received_bytes(network), time.monotonic()
+        if (now - before) * 8.0 >= 0.98 * rate_bps * goodput_per_capacity(1500) * (now_s - before_s):
+            return
+        before, before_s = now, now_s
+
+
+def received_bytes(network: Network) -> int:
+    """Bytes that have reached the receiver's interface; groups of segments count with the headers of one."""
+    return int(network.run(network.receiver, ["cat", "/sys/class/net/receiver0-left/statistics/rx_bytes"]))
 
 
 def cpu_of_element(network: Network) -> float:
@@ -434,19 +473,89 @@ def received_packets(network: Network) -> int:
     return counters["InDatagrams"] + counters["NoPorts"] + counters["InErrors"]
 
 
+# ---- how far the element and the probe go ------------------------------------------------------------------------
+
+
+def element(table: Table, small: bool) -> None:
+    length_s = 1.0 if small else 3.0
+    table.steady("element", lambda: [*singles(length_s), *groups(length_s)])
+
+
+def singles(length_s: float) -> list[Value]:
+    """The highest rate of datagrams of one MTU at which the element keeps up and the kernel drops none on its way."""
+    kept = 0.0
+    for rate in ELEMENT_RATES:
+        count = int(rate * length_s)
+        with Network(LinkSettings(delay_s=0.005, loss=0.001, impair="nfqueue", seed=11)) as network:
+            assert network.impairments is not None
+            start_s = time.monotonic()
+            network.run(network.sender, [sys.executable, "-c", FLOOD, network.receiver_ips[0], str(count), str(rate)])
+            spent_s = time.monotonic() - start_s
+            lane = network.impairments.report()["lanes"][0]
+        if lane["lost_by_kernel"] or lane["packets"] < 0.99 * count:
+            break
+        kept = max(kept, count / spent_s)
+    return [Value("single packets, none lost by the kernel", kept / 1e3, "k/s")]
+
+
+def groups(length_s: float) -> list[Value]:
+    """What TCP gets through a delay of 5 ms where nothing else limits it."""
+    with Network(LinkSettings(delay_s=0.005, impair="nfqueue")) as network:
+        assert network.impairments is not None
+        server = traffic.start_server(network, network.sender, network.sender_ip)
+        clients = [
+            traffic.start_pull(network, network.receiver, network.sender_ip, seconds=length_s + 1.5) for _ in range(2)
+        ]
+        begin_s = time.monotonic() + 1.0
+        results = [traffic.result_of(client) for client in clients]
+        rate = sum(traffic.rate_between(result, begin_s, begin_s + length_s) for result in results)
+        lost = sum(lane["lost_by_kernel"] for lane in network.impairments.report()["lanes"])
+        traffic.end(server)
+    return [
+        Value("TCP in groups, goodput", rate / 1e9, "Gbit/s"),
+        Value("TCP in groups, lost by the kernel", lost, "", 0),
+    ]
+
+
+def probe(table: Table, small: bool) -> None:
+    for rate_mbps in PROBED_MBPS:
+        table.steady("probe", lambda rate_mbps=rate_mbps: probed(rate_mbps, 3 if small else 10))  # type: ignore[misc]
+
+
+def probed(rate_mbps: float, count: int) -> list[Value]:
+    """How far the probe's estimates are from a link of one rate."""
+    trace = Trace("probed", np.array([60.0]), np.array([rate_mbps * 1e6]))
+    network = Network(LinkSettings(delay_s=0.005), traces=[trace])
+    with network, Shaper(network) as shaper, Prober(network) as prober:
+        shaper.arm(trace, time.monotonic(), 60.0)
+        found = [prober.measure() for _ in range(count)]
+        shaper.finish()
+    errors = [abs(one.capacity_bps / trace.peak_bps - 1.0) for one in found]
+    what = f"{rate_mbps:g} Mbit/s: "
+    return [
+        Value(what + "median error", median(errors), "fraction", 0.03),
+        Value(what + "largest error", max(errors), "fraction"),
+        Value(what + "round trip of 10 ms, median off by", abs(median(one.rtt_s for one in found) - 0.01) * 1e3, "ms"),
+    ]
+
+
 # ---- the rest ---------------------------------------------------------------------------------------------------
 
 
 def setup(table: Table, small: bool) -> None:
     def measure() -> list[Value]:
-        ups, downs = [], []
+        sandboxes, ups, downs = [], [], []
         for _ in range(3 if small else 10):
+            start_s = time.monotonic()
+            assert sandbox.run(["true"]) == 0
+            sandboxes.append(time.monotonic() - start_s)
             start_s = time.monotonic()
             with Network(LinkSettings(delay_s=0.02)) as network, Shaper(network):
                 up_s = time.monotonic()
             ups.append(up_s - start_s)
             downs.append(time.monotonic() - up_s)
         return [
+            Value("namespaces made, `true` run in them, and gone: slowest", max(sandboxes), "s"),
             Value("network, delay and shaper up: slowest", max(ups), "s", 1.0),
             Value("down: slowest", max(downs), "s", 0.5),
         ]
@@ -485,6 +594,8 @@ PARTS: dict[str, Callable[[Table, bool], None]] = {
     "steps": steps,
     "delay": delays,
     "loss": losses,
+    "element": element,
+    "probe": probe,
     "setup": setup,
     "sharing": sharing,
 }

@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py [--runs 200] [--seed 1] [--out FILE.json]
 
-Each is a real run (every tenth a whole `kvstream run` with sender, receiver and model, the others a replayed trace
-with delay, cross traffic and a capture's worth of processes), of which one process, whichever, is killed at a moment
+Each is a real run (every tenth a whole `kvstream run` with sender, receiver, model, recorders and probe, the others a
+replayed trace with delay and cross traffic), of which one process, whichever, is killed at a moment
 drawn evenly from its life. Within 2 s of the run's end nothing of it may be there: no process, no namespace, no
 interface, no mount, no file in its temporary folder, no rule on the host. Only what carries the run's own mark is
 looked at, so other work on the machine does not matter. 200 runs take about 8 minutes on two cores.
@@ -33,12 +33,17 @@ from testbed.emulator.turn import LOCK  # noqa: E402
 
 REPLAY = ("trace", "replay", "constant,rate=20Mbps", "--length", "1s", "--measure")
 REPLAY_LINK = ("--link", "delay=5ms,cross_flows=1")
-SESSION = ("run", "--quick", "--policy", "fixed,level=lowest", "--codec", "uniform", "--trace", "constant,rate=30Mbps")
+SESSION = (
+    *("run", "--quick", "--capture", "--probe", "--policy", "fixed,level=lowest", "--codec", "uniform"),
+    *("--trace", "constant,rate=30Mbps", "--link", "delay=5ms"),
+)
 EVERY = 10
 """One run in so many is a whole experiment."""
-LIFE_S = {"replay": 2.5, "session": 10.0}
+LIFE_S = {"replay": 2.5, "session": 12.0}
 """Killed within so long from the start; a run that is over by then had none of its processes killed."""
 GONE_S = 2.0
+HUNG_S = 120.0
+"""A run that lost a process it can do without goes on: a whole experiment takes 40 s on a busy machine."""
 KEPT = (LOCK.name, "torchinductor_")
 """An empty file that all emulations share, and torch's folder of compiled code: left by every run, killed or not."""
 
@@ -53,7 +58,7 @@ class Killed:
     victim: str
     """Command line of the process that was killed; empty when the run was over."""
     status: int | None
-    """Exit status of the run; None when it hung for 30 s."""
+    """Exit status of the run; None when it hung."""
     cleanup_s: float
     """From the run's end until none of its processes was there."""
     left: tuple[str, ...]
@@ -106,7 +111,7 @@ def one(number: int, seed: int) -> Killed:
 def ended(process: subprocess.Popen[bytes]) -> int | None:
     """Wait for a run; None, and it is killed, when it hangs."""
     try:
-        return process.wait(timeout=30)
+        return process.wait(timeout=HUNG_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

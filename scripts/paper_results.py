@@ -234,8 +234,9 @@ def style(name: str, run: Mapping[str, Any]) -> Json:
     from testbed.report.style import scheme_style
 
     known = {"our-oracle": "oracle", "ours": "kvstream", "ours-1.2bit": "kvstream", "cachegen-default": "fixed"}
-    label = known.get(name, name)
-    look = scheme_style({"scheme": label, "policy": label})
+    label = known.get(name, "highest" if name == "8-bit" else name)
+    [scheme] = [scheme for scheme in run["schemes"] if scheme["name"] == name]
+    look = scheme_style({"scheme": label, "policy": label, "codec": scheme["codec"]})
     return {"color": look.colour, "marker": look.marker, "markersize": 6, "linewidth": 1.8, "linestyle": look.dash}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,11 +67,17 @@ def parse(text: str) -> Bar:
     return Bar(match["scheme"], match["metric"], match["op"], value)  # type: ignore[arg-type]
 
 
+def check(bars: Iterable[Bar], schemes: Collection[str]) -> None:
+    """Raise SpecError for a bar of a scheme that is not there."""
+    for bar in bars:
+        if bar.scheme not in schemes:
+            raise SpecError(f"--fail-if {bar}: there is no scheme {bar.scheme!r}; there are {', '.join(schemes)}")
+
+
 def missed(bar: Bar, summary: Mapping[str, Any]) -> str | None:
     """Why the bar is missed, in one line; None when it is not. Raises SpecError for a scheme that did not run."""
     entries = {entry["scheme"]: entry for entry in summary["schemes"]}
-    if bar.scheme not in entries:
-        raise SpecError(f"--fail-if {bar}: no scheme {bar.scheme!r} ran; there are {', '.join(entries)}")
+    check([bar], entries)
     measured, kind = _measure(entries[bar.scheme], bar.metric, upward=bar.op.startswith(">"))
     if measured is None:
         return f"{bar}: nothing was measured"

@@ -44,6 +44,7 @@ FORMAT = 1
 """Counts changes of what is calibrated or measured here, so that old results are left alone."""
 FIT_SAMPLES, CHECK_SAMPLES = 16, 8
 CONTEXT_TOKENS, SUFFIX_TOKENS = 1_536, 256
+PASSAGE_TOKENS = 64
 TOKENS_A_LINE = 112
 """One key-value line for so many tokens of context."""
 ASKED = 5
@@ -256,6 +257,11 @@ def samples(model: Model, split: str, count: int, context_tokens: int = CONTEXT_
         for question in asked[:: max(1, len(asked) // ASKED)][:ASKED]:
             suffix += model.encode("\n" + question.prompt.decode() + question.answer.decode())
         yield Sample(tuple(ids[:context_tokens]), tuple(suffix))
+
+
+def passage(model: Model) -> tuple[int, ...]:
+    """Text of the check split that is read after a session, to see what its cache is worth beside the answers."""
+    return next(samples(model, "check", 1)).suffix_ids[:PASSAGE_TOKENS]
 
 
 @cache

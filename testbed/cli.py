@@ -76,12 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output (head, less) has gone: nothing is left to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        if error.filename is None:  # not a path that somebody gave
+            return _internal(error)
+        return _fail(USAGE, f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; give another path")
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
-    except Exception as error:  # the last resort: say what broke, show where only when asked
-        if os.environ.get("KVSTREAM_TRACEBACK"):
-            raise
-        return _fail(INTERNAL, f"internal error: {type(error).__name__}: {error} (KVSTREAM_TRACEBACK=1 shows where)")
+    except Exception as error:
+        return _internal(error)
+
+
+def _internal(error: Exception) -> int:
+    """The last resort: say what broke, show where only when asked."""
+    if os.environ.get("KVSTREAM_TRACEBACK"):
+        raise error
+    return _fail(INTERNAL, f"internal error: {type(error).__name__}: {error} (KVSTREAM_TRACEBACK=1 shows where)")
 
 
 def _fail(status: int, message: object) -> int:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from testbed.errors import MachineError, SpecError
-from testbed.report.style import INK, scheme_style
+from testbed.report.axes import line
+from testbed.report.style import INK, codec_style
 from testbed.trace_view import FIGURES
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes = figure.subplots()
         for codec in dict.fromkeys(row["codec"] for row in rows):
             own = [row for row in rows if row["codec"] == codec]
-            style = scheme_style({"scheme": codec, "policy": codec})
+            style = codec_style(codec)
             bits, kl = [r["bits_per_element"] for r in own], [r["distortion"] for r in own]
-            axes.plot(bits, kl, color=style.colour, linewidth=1.3, zorder=2)
-            axes.plot([], [], color=style.colour, marker=style.marker, linewidth=1.3, label=codec)
+            axes.plot(bits, kl, zorder=2, **line(style))
+            axes.plot([], [], marker=style.marker, label=codec, **line(style))
             for row, x, y in zip(own, bits, kl, strict=True):
                 whole = row["answers_right"] == row["answers"]
                 face = style.colour if whole else "white"

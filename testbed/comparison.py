@@ -23,7 +23,7 @@ def compare(before: str, after: str) -> dict[str, Any]:
     labels = [run.path.resolve().name for run in runs]
     if labels[0] == labels[1]:
         labels = ["before", "after"]
-    rows = [run.rebuild() for run in runs]
+    rows = [run.rows() for run in runs]
     units = [{row["unit_id"]: tuple(row[fact] for fact in _FACTS) for row in part} for part in rows]
     _same(units[0], units[1], before, after)
     for name, one, other in _settings(runs):
@@ -47,9 +47,10 @@ def text(result: Mapping[str, Any]) -> str:
         if versus["met_low"] is not None:
             words += f" [{versus['met_low'] * 100:+.1f}, {versus['met_high'] * 100:+.1f}]"
         if versus["distortion"] is not None:
-            words += f", distortion {versus['distortion']:+.2g} nats"
+            words += f", distortion {summary.nats(versus['distortion'], '+')} nats"
         if versus["distortion_low"] is not None:
-            words += f" [{versus['distortion_low']:+.2g}, {versus['distortion_high']:+.2g}]"
+            low, high = (summary.nats(versus[f"distortion_{end}"], "+") for end in ("low", "high"))
+            words += f" [{low}, {high}]"
         lines.append(f"{words} over {versus['n']} units")
     return "\n".join([*lines, "", str(result["verdict"])])
 

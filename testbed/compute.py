@@ -271,14 +271,14 @@ class Compute:
         self.lanes.reach(end)
         return Step(self.lanes.when(begin), self.lanes.when(end), token)
 
-    def ask(self, questions: Sequence[Question]) -> Score:
-        """Answers under the cache that arrived; after a session, not part of TTFT, so with every core."""
+    def ask(self, questions: Sequence[Question], passage: Sequence[int] = ()) -> Score:
+        """A passage and answers under the cache that arrived; after a session, not part of TTFT, so with every core."""
         manifest, _, cache = self._ready()
         cache.length = manifest.tokens
         threads = torch.get_num_threads()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         try:
-            return score(self.model, cache, questions)
+            return score(self.model, cache, questions, passage)
         finally:
             torch.set_num_threads(threads)
 

@@ -1,7 +1,9 @@
 """What this machine can do, and for each thing that it cannot the line that fixes it.
 
-Links are probed for real, in a sandbox that is thrown away: `python -m testbed.doctor` is its inside. Nothing is
-guessed from a version number, and neither torch nor numba is imported.
+Links are probed for real, in a sandbox that is thrown away. Nothing is guessed from a version number, and neither
+torch nor numba is imported.
+
+    python -m testbed.doctor [FILE]      the inside alone, as JSON: it makes a sandbox for itself where it is in none
 """
 
 from __future__ import annotations
@@ -163,11 +165,9 @@ def _inside() -> list[Check]:
     """Try out, in namespaces of our own, everything that a link may be made of."""
     from testbed.emulator.clock import be_punctual
 
-    checks = [_try("veth", _make_veth, "sudo modprobe veth")]
+    checks = [_try("veth", _make_veth, _modules("veth"))]
     if checks[0].ok:
-        checks.append(
-            _try("htb, tbf, bfifo", _make_queues, "sudo modprobe -a sch_htb sch_tbf; the package linux-modules-extra")
-        )
+        checks.append(_try("htb, tbf, bfifo", _make_queues, _modules("sch_htb sch_tbf")))
         checks.append(_netem())
         checks.append(_try("NFQUEUE", _make_packet_queue, "sudo modprobe nfnetlink_queue", needed=False))
         checks.append(_iptables())
@@ -175,8 +175,13 @@ def _inside() -> list[Check]:
     granted = be_punctual(light=True)
     prompt = granted.startswith(("SCHED", "EEVDF"))
     fix = "root, or Linux 6.12 and newer, keeps rate changes punctual on a busy machine"
-    checks.append(_try("Mininet", _make_network, "see the detail"))
+    checks.append(_mininet())
     return [*checks, Check("punctual shaper", prompt, granted, fix, needed=False)]
+
+
+def _modules(names: str) -> str:
+    """The line that loads modules, or installs them where Ubuntu keeps them in a package of their own."""
+    return f"sudo modprobe -a {names} || sudo apt-get install linux-modules-extra-$(uname -r)"
 
 
 def _try(name: str, attempt: Callable[[], str], fix: str, *, needed: bool = True) -> Check:
@@ -220,7 +225,7 @@ def _netem() -> Check:
         text=True,
         check=False,
     )
-    fix = "sudo modprobe sch_netem; without it packets are delayed through NFQUEUE"
+    fix = f"{_modules('sch_netem')}  # without it packets are delayed through NFQUEUE"
     detail = "delay and loss in the kernel" if done.returncode == 0 else done.stderr.strip().rpartition("Error: ")[2]
     return Check("netem", done.returncode == 0, detail, fix, needed=False)
 
@@ -241,15 +246,26 @@ def _iptables() -> Check:
             rule = [program, "-w", "-A", "FORWARD", "-j", "NFQUEUE", "--queue-num", "0"]
             if subprocess.run(rule, capture_output=True, check=False).returncode == 0:
                 working.append(program)
-    fix = "sudo apt-get install iptables; sudo modprobe xt_NFQUEUE; or netem"
+    fix = "sudo apt-get install --no-install-recommends iptables && sudo modprobe xt_NFQUEUE  # or netem"
     return Check("iptables to NFQUEUE", bool(working), ", ".join(working) or "none works", fix, needed=False)
 
 
 def _congestion_controls() -> Check:
     names = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
     return Check(
-        "congestion controls", "cubic" in names, ", ".join(names), "sudo modprobe tcp_cubic, or --link cc=reno"
+        "congestion controls", "cubic" in names, ", ".join(names), "sudo modprobe tcp_cubic  # or --link cc=reno"
     )
+
+
+def _mininet() -> Check:
+    from testbed.emulator.turn import Taken, alone
+
+    try:
+        with alone(wait=False):
+            return _try("Mininet", _make_network, "see the detail")
+    except Taken as taken:
+        found, _, fix = str(taken).partition("; ")
+        return Check("Mininet", False, f"not tried: {found}", fix, needed=False)
 
 
 def _make_network() -> str:
@@ -265,5 +281,21 @@ def _make_network() -> str:
     return f"a shaped link in {up - start:.2f} s, gone in {time.monotonic() - up:.2f} s"
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The checks of the inside, to the file named or to standard output. Outside a sandbox it runs itself in one."""
+    if not sandbox.inside():
+        try:
+            return sandbox.run([sys.executable, "-m", "testbed.doctor", *arguments])
+        except MachineError as error:
+            print(f"doctor: {error}", file=sys.stderr)
+            return 4
+    found = json.dumps([asdict(check) for check in _inside()])
+    if arguments:
+        Path(arguments[0]).write_text(found)
+    else:
+        print(found)
+    return 0
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps([asdict(check) for check in _inside()]))
+    sys.exit(main(sys.argv[1:]))

@@ -15,8 +15,10 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from testbed import typed
+from testbed.emulator.fidelity import Limits
 from testbed.errors import SpecError
 
 MAIN_JOB = Path(__file__).with_name("main.toml")
@@ -41,7 +43,7 @@ class Scheme:
         """Label of the row, unique in an experiment and safe as a file name."""
         if self.label:
             return self.label
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.policy.replace(":", "-")).name)
+        name = _file_name(Path(self.policy.replace(":", "-")).name)
         return name + ("" if self.depth == 2 else f"-depth{self.depth}") + ("" if self.overlap else "-no-overlap")
 
 
@@ -61,7 +63,8 @@ class Unit:
     def unit_id(self) -> str:
         """Readable, and unique by a hash of what the unit is."""
         facts = repr((self.context, self.trace, self.offset_s, self.deadline_s, self.link, self.seed))
-        return f"{self.index:03d}-{self.context}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+        name = _file_name(Path(self.context).stem if self.context.endswith(".json") else self.context)
+        return f"{self.index:03d}-{name}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
 SESSION_S = 0.7
@@ -101,6 +104,8 @@ class Experiment:
     """Scheme that the others are compared with; the first one when empty."""
     most_repeats: int = 2
     """A session over the fidelity limits is repeated so often before it is marked invalid."""
+    most_invalid: float = 0.1
+    """More than this share of invalid units, and the run says nothing: exit status 3."""
     limits: Mapping[str, float] = field(default_factory=dict)
     """Fidelity limits that differ from the defaults."""
     capture: bool = False
@@ -176,15 +181,14 @@ def from_dict(data: Mapping[str, Any]) -> Experiment:
         if key not in known:
             raise SpecError(f"no setting is called {key!r}; there are {', '.join(sorted(known))}")
     for key in ("contexts", "traces", "deadlines_s", "schemes"):
-        if not isinstance(data.get(key), list) or not data[key]:
+        if not data.get(key):
             raise SpecError(f"{key} is missing; give a list")
+    for key in ("offsets_s", "links"):
+        if data.get(key) == []:
+            raise SpecError(f"{key} is empty; leave it away or give a list")
+    typed.check(data, get_type_hints(Experiment) | {"schemes": list})  # schemes are tables yet, checked below
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    schemes = tuple(_scheme(entry) for entry in data["schemes"])
-    try:
-        experiment = Experiment(**(values | {"schemes": schemes}))
-    except TypeError as error:
-        raise SpecError(str(error)) from None
-    return checked(experiment)
+    return checked(Experiment(**(values | {"schemes": tuple(_scheme(entry) for entry in data["schemes"])})))
 
 
 def checked(experiment: Experiment) -> Experiment:
@@ -202,6 +206,10 @@ def _scheme(entry: object) -> Scheme:
             raise SpecError(f"scheme has no setting {key!r}; it has {', '.join(sorted(known))}")
     if "policy" not in entry or "codec" not in entry:
         raise SpecError(f"scheme {entry!r} needs a policy and a codec")
+    try:
+        typed.check(entry, get_type_hints(Scheme))
+    except SpecError as error:
+        raise SpecError(f"scheme {entry['policy']}: {error}") from None
     return Scheme(**entry)
 
 
@@ -209,11 +217,12 @@ def _check(experiment: Experiment) -> None:
     if not _NAME.fullmatch(experiment.name):
         raise SpecError(f"name {experiment.name!r}: use letters, digits, '.', '_' and '-', at most 64")
     for deadline_s in experiment.deadlines_s:
-        if not isinstance(deadline_s, int | float) or not deadline_s > 0:
+        if not deadline_s > 0:
             raise SpecError(f"deadline is {deadline_s!r}; give seconds above 0")
     for offset_s in experiment.offsets_s:
-        if not isinstance(offset_s, int | float) or offset_s < 0:
+        if offset_s < 0:
             raise SpecError(f"offset is {offset_s!r}; give seconds of at least 0")
+    _check_limits(experiment.limits)
     if experiment.workload:
         from testbed import synthetic
 
@@ -224,6 +233,8 @@ def _check(experiment: Experiment) -> None:
             workload.ladder(codec)
     if experiment.chunk_tokens < 1 or experiment.repetitions < 1:
         raise SpecError("chunk_tokens and repetitions are at least 1")
+    if not 0 <= experiment.most_invalid <= 1:
+        raise SpecError(f"most_invalid is {experiment.most_invalid:g}; give a share from 0 to 1")
     for scheme in experiment.schemes:
         if scheme.depth not in (1, 2):
             raise SpecError(f"scheme {scheme.name}: depth is {scheme.depth}; it is 1 or 2")
@@ -232,6 +243,19 @@ def _check(experiment: Experiment) -> None:
     _unique([scheme.name for scheme in experiment.schemes], "two schemes are called {}; give one a label")
     if experiment.baseline and experiment.baseline not in {scheme.name for scheme in experiment.schemes}:
         raise SpecError(f"baseline {experiment.baseline!r} is none of the schemes")
+
+
+def _check_limits(limits: Mapping[str, float]) -> None:
+    known = [f.name for f in fields(Limits)]
+    for name, value in limits.items():
+        if name not in known:
+            raise SpecError(f"limits has no setting {name!r}; it has {', '.join(known)}")
+        if value < 0.0:
+            raise SpecError(f"limits: {name} is {value!r}; give a number of at least 0")
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
 def _unique(names: Sequence[str], message: str) -> None:

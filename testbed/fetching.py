@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import aiohttp
+
 from policies.api import LevelOrText
 from testbed.client import Client
 from testbed.compute import Compute, measure_costs, set_threads
@@ -48,13 +50,16 @@ def fetch(
     What computing takes here is measured before, on the context's own chunks. Raises SpecError for a sender, context
     or policy that is not there.
     """
+    make_policy(policy)
     set_threads(None)
     model = Model.load(None if model_source == "bundled" else model_source)
     prompt_ids = model.encode(prompt or "\n")
-    make_policy(policy)
     compute = Compute(model)
     try:
-        costs = _costs(compute, url, context, prompt_ids, tokens)
+        try:
+            costs = _costs(compute, url, context, prompt_ids, tokens)
+        except (OSError, aiohttp.ClientError) as error:
+            raise SpecError(f"no sender answers at {url} ({error}); start one: kvstream serve STORE") from error
         try:
             record = asyncio.run(_session(compute, costs, url, context, policy, deadline_s, prompt_ids))
         except SessionFailed as error:

@@ -9,8 +9,18 @@ from typing import TypeVar
 
 from policies.api import Choice, Observation, Policy
 from policies.errors import PolicyError
+from testbed.session import Ask, ask_directly
 
 Answer = TypeVar("Answer")
+
+PATIENCE_S = 1.0
+"""What a choice may take where no clock runs: only an endless loop takes longer, however busy the machine is."""
+
+
+def ask_for(policy: Policy) -> Ask:
+    """How to ask in virtual time: our own policies directly, which is fast; any other one with patience, and no more in
+    this session once that has run out."""
+    return ask_directly if type(policy).__module__.startswith("policies.") else TimedAsk(PATIENCE_S, again=False)
 
 
 class TimedAsk:
@@ -18,11 +28,13 @@ class TimedAsk:
 
     Raises PolicyError when the answer is late, and at once while a late answer is still being worked on; whatever the
     policy itself raises comes through. A late thread is told to stop, which ends loops in Python, but not a call that
-    waits outside of it; being a daemon, it never keeps the process alive. One instance serves one session.
+    waits outside of it; being a daemon, it never keeps the process alive. One instance serves one session; without
+    `again` a policy that was late is not asked again in it.
     """
 
-    def __init__(self, limit_s: float = 0.05) -> None:
+    def __init__(self, limit_s: float = 0.05, *, again: bool = True) -> None:
         self.limit_s = limit_s
+        self._again = again
         self._late: threading.Thread | None = None
 
     def __call__(self, policy: Policy, obs: Observation) -> Choice:
@@ -31,6 +43,8 @@ class TimedAsk:
     def call(self, function: Callable[[Observation], Answer], obs: Observation) -> Answer:
         """`function(obs)` within the limit; `Session` asks a policy's `progress` this way too."""
         if self._late is not None:
+            if not self._again:
+                raise PolicyError(f"not asked again: no answer within {self.limit_s * 1e3:g} ms before")
             if self._late.is_alive():
                 raise PolicyError("the policy is still busy with an earlier question")
             self._late = None

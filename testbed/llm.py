@@ -276,22 +276,27 @@ class Score:
     right: tuple[bool, ...]
     """[question]: the most likely token is the answer's at every position, so greedy decoding gives the answer."""
     log_probs: Tensor
-    """`[positions, vocabulary]`: next-token log-probabilities (nats) at the first SCORED_TOKENS of every answer."""
+    """`[positions, vocabulary]`: next-token log-probabilities (nats) over the passage but its last token, then at the
+    first SCORED_TOKENS of every answer."""
 
 
-def score(model: Model, cache: KVCache, questions: Sequence[Question]) -> Score:
-    """Ask every question over the cache, answers teacher-forced. The cache is left as it was.
+def score(model: Model, cache: KVCache, questions: Sequence[Question], passage: Sequence[int] = ()) -> Score:
+    """Let the model read a passage over the cache, and ask it every question, answers teacher-forced. The cache is left
+    as it was.
 
     Questions are asked side by side as far as the cache has room and the model allows it.
     """
     right: list[bool] = []
     rows: list[Tensor] = []
+    context = cache.length
+    if passage:
+        rows.append(model.forward(cache, passage[:-1], keep=len(passage) - 1).log_softmax(dim=-1))
+        cache.length = context
     for group in _groups(questions, cache.capacity - cache.length if model.attends_to_all else 0):
         sequences = [[*q.prompt_ids, *q.answer_ids[:-1]] for q in group]
         if len(group) > 1:
             results = model.forward_side_by_side(cache, sequences)
         else:
-            context = cache.length
             results = [model.forward(cache, sequences[0], keep=len(group[0].answer_ids))]
             cache.length = context
         for question, logits in zip(group, results, strict=True):

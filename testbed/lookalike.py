@@ -223,7 +223,7 @@ def store_lookalike(
         )
         store.announce(manifest, hashes[name])
         question = Question(tuple(ids[tokens:]), (ids[0],))
-        store.put_evaluation(context_of(name), [question], torch.zeros(1, vocabulary))
+        store.put_evaluation(context_of(name), [question], (), torch.zeros(1, vocabulary))
     return {name: context_of(name) for name in codecs}
 
 

@@ -40,6 +40,7 @@ class Outcome:
     strain: Mapping[str, float] | None = None
     prior_bps: float | None = None
     """What the policy was told of the link beforehand."""
+    prior_rtt_s: float | None = None
     capture: Mapping[str, Any] | None = None
     """What its packets say, if they were recorded; `packets` are rows of `packets.jsonl`."""
     packets: Sequence[Mapping[str, Any]] = ()
@@ -100,5 +101,6 @@ def row_of(unit: Unit, scheme: Scheme, model: str, backend: str, outcome: Outcom
         repeats=outcome.repeats,
         strain=None if outcome.strain is None else dict(outcome.strain),
         prior_bps=outcome.prior_bps,
+        prior_rtt_s=outcome.prior_rtt_s,
         capture=None if outcome.capture is None else dict(outcome.capture),
     )

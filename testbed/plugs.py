@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from policies import registry as policy_registry
 from policies.api import Policy
+from policies.errors import PolicyError
 from policies.measures import named_level
 from testbed import specs
 from testbed.errors import SpecError
@@ -18,7 +19,12 @@ def make_policy(text: str) -> Policy:
     """A fresh policy from `mpc,horizon=5` or `./mine.py:MyPolicy,gain=2`. Raises PolicyError or SpecError."""
     spec = specs.parse(text, "policy")
     cls = policy_registry.policy_class(spec.name)
-    policy: Policy = specs.build(cls, spec.settings, f"policy {spec.name}")
+    try:
+        policy: Policy = specs.build(cls, spec.settings, f"policy {spec.name}")
+    except (SpecError, PolicyError):
+        raise
+    except Exception as error:  # a student's constructor may raise anything
+        raise PolicyError(f"policy {spec.name} cannot be built: {type(error).__name__}: {error}") from error
     return policy
 
 
@@ -30,7 +36,10 @@ def check_levels(text: str, n_levels: int) -> None:
     for name in ("level", "first"):
         level = getattr(policy, name, None)
         if level is not None:
-            named_level(level, n_levels)
+            try:
+                named_level(level, n_levels)
+            except PolicyError as error:
+                raise PolicyError(f"policy {text}: {error}") from None
 
 
 def is_clairvoyant(text: str) -> bool:

@@ -63,7 +63,10 @@ def find_contexts(names: Sequence[str]) -> list[workload.Context]:
         if name in shipped:
             found.append(shipped[name])
         elif Path(name).is_file():
-            found.append(workload.Context.from_json(Path(name).read_text(encoding="utf-8"), name))
+            try:
+                found.append(workload.Context.from_json(Path(name).read_text(encoding="utf-8"), name))
+            except UnicodeDecodeError as error:
+                raise SpecError(f"{name}: not a context, which is JSON in UTF-8 ({error})") from None
         else:
             raise SpecError(f"no context is called {name!r}; there are {', '.join(shipped)}, or give a JSON file")
     return found
@@ -86,9 +89,9 @@ def prepare(
     missing: list[tuple[workload.Context, str, Codec, str]] = []
     for codec_text in codecs:
         codec = calibrate.make_codec(codec_text, model, say)
-        for context in wanted:
+        for name, context in zip(contexts, wanted, strict=True):
             key = context_id(context, codec, chunk_tokens)
-            ids[context.name, codec_text] = key
+            ids[name, codec_text] = key
             if key not in store.contexts():
                 missing.append((context, codec_text, codec, key))
     for context, codec_text, codec, key in missing:
@@ -101,7 +104,7 @@ def prepare(
             Question(tuple(model.encode(q.prompt.decode())), tuple(model.encode(q.answer.decode())))
             for q in asked(context.questions)
         ]
-        right = store_evaluation(store, key, model, kv, questions)
+        right = store_evaluation(store, key, model, kv, questions, calibrate.passage(model))
         (store.path / "contexts" / key / "evaluation" / "exact.json").write_text(json.dumps(sum(right)))
     exact = {
         name: json.loads((store.path / "contexts" / key / "evaluation" / "exact.json").read_text())

@@ -9,14 +9,17 @@ whole or not at all; the simulator, whose sessions take less time than a file, w
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from testbed import typed
 from testbed.errors import SpecError
 
 if TYPE_CHECKING:
@@ -24,6 +27,25 @@ if TYPE_CHECKING:
 
 Status: TypeAlias = Literal["ok", "failed", "invalid"]
 Json: TypeAlias = dict[str, Any]
+
+_MANIFEST: Final[Json] = {
+    "experiment": dict,
+    "backend": str,
+    "schemes": list,
+    "levels": dict[str, list],
+    **dict.fromkeys(("traces", "profiles", "files", "model", "versions"), dict),
+}
+"""What a reader of `manifest.json` relies on."""
+_ALWAYS: Final = ("experiment", "backend", "schemes")
+_CELL: Final[Json] = {"row": dict, "chunks": list, "link": list}
+"""Not what is in them: large runs have millions of chunks."""
+_INPUTS: Final[Mapping[str, str]] = {
+    "traces": "a trace",
+    "files": "the file of a policy or a context",
+    "profiles": "a codec's profile",
+    "model": "the model",
+}
+"""What a run is made from, by its key in the manifest; a run whose cells are from others does not go on."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,8 @@ class Row:
     met: bool
     distortion: float | None
     measured_kl: float | None
+    """Mean KL (nats) of the next-token distribution against the exact cache, over the first tokens that are read after
+    the session: a passage of text, and the answers."""
     answer_ok: bool | None
     """The timed question's answer, from the cache that arrived."""
     answers_right: int | None
@@ -73,8 +97,13 @@ class Row:
     """How many times as long as alone the steps of compute were reckoned to take (testbed.rehearsal)."""
     prior_bps: float | None = None
     """Goodput that the link was probed for before the session; None without a probe, or if nothing came through."""
+    prior_rtt_s: float | None = None
+    """The round trip that the same probe saw, over emulated links."""
     capture: Json | None = None
     """What the packets say, where they were recorded (testbed.emulator.analysis)."""
+
+
+_ROW: Final = [f.name for f in fields(Row) if f.default is MISSING]
 
 
 class Run:
@@ -89,25 +118,37 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """A run that exists. Raises SpecError otherwise."""
         run = cls(Path(path))
-        if not (run.path / "manifest.json").is_file():
+        if not run.exists():
             raise SpecError(f"{path}: no run is there (manifest.json is missing); give a folder under runs/")
         return run
+
+    def exists(self) -> bool:
+        """Whether a run has begun in this folder."""
+        return (self.path / "manifest.json").is_file()
 
     def create(self, manifest: Json) -> None:
         """Begin, or go on with, a run. Raises SpecError if the folder holds a different experiment."""
         old = self.path / "manifest.json"
         if old.is_file():
-            before, now = json.loads(old.read_text()), json.loads(json.dumps(_finite(manifest)))
-            if any(before.get(key) != now[key] for key in ("experiment", "backend")):
-                raise SpecError(f"{self.path} holds another experiment; choose another --name or remove the folder")
-            if before.get("traces") != now.get("traces"):
-                raise SpecError(f"{self.path}: a trace has changed since; choose another --name, or --fresh")
+            before, now = self.manifest, json.loads(json.dumps(_finite(manifest)))
+            if any(before[key] != now[key] for key in ("experiment", "backend")):
+                raise SpecError(f"{self.path} holds another experiment; choose another --name, or --fresh starts over")
+            for key, words in _INPUTS.items():
+                if before.get(key, {}) != now.get(key, {}):
+                    raise SpecError(f"{self.path}: {words} has changed since; --fresh starts over")
         self.cells.mkdir(parents=True, exist_ok=True)
         write_whole(old, manifest)
 
     @property
     def manifest(self) -> Json:
-        return json.loads((self.path / "manifest.json").read_text())
+        """Raises SpecError for a file that is none."""
+        file = self.path / "manifest.json"
+        with _damage(file, "run it again with --fresh"):
+            manifest = _checked(json.loads(file.read_text(encoding="utf-8")), _MANIFEST, _ALWAYS)
+            _checked(manifest["experiment"], {"name": str}, ["name"])
+            for scheme in manifest["schemes"]:
+                _checked(scheme, {"name": str}, ["name"])
+            return manifest
 
     def has(self, unit_id: str, scheme: str) -> bool:
         return self._cell(unit_id, scheme).is_file() or scheme in self._schemes_of(unit_id)
@@ -133,7 +174,7 @@ class Run:
         if not done:
             return
         file = self.cells / f"{sessions[0][0].unit_id}.json"
-        before = json.loads(file.read_text())["cells"] if file.is_file() else []
+        before = _cells(file) if file.is_file() else []
         # what is computed again in no time needs no fsync
         write_whole(file, {"cells": [*before, *done]}, durable=False)
         self._looked_up = ("", set())
@@ -143,8 +184,7 @@ class Run:
     def load_cells(self) -> Iterator[Json]:
         """Every session so far, failed ones included, in a fixed order."""
         for file in sorted(self.cells.glob("*.json")):
-            body = json.loads(file.read_text())
-            yield from body.get("cells", [body])
+            yield from _cells(file)
 
     def rows(self) -> list[Json]:
         return [cell["row"] for cell in self.load_cells()]
@@ -183,17 +223,65 @@ class Run:
         """Schemes whose sessions are in the unit's one file; asked scheme by scheme, so the last unit is kept."""
         if self._looked_up[0] != unit_id:
             file = self.cells / f"{unit_id}.json"
-            cells = json.loads(file.read_text())["cells"] if file.is_file() else []
+            cells = _cells(file) if file.is_file() else []
             self._looked_up = (unit_id, {cell["row"]["scheme"] for cell in cells})
         return self._looked_up[1]
 
 
 def load(path: str | Path) -> pandas.DataFrame:
-    """`sessions.jsonl` of a run as a DataFrame, one row a session."""
+    """The sessions of a run as a DataFrame, one row a session with the columns of `sessions.jsonl`."""
     import pandas
 
-    run = Run.open(path)
-    return pandas.DataFrame(run.rebuild())
+    return pandas.DataFrame(Run.open(path).rows())
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Sessions as CSV: facts of a table in columns of their own (`fidelity.ok`), lists as JSON, nothing as nothing."""
+    flat = [_flat(row) for row in rows]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(row: Mapping[str, Any], head: str = "") -> Json:
+    found: Json = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{head}{key}.")
+        else:
+            found[head + key] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return found
+
+
+@contextmanager
+def _damage(file: Path, fix: str) -> Iterator[None]:
+    """Whatever is wrong with a file of a run, as one line that ends with what to do about it."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:  # SpecError is a ValueError, as is what is no JSON or no text
+        raise SpecError(f"{file} is damaged ({error}); {fix}") from None
+
+
+def _checked(value: Any, hints: Json, needed: Iterable[str]) -> Json:
+    """A table that has what is needed, in the types of `hints`. Raises SpecError."""
+    if not isinstance(value, dict):
+        raise SpecError("it holds no table")
+    lacking = [key for key in needed if key not in value]
+    if lacking:
+        raise SpecError(f"{lacking[0]} is missing")
+    typed.check(value, hints)
+    return value
+
+
+def _cells(file: Path) -> list[Json]:
+    """The sessions in a file: one, or those of a unit. Raises SpecError."""
+    with _damage(file, "remove it, and the next run measures it again"):
+        body = _checked(json.loads(file.read_text(encoding="utf-8")), {"cells": list}, ())
+        cells: list[Json] = body.get("cells", [body])
+        for cell in cells:
+            _checked(_checked(cell, _CELL, _CELL)["row"], {}, _ROW)
+        return cells
 
 
 def write_whole(path: Path, data: Mapping[str, Any], *, durable: bool = True) -> None:

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from testbed import machine, outcome, plugs, prepare
+from testbed import ideal, inputs, machine, outcome, plugs, prepare
 from testbed.dashboard import events
 from testbed.emulator import analysis, fidelity
 from testbed.emulator.capture import capture
-from testbed.emulator.probe import Prober
+from testbed.emulator.probe import Estimate, Prober
 from testbed.emulator.record import LinkRecord
 from testbed.emulator.shaper import Shaper
 from testbed.emulator.topology import Network
@@ -33,7 +33,6 @@ from testbed.progress import Progress
 from testbed.rehearsal import Strain
 from testbed.results import Json, Run
 from testbed.session import Costs
-from traces.framing import goodput_per_capacity
 from traces.resolve import open_trace
 from traces.trace import Trace
 
@@ -59,12 +58,14 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
         plugs.make_policy(scheme.policy)
     links = {text: plugs.make_link(text) for text in experiment.links}
     limits = replace(fidelity.Limits(), **experiment.limits)
-    prepared = _prepared(experiment, progress)
+    simplified = ideal.left_out(traces.values(), links.values())
+    prepared = _prepared(experiment, progress, f"; the oracle {simplified}" if simplified else "")
     for scheme in experiment.schemes:
         plugs.check_levels(scheme.policy, len(prepared.manifests[experiment.contexts[0], scheme.codec].levels))
     units = experiment.units()
     todo = [(unit, s) for unit in units for s in experiment.order(unit) if not run.has(unit.unit_id, s.name)]
-    manifest = describe(experiment, prepared, "mininet")
+    manifest = describe(experiment, prepared, "mininet") | _of_earlier_parts(run)
+    manifest["simplified"] = f"the oracle {simplified}" if simplified else ""
     run.create(manifest)
     progress.begin(experiment, len(units) * len(experiment.schemes), [unit for unit, _ in todo], emulated=True)
     log = (run.path / events.FILE_NAME).absolute()
@@ -81,8 +82,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
             packets=experiment.capture,
             probe=experiment.probe,
         ) as stage:
-            manifest |= {"network": stage.network.settings, "shaper": stage.shaper.settings}
-            manifest |= {"costs": stage.costs_json}
+            manifest["networks"][text] = stage.network.settings | {"shaper": stage.shaper.settings}
+            manifest["costs"] = stage.costs_json
             run.create(manifest)
             for unit, scheme in sessions:
                 trace = traces[unit.trace]
@@ -95,18 +96,24 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
                 progress.step(row)
 
 
-def _prepared(experiment: Experiment, progress: Progress) -> prepare.Prepared:
-    """The store to serve, and in words what is real about it."""
+def _of_earlier_parts(run: Run) -> Json:
+    """What only a network that was up can say: kept from the parts of the run that are done."""
+    before = run.manifest if run.exists() else {}
+    return {"networks": {}} | {key: before[key] for key in ("networks", "costs") if key in before}
+
+
+def _prepared(experiment: Experiment, progress: Progress, note: str) -> prepare.Prepared:
+    """The store to serve, and in words what is real about it, with a note."""
     place = "Backend mininet: real hosts and links in namespaces of their own; "
     if experiment.workload:
         from testbed import synthetic_store
 
-        progress.place(place + "SYNTHETIC caches as real bytes, compute takes the times of its profile")
+        progress.place(place + "SYNTHETIC caches as real bytes, compute takes the times of its profile" + note)
         return synthetic_store.prepare(
             experiment.workload, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
         )
     where = "the CPU" if experiment.device == "cpu" else experiment.device
-    progress.place(f"{place}chunks are decoded on {where}")
+    progress.place(f"{place}chunks are decoded on {where}{note}")
     return prepare.prepare(
         experiment.model, experiment.contexts, experiment.codecs, experiment.chunk_tokens, progress.say
     )
@@ -123,6 +130,7 @@ def describe(experiment: Experiment, prepared: prepare.Prepared, backend: str) -
             "levels": prepare.describe_levels(prepared, experiment.codecs),
             "profiles": {codec: m.profile for (_, codec), m in prepared.manifests.items()},
             "traces": {unit.trace: open_trace(unit.trace).sha256 for unit in experiment.units()},
+            "files": inputs.files(experiment),
             "model": {
                 "name": prepared.model_name,
                 "source": Path(prepared.model).name,
@@ -216,20 +224,18 @@ class Stage:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    @property
-    def rtt_s(self) -> float:
-        return 2.0 * float(self._link.delay_s)
-
-    def _goodput(self, trace: Trace) -> Trace:
-        return trace.scaled(goodput_per_capacity(self._link.mtu))
-
     def bound(self, unit: Unit, scheme: Scheme, trace: Trace) -> Bound:
         """The oracle's plan for a unit, computed once a codec and depth."""
         key = (unit.unit_id, scheme.codec, scheme.depth)
         if key not in self._bounds:
             pair = unit.context, scheme.codec
             self._bounds[key] = outcome.bound_of(
-                self._prepared.manifests[pair], self._goodput(trace), unit, scheme.depth, self.costs[pair], self.rtt_s
+                self._prepared.manifests[pair],
+                ideal.goodput(trace, self._link),
+                unit,
+                scheme.depth,
+                self.costs[pair],
+                ideal.round_trip_s(trace, self._link),
             )
         return self._bounds[key]
 
@@ -248,13 +254,14 @@ class Stage:
         self, unit: Unit, scheme: Scheme, trace: Trace, limits: fidelity.Limits, log: Path | None
     ) -> tuple[Outcome, list[Json], list[Json]]:
         """One session on the link, with what the link did. `log` is where it is told how it gets on, if anywhere."""
-        prior_bps = self._prior_bps(trace)
+        prior = self._prior(trace)
+        prior_bps, prior_rtt_s = (None, None) if prior is None else (prior.goodput_bps, prior.rtt_s)
         with ExitStack() as stack:
             captures = None
             if self._packets:
                 name = f"{unit.unit_id}-{scheme.name}"
                 captures = stack.enter_context(capture(self.network, self._folder / "packets", name))
-            zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * self.rtt_s
+            zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * ideal.round_trip_s(trace, self._link)
             self.shaper.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
             for shaper, up in self._ups:
                 shaper.arm(up, zero_s, COVERED_S)
@@ -286,6 +293,7 @@ class Stage:
             fidelity=verdict.to_json(),
             strain=answer["strain"],
             prior_bps=prior_bps,
+            prior_rtt_s=prior_rtt_s,
         )
         self._bear((unit.context, scheme.codec), answer["strain"])
         chunks = answer["record"]["chunks"]
@@ -295,20 +303,20 @@ class Stage:
         self, result: Outcome, chunks: list[Json], measured: LinkRecord, captures: Mapping[str, Any]
     ) -> tuple[Outcome, list[Json]]:
         """The session with what its packets say."""
-        found = analysis.analyse(captures, self.network.sender_ip, self._link.mtu)
+        found = analysis.analyse(captures, self.network.sender_ips, self._link.mtu)
         end_s = measured.t0_s + measured.length_s
         windows = found.windows(measured.t0_s, end_s)
-        summary = found.summary(measured, alone=not self._link.crossed and self._link.senders == 1)
+        summary = found.summary(measured, alone=not self._link.crossed)
         return replace(result, capture=summary, packets=windows), found.chunks(chunks, measured.t0_s)
 
-    def _prior_bps(self, trace: Trace) -> float | None:
+    def _prior(self, trace: Trace) -> Estimate | None:
         """What a train of packets finds of the link at the session's start; None where nothing comes through."""
         if self._prober is None:
             return None
         self.shaper.arm(None, time.monotonic(), COVERED_S)
         self.shaper.set_rate(float(trace.rates_bps[0]))
         try:
-            return self._prober.measure().goodput_bps if trace.rates_bps[0] else None
+            return self._prober.measure() if trace.rates_bps[0] else None
         except MachineError:
             return None
         finally:
@@ -342,13 +350,13 @@ class Stage:
         if log is not None:
             command["news"] = {"file": str(log), "unit_id": unit.unit_id, "scheme": scheme.name}
         if plugs.is_clairvoyant(scheme.policy):
-            goodput = self._goodput(trace)
+            goodput = ideal.goodput(trace, self._link)
             command["forecast"] = {
                 "per": goodput.per,
                 "durations_s": goodput.durations_s.tolist(),
                 "rates_bps": goodput.rates_bps.tolist(),
                 "end": goodput.end,
-                "rtt_s": self.rtt_s,
+                "rtt_s": ideal.round_trip_s(trace, self._link),
                 "initial_window_bytes": None,
             }
         return command

@@ -39,7 +39,12 @@ def by_setting(rows: Sequence[Mapping[str, Any]], schemes: Sequence[str]) -> lis
 
 def setting_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """The row's setting, in the order of AXES: its trace without the seed it was drawn with."""
-    return tuple(_SEED.sub("", row[axis]) if axis == "trace" else row[axis] for axis in AXES)
+    return tuple(unseeded(row[axis]) if axis == "trace" else row[axis] for axis in AXES)
+
+
+def unseeded(trace: str) -> str:
+    """A trace's name without the seed it was drawn with."""
+    return _SEED.sub("", trace)
 
 
 def _scheme(rows: Sequence[Mapping[str, Any]]) -> Json:

@@ -2,7 +2,8 @@
 
 `mpc,horizon=5`, `./mine.py:MyPolicy,gain=2`, `cachegen,coder=ac`, `delay=20ms,loss=0.1%,queue=50ms`: a name (not for
 links), then settings. Quantities carry units (`20ms`, `100Mbps`, `0.1%`, `64KiB`) and become SI floats. The settings
-of a policy or a link are the fields of a dataclass, so their names and types come from there.
+of a policy or a link are the fields of a dataclass, so their names, types and units come from there: a field that ends
+in `_s`, `_bytes` or `_bps`, or whose type says so (`traces.units.Fraction`), takes no other unit.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from testbed.errors import SpecError
 from traces.errors import TraceError
-from traces.units import parse_quantity
+from traces.units import Dimension, parse_quantity
 
 T = TypeVar("T")
 
@@ -56,37 +57,59 @@ def parse_settings(text: str, what: str = "settings") -> dict[str, str]:
 def build(cls: type[T], settings: Mapping[str, str | int | float | bool], what: str) -> T:
     """An instance of dataclass `cls` from settings as written; each value becomes its field's type.
 
-    A field whose name ends in a unit (`delay_s`, `queue_bytes`) may be written without it (`delay`).
-    Raises SpecError naming the settings there are.
+    A field whose name ends in a unit (`delay_s`, `queue_bytes`) may be written without it (`delay`); of several such
+    fields the value's unit says which is meant (`queue=50ms`, `queue=64KiB`). Raises SpecError naming the settings
+    there are.
     """
     if not dataclasses.is_dataclass(cls):
         if settings:
             raise SpecError(f"{what} takes no settings (it is not a dataclass); remove {', '.join(settings)}")
         return cls()
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        name = _field(key, fields)
-        if name is None:
+        names = [key] if key in fields else [name for name in fields if name.rpartition("_")[0] == key and _unit(name)]
+        if not names:
             raise SpecError(f"{what} has no setting {key!r}; it has {', '.join(fields) or 'none'}")
-        values[name] = coerce(value, hints[name], f"{what}: {key}")
+        name, found = _first_that_fits(value, names, hints, f"{what}: {key}")
+        if name in values:
+            raise SpecError(f"{what}: {name} is given twice")
+        values[name] = found
     return cls(**values)
 
 
-def _field(key: str, fields: Mapping[str, Any]) -> str | None:
-    if key in fields:
-        return key
-    suffixed = [name for name in fields if name.rpartition("_")[0] == key and name.rpartition("_")[2] in _UNITS]
-    return suffixed[0] if suffixed else None
+def _unit(name: str) -> Dimension | None:
+    """What a field of this name is measured in; None where the name does not say."""
+    stem, _, unit = name.rpartition("_")
+    return _UNITS.get(unit) if stem else None
 
 
-_UNITS = ("s", "bytes", "bps")
+_UNITS: dict[str, Dimension] = {"s": "time", "bytes": "size", "bps": "rate"}
 
 
-def coerce(value: str | int | float | bool, hint: Any, what: str) -> Any:
-    """`value` as `hint` says: float (with unit), int, bool, str, a Literal, or a union of these tried in order."""
+def _first_that_fits(
+    value: str | int | float | bool, names: Sequence[str], hints: Mapping[str, Any], what: str
+) -> tuple[str, Any]:
+    """The first of the fields that can take the value, and the value as it takes it."""
+    problem: SpecError | None = None
+    for name in names:
+        try:
+            return name, coerce(value, hints[name], what, _unit(name))
+        except SpecError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def coerce(value: str | int | float | bool, hint: Any, what: str, dimension: Dimension | None = None) -> Any:
+    """`value` as `hint` says: float (with unit), int, bool, str, a Literal, or a union of these tried in order.
+
+    With a dimension, or one in the hint (`Annotated[float, "fraction"]`), a number has its unit or none.
+    """
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return coerce(value, hint.__origin__, what, hint.__metadata__[0])
     if origin in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if value == "none" and len(options) < len(typing.get_args(hint)):
@@ -95,7 +118,7 @@ def coerce(value: str | int | float | bool, hint: Any, what: str) -> Any:
         problem: SpecError | None = None
         for option in sorted(options, key=lambda option: option is str):
             try:
-                return coerce(value, option, what)
+                return coerce(value, option, what, dimension)
             except SpecError as error:
                 problem = problem or error
         raise problem or SpecError(f"{what}={value!r} cannot be read")
@@ -122,7 +145,7 @@ def coerce(value: str | int | float | bool, hint: Any, what: str) -> Any:
         return words[str(value).lower()]
     if hint in (int, float):
         try:
-            number = float(value) if isinstance(value, int | float) else parse_quantity(value)
+            number = float(value) if isinstance(value, int | float) else parse_quantity(value, dimension)
         except TraceError as error:
             raise SpecError(f"{what}: {error}") from error
         if hint is int:

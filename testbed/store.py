@@ -143,8 +143,13 @@ class Store:
         rows = _read_json(self._folder(context) / "evaluation" / "questions.json", f"questions of {context}")
         return [Question(tuple(row["prompt_ids"]), tuple(row["answer_ids"])) for row in rows["questions"]]
 
+    def passage(self, context: str) -> list[int]:
+        """Token ids of the text that is read after a session; evaluation only."""
+        rows = _read_json(self._folder(context) / "evaluation" / "questions.json", f"questions of {context}")
+        return list(rows["passage_ids"])
+
     def reference(self, context: str) -> Tensor:
-        """Log-probabilities of the answers under the exact cache (see `llm.score`); evaluation only."""
+        """Log-probabilities of passage and answers under the exact cache (see `llm.score`); evaluation only."""
         from safetensors.torch import load_file
 
         return load_file(self._folder(context) / "evaluation" / "reference.safetensors")["log_probs"]
@@ -177,12 +182,14 @@ class Store:
         write_whole(folder / "hashes.json", json.dumps(dict(hashes)).encode())
         write_whole(folder / "manifest.json", json.dumps(manifest.to_json(), allow_nan=False).encode())
 
-    def put_evaluation(self, context: str, questions: Sequence[Question], log_probs: Tensor) -> None:
+    def put_evaluation(
+        self, context: str, questions: Sequence[Question], passage: Sequence[int], log_probs: Tensor
+    ) -> None:
         from safetensors.torch import save
 
         rows = [{"prompt_ids": q.prompt_ids, "answer_ids": q.answer_ids} for q in questions]
         folder = self._folder(context) / "evaluation"
-        write_whole(folder / "questions.json", json.dumps({"questions": rows}).encode())
+        write_whole(folder / "questions.json", json.dumps({"questions": rows, "passage_ids": list(passage)}).encode())
         write_whole(folder / "reference.safetensors", save({"log_probs": log_probs.float().cpu().contiguous()}))
 
     def _folder(self, context: str) -> Path:
@@ -261,19 +268,21 @@ def store_evaluation(
     model: Model,
     kv: Tensor,
     questions: Sequence[Question],
+    passage: Sequence[int] = (),
 ) -> tuple[bool, ...]:
-    """Answer the questions over the exact cache and keep the log-probabilities beside the context.
+    """Read the passage and answer the questions over the exact cache; keep the log-probabilities beside the context.
 
     Returns which answers were right: what no level can be expected to beat.
     """
     from testbed.llm import SIDE_BY_SIDE_TOKENS, score
 
     longest = max((len(q.prompt_ids) + len(q.answer_ids) for q in questions), default=0)
+    longest = max(longest, len(passage))
     cache = model.new_cache(kv.shape[2] + max(longest, SIDE_BY_SIDE_TOKENS))
     cache.length = kv.shape[2]
     cache.view().copy_(kv)
-    result = score(model, cache, questions)
-    store.put_evaluation(context, questions, result.log_probs)
+    result = score(model, cache, questions, passage)
+    store.put_evaluation(context, questions, passage, result.log_probs)
     return result.right
 
 

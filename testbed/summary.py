@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from testbed import stats
 from testbed.errors import SpecError
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 Json: TypeAlias = dict[str, Any]
 Row: TypeAlias = Mapping[str, Any]
+
+FEWEST: Final = 6
+"""With fewer units McNemar's exact test stays above 5 % even if every one of them differs (2 / 2^5)."""
+ROUNDING: Final = 1e-9
+"""Nats: smaller differences come from the order in which numbers were added up."""
+SYNTHETIC: Final = "Synthetic caches, timing only. "
 
 
 def summarise(
@@ -190,7 +196,9 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]], pairs: Mapping[
     difference = versus(counted, name, base["scheme"])
     apart = is_more_than_chance(difference)
     words = [f"{name} meets the deadline {_often(ours, base, apart)}{_at_distortion(ours, base)}"]
-    if ours["met"] != base["met"]:
+    if ours["n"] < FEWEST:
+        words.append(f"{many(ours['n'], 'unit')} {'is' if ours['n'] == 1 else 'are'} too few to tell how often")
+    elif ours["met"] != base["met"]:
         points = 100 * (ours["met_rate"] - base["met_rate"])
         likely = "more than chance explains" if apart else "within what chance explains"
         words.append(f"The difference of {points:+.0f} points is {likely} (McNemar p = {difference['met_p']:.2g})")
@@ -203,7 +211,7 @@ def verdict(summary: Json, counted: Sequence[Mapping[str, Row]], pairs: Mapping[
 def _place(summary: Json) -> str:
     place = "Simulated: " if "simulator" in summary["backend"] else ""
     if any(model.startswith("synthetic") for model in summary["models"]):
-        place = "Synthetic caches, timing only. " + place
+        place = SYNTHETIC + place
     return place
 
 
@@ -220,6 +228,8 @@ def _often(ours: Json, base: Json, apart: bool) -> str:
     rates = f"({_percent(ours['met_rate'])} against {_percent(base['met_rate'])} of {many(ours['n'], 'unit')})"
     if ours["met"] == base["met"]:
         return f"as often as {base['scheme']} {rates}"
+    if ours["n"] < FEWEST:
+        return f"in {ours['met']} of {many(ours['n'], 'unit')}, {base['scheme']} in {base['met']}"
     if not apart:
         return f"about as often as {base['scheme']} {rates}"
     if base["met"] == 0:
@@ -233,20 +243,24 @@ def _at_distortion(ours: Json, base: Json) -> str:
     """Ours against the baseline's, as a factor; empty where either is unknown."""
     if ours["distortion"] is None or base["distortion"] is None:
         return ""
-    nats = f"({_nats(ours['distortion'])} against {_nats(base['distortion'])} nats)"
+    both = f"({nats(ours['distortion'])} against {nats(base['distortion'])} nats)"
     if not ours["distortion"] or not base["distortion"]:
         same = ours["distortion"] == base["distortion"]
-        return f", at {'the same' if same else 'no' if not ours['distortion'] else 'a'} distortion {nats}"
+        return f", at {'the same' if same else 'no' if not ours['distortion'] else 'a'} distortion {both}"
     ratio = ours["distortion"] / base["distortion"]
     if 0.95 < ratio < 1.05:
-        return f", at the same distortion {nats}"
+        return f", at the same distortion {both}"
     how = f"{stats.times(ratio)} its" if ratio > 1 else f"{stats.times(1 / ratio)} less"
-    return f", at {how} distortion {nats}"
+    return f", at {how} distortion {both}"
 
 
 # --- the table
 
 HEADINGS = ("scheme", "n", "deadline met", "TTFT p50/p95", "distortion", "answers", "bytes", "regret", "fidelity")
+SPARED: Final = (("bytes", "fidelity"), ("regret",), ("answers",))
+"""Columns that a narrow terminal does without, the first group first."""
+GAP: Final = 2
+"""Blanks between columns."""
 
 
 def cells(summary: Json) -> list[list[str]]:
@@ -257,10 +271,10 @@ def cells(summary: Json) -> list[list[str]]:
             str(entry["n"]),
             f"{entry['met_rate']:.0%} [{_interval(entry)}]" if entry["n"] else "-",
             f"{_seconds(entry['ttft_p50_s'])}/{_seconds(entry['ttft_p95_s'])} s" if entry["n"] else "-",
-            _nats(entry["distortion"]),
+            nats(entry["distortion"]),
             f"{entry['answers_right']}/{entry['answers']}" if entry["answers"] else "-",
             bytes_words(entry["bytes"]),
-            f"{_nats(entry['regret'])} ({entry['regret_n']})" if entry["regret_n"] else "-",
+            f"{nats(entry['regret'])} ({entry['regret_n']})" if entry["regret_n"] else "-",
             f"{entry['fidelity_ok']}/{entry['fidelity_n']}" if entry["fidelity_n"] else "-",
         ]
         for entry in summary["schemes"]
@@ -288,16 +302,26 @@ def notes(summary: Json) -> list[str]:
     return lines
 
 
-def table(summary: Json) -> Table:
-    """For a terminal; at most 100 columns unless scheme names are long."""
+def table(summary: Json, width: int = 100) -> Table:
+    """For a terminal of `width` columns: where they do not all fit, the ones that one misses least are left out."""
     from rich.table import Table
 
-    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
-    for heading in HEADINGS:
-        view.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
-    for row in cells(summary):
-        view.add_row(*row)
-    view.caption = "\n".join(notes(summary)) or None
+    lines = [list(HEADINGS), *cells(summary)]
+    widths = {heading: max(len(line[i]) for line in lines) for i, heading in enumerate(HEADINGS)}
+    gone: list[str] = []
+    for group in SPARED:
+        if sum(widths.values()) + GAP * (len(widths) - 1) <= width:
+            break
+        gone += group
+        widths = {heading: size for heading, size in widths.items() if heading not in group}
+    view = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", caption_justify="left")
+    view.add_column("scheme", overflow="fold")
+    for heading in list(widths)[1:]:
+        view.add_column(heading, justify="right", no_wrap=True)
+    for row in lines[1:]:
+        view.add_row(*(cell for heading, cell in zip(HEADINGS, row, strict=True) if heading in widths))
+    narrow = [f"left out on this narrow terminal: {', '.join(gone)}; the report has them"] if gone else []
+    view.caption = "\n".join([*notes(summary), *narrow]) or None
     return view
 
 
@@ -347,8 +371,11 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
 
 
-def _nats(value: float | None) -> str:
-    return "-" if value is None else "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.0e}"
+def nats(value: float | None, sign: str = "") -> str:
+    """A distortion or a difference of two for people; what rounding left of nothing is nothing."""
+    if value is None:
+        return "-"
+    return "0" if abs(value) < ROUNDING else f"{value:{sign}.2g}" if abs(value) >= 1e-4 else f"{value:{sign}.0e}"
 
 
 def many(count: int, noun: str) -> str:

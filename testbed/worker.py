@@ -237,9 +237,9 @@ class Worker:
         return index, questions[index].prompt_ids
 
     def _judge(self, context: str, index: int, fetched: Fetched) -> dict[str, Any]:
-        """All questions over the cache that arrived, against the exact cache."""
+        """A passage of text and all questions over the cache that arrived, against the exact cache."""
         questions = self.store.questions(context)
-        score = self.compute.ask(questions)
+        score = self.compute.ask(questions, self.store.passage(context))
         return {
             "answer_ok": score.right[index] and fetched.token == questions[index].answer_ids[0],
             "answers_right": sum(score.right),

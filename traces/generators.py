@@ -34,6 +34,9 @@ P = ParamSpec("P")
 
 GENERATORS: dict[str, Callable[..., Trace]] = {}
 """Generators by the name a spec uses."""
+MAX_BINS = 10_000
+IDLE = {"chunk": ("hold", "length"), "time": ("chunks",)}
+"""Settings that say nothing for a trace with one rate a chunk, and for one over time: refused rather than ignored."""
 
 
 def generator(function: Callable[P, Trace]) -> Callable[P, Trace]:
@@ -46,7 +49,14 @@ def generator(function: Callable[P, Trace]) -> Callable[P, Trace]:
         bound = signature.bind(*args, **kwargs)
         given = _spec(name, bound.arguments)
         bound.apply_defaults()
-        record = Provenance(source=_spec(name, bound.arguments), format="generator", licence="Apache-2.0 (generated)")
+        idle = IDLE.get(bound.arguments.get("per", ""), ())
+        for key in idle:
+            if key in kwargs:
+                other = "chunk" if bound.arguments["per"] == "time" else "time"
+                value = f"{kwargs[key]:g}s" if other == "time" else kwargs[key]
+                raise TraceError(f"{key} is for per={other}: write {name},per={other},{key}={value}, or leave it away")
+        full = {key: value for key, value in bound.arguments.items() if key not in idle}
+        record = Provenance(source=_spec(name, full), format="generator", licence="Apache-2.0 (generated)")
         return replace(function(*args, **kwargs), name=given, provenance=(record,))
 
     GENERATORS[name] = made
@@ -150,10 +160,14 @@ def uniform(
 ) -> Trace:
     """Independent uniform rates in [low, high].
 
-    `per=time` holds each for `hold` seconds over `length`; `per=chunk` draws one for each of `chunks` chunks (`hold`
-    and `length` do not matter then). The two are different links: a slow chunk lasts longer than a fast one, so per
-    chunk the low rates weigh more in time.
+    `per=time` holds each for `hold` seconds over `length`; `per=chunk` draws one for each of `chunks` chunks, and
+    refuses `hold` and `length`. The two are different links: a slow chunk lasts longer than a fast one, so per chunk
+    the low rates weigh more in time.
     """
+    return _uniform(low, high, hold, per, chunks, seed, length)
+
+
+def _uniform(low: float, high: float, hold: float, per: Per, chunks: int, seed: int, length: float) -> Trace:
     if not 0.0 <= low <= high:
         raise TraceError(f"low={low:g} and high={high:g} bit/s; low must not exceed high")
     if per == "chunk" and not 1 <= chunks <= MAX_ROWS:
@@ -293,8 +307,8 @@ def histogram(
 
 def histogram_of(trace: Trace, bins: int = 20) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(edges in bit/s, weights in seconds) of a trace's rates over time, as `histogram` takes them."""
-    if bins < 1:
-        raise TraceError(f"bins={bins}; give at least one")
+    if not 1 <= bins <= MAX_BINS:
+        raise TraceError(f"bins={bins}; give 1 to {MAX_BINS}")
     weights, edges = np.histogram(
         trace.rates_bps, bins=bins, weights=trace.durations_s if trace.per == "time" else None
     )
@@ -309,7 +323,7 @@ def paper_uniform(
 
     `per=chunk` is what its public code does; `per=time` holds each rate for `hold` seconds. Never mix the two.
     """
-    return uniform(low=0.1e9, high=10e9, hold=hold, per=per, chunks=chunks, seed=seed, length=length)
+    return _uniform(0.1e9, 10e9, hold, per, chunks, seed, length)
 
 
 @generator

@@ -9,21 +9,24 @@ plug-in's generator (entry point `kvstream.traces`). The settings are the genera
     scale_mean=30Mbps, scale_peak=1Gbps                      resample=50ms  steps of that length, same bits
     clip_low=1Mbps, clip_high=1Gbps                          end=hold       loop, hold or stop after the last row
     hold=0.2s         lay a per-chunk trace out in time      name=mine      what tables call it
+    then=lab-cliff    another one after it (a name or a file, without settings)
 
-Where a generator has a setting of that name (`hold`), the setting is meant.
+Where a generator has a setting of that name (`hold`), the setting is meant. `histogram,of=NAME_OR_FILE,bins=20` draws
+from the histogram of another trace instead of `edges` and `weights` of its own.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from traces import formats, library
 from traces.errors import TraceError
-from traces.generators import GENERATORS
+from traces.generators import GENERATORS, histogram_of
 from traces.trace import End, Trace
 from traces.units import Dimension, parse_fraction, parse_quantity, parse_rate, parse_time
 
@@ -39,9 +42,14 @@ TRANSFORMS: dict[str, Callable[[Trace, str], Trace]] = {
     "resample": lambda trace, value: trace.resampled(parse_time(value)),
     "end": lambda trace, value: trace.with_end(cast(End, value)),
     "hold": lambda trace, value: trace.over_time(parse_time(value)),
+    "then": lambda trace, value: trace.concatenated(open_trace(value)),
     "name": lambda trace, value: trace.renamed(value),
 }
 """Transforms by the key a spec uses."""
+
+
+NAMES_A_TRACE = ("then", "of")
+"""Settings whose value is another trace: a name, or a file."""
 
 
 def open_trace(spec: str | Path) -> Trace:
@@ -52,7 +60,9 @@ def open_trace(spec: str | Path) -> Trace:
     if isinstance(spec, Path) or ("," in spec and Path(spec).is_file()):
         return formats.load(spec)
     head, settings = _parsed(spec)
-    if head in GENERATORS:
+    if head == "histogram" and "of" in settings:
+        trace, rest = _redrawn(settings)
+    elif head in GENERATORS:
         trace, rest = _generated(head, GENERATORS[head], settings)
     elif head in library.names() or head.startswith("family/"):
         trace, rest = library.load(head), settings
@@ -71,7 +81,8 @@ def open_trace(spec: str | Path) -> Trace:
             raise TraceError(f"trace {spec!r}: {key}: {error}") from None
     if "name" in rest or not settings:
         return trace
-    return trace.renamed(",".join([Path(head).name if head not in GENERATORS else head, *spec.split(",")[1:]]))
+    words = [f"{key}={Path(value).name if key in NAMES_A_TRACE else value}" for key, value in settings.items()]
+    return trace.renamed(",".join([Path(head).name, *words]))
 
 
 def _parsed(spec: str) -> tuple[str, dict[str, str]]:
@@ -106,6 +117,23 @@ def _generated(name: str, function: Callable[..., Trace], settings: Mapping[str,
     if not isinstance(trace, Trace):
         raise TraceError(f"trace {name}: the plug-in gave a {type(trace).__name__}, not a Trace")
     return trace, {key: value for key, value in settings.items() if key not in hints}
+
+
+HISTOGRAM_OF = ("of", "bins")
+"""Settings of `histogram` that stand for its edges and weights."""
+
+
+def _redrawn(settings: Mapping[str, str]) -> tuple[Trace, dict[str, str]]:
+    """`histogram` with the edges and weights of another trace, which stands in the provenance."""
+    if given := [key for key in ("edges", "weights") if key in settings]:
+        raise TraceError(f"trace histogram: of={settings['of']} brings its own {given[0]}; leave one of the two away")
+    bins = _coerced(settings.get("bins", "20"), int)
+    source = open_trace(settings["of"])
+    edges, weights = (":".join(map(str, column)) for column in histogram_of(source, bins))
+    rest = {key: value for key, value in settings.items() if key not in HISTOGRAM_OF}
+    drawn, rest = _generated("histogram", GENERATORS["histogram"], {"edges": edges, "weights": weights, **rest})
+    noted = source._derived(f"rates drawn from its histogram of {bins} bins (trace sha256 {source.sha256})")
+    return replace(drawn, kind=source.kind, provenance=drawn.provenance + noted.provenance), rest
 
 
 def _coerced(value: str, hint: Any) -> Any:
@@ -147,6 +175,8 @@ def _loaded(path: str, settings: Mapping[str, str]) -> tuple[Trace, dict[str, st
 
 def _settings_of(head: str) -> str:
     own = [key for key in get_type_hints(GENERATORS[head]) if key != "return"] if head in GENERATORS else []
+    if head == "histogram":
+        own += HISTOGRAM_OF
     if not own and Path(head).is_file():
         own = ["format", "part"]
     return f"there are {', '.join(dict.fromkeys([*own, *TRANSFORMS]))}"

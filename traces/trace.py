@@ -162,6 +162,13 @@ class Trace:
         return self._bits[-1] / self._edges[-1]
 
     @property
+    def mean_delay_s(self) -> float:
+        """Mean of ``delay_s`` over one pass of the rows (over the chunks for ``per="chunk"``); 0 without the column."""
+        if self.delay_s is None:
+            return 0.0
+        return float(np.average(self.delay_s, weights=self.durations_s if self.per == "time" else None))
+
+    @property
     def peak_bps(self) -> float:
         """Highest rate of any row."""
         return float(np.max(self.rates_bps))

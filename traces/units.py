@@ -20,6 +20,8 @@ Time = Annotated[float, "time"]
 """Seconds, as the type of a generator's setting."""
 Fraction = Annotated[float, "fraction"]
 """0 to 1, as the type of a generator's setting."""
+Number = Annotated[float, "number"]
+"""A plain number, as the type of a setting."""
 
 _PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30}
 _TIMES = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from testbed.commands.arguments import output_file
 from testbed.errors import SpecError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     encode = commands.add_parser("encode", help="encode one chunk of a context's KV cache into a file")
     encode.add_argument("context", help="a shipped context or a JSON file")
-    encode.add_argument("output", help="the file to write")
+    encode.add_argument("output", type=output_file, help="the file to write")
     _codec_arguments(encode)
     encode.add_argument("--level", type=int, default=0, help="0 is the smallest (default)")
     encode.add_argument("--chunk", type=int, default=0, help="which chunk of the context (default: the first)")
@@ -32,7 +34,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     decode = commands.add_parser("decode", help="decode a chunk into a safetensors file with the tensor 'kv'")
     decode.add_argument("file", help="an encoded chunk")
-    decode.add_argument("output", help="the file to write: kv [layers, 2, tokens, heads, head_dim]")
+    decode.add_argument("output", type=output_file, help="the file to write: kv [layers, 2, tokens, heads, head_dim]")
     _codec_arguments(decode)
     decode.set_defaults(run=decode_command)
 
@@ -46,20 +48,21 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     calibrate = commands.add_parser("calibrate", help="fit a codec's profile to a model")
     calibrate.add_argument("model", help="folder or name of a causal language model, or 'bundled'")
     calibrate.add_argument("--codec", default="kvstream", help="the codec (default: kvstream)")
-    calibrate.add_argument("--output", metavar="FILE", help="also write the profile here")
+    calibrate.add_argument("--output", metavar="FILE", type=output_file, help="also write the profile here")
+    calibrate.add_argument("--json", action="store_true", help="print as JSON")
     calibrate.set_defaults(run=calibrate_command)
 
     bench = commands.add_parser("bench", help="size, distortion and speed of every level, codec beside codec")
     bench.add_argument("codecs", nargs="*", default=["kvstream", "cachegen", "artifact", "uniform"])
     bench.add_argument("--model", default="bundled", help="folder or name of a causal language model")
     bench.add_argument("--chunk-tokens", type=int, default=256, help="tokens a chunk (default: 256)")
-    bench.add_argument("--figure", metavar="FILE", help="draw rate against distortion: SVG, PNG or PDF")
+    bench.add_argument("--figure", metavar="FILE", type=output_file, help="draw rate against distortion: SVG, PNG, PDF")
     bench.add_argument("--json", action="store_true", help="print as JSON")
     bench.set_defaults(run=bench_command)
 
     insight = commands.add_parser("insight", help="the CacheGen paper's three observations, measured on a model")
     insight.add_argument("model", help="folder or name of a causal language model, or 'bundled'")
-    insight.add_argument("--figure", metavar="FILE", help="draw them: SVG, PNG or PDF")
+    insight.add_argument("--figure", metavar="FILE", type=output_file, help="draw them: SVG, PNG or PDF")
     insight.add_argument("--json", action="store_true", help="print as JSON")
     insight.set_defaults(run=insight_command)
 
@@ -67,6 +70,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 def _codec_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", default="kvstream", help="the codec with settings (default: kvstream)")
     parser.add_argument("--model", default="bundled", help="folder or name of the model whose cache it is")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def _say(line: str) -> None:
+    """What the user waits for; standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _model(name: str) -> Model:
@@ -101,7 +110,7 @@ def encode_command(args: argparse.Namespace) -> int:
     from testbed.llm import calculate_kv
 
     model = _model(args.model)
-    codec = calibrate.make_codec(args.codec, model, print)
+    codec = calibrate.make_codec(args.codec, model, _say)
     (context,) = prepare.find_contexts([args.context])
     tokens = model.encode(context.text.decode())
     start = args.chunk * args.chunk_tokens
@@ -110,8 +119,13 @@ def encode_command(args: argparse.Namespace) -> int:
     span = range(start, min(start + args.chunk_tokens, len(tokens)))
     kv = calculate_kv(model, tokens[: span.stop])[:, :, span.start :]
     data = codec.encode(kv, args.level, positions=span)
-    Path(args.output).write_bytes(data)
-    print(f"{args.output}: {len(data)} bytes, {len(data) * 8 / kv.numel():.3f} bit/element")
+    args.output.write_bytes(data)
+    rate = len(data) * 8 / kv.numel()
+    facts = {
+        **{"file": str(args.output), "context": context.name, "tokens": [span.start, span.stop]},
+        **{"codec": args.codec, "level": args.level, "bytes": len(data), "bits_per_element": rate},
+    }
+    print(json.dumps(facts, indent=1) if args.json else f"{args.output}: {len(data)} bytes, {rate:.3f} bit/element")
     return 0
 
 
@@ -121,11 +135,12 @@ def decode_command(args: argparse.Namespace) -> int:
 
     from testbed import calibrate
 
-    codec = calibrate.make_codec(args.codec, _model(args.model), print)
+    codec = calibrate.make_codec(args.codec, _model(args.model), _say)
     kv = codec.decode(Path(args.file).read_bytes())
     assert isinstance(kv, torch.Tensor)
     save_file({"kv": kv.contiguous()}, args.output)
-    print(f"{args.output}: kv {list(kv.shape)} {str(kv.dtype).removeprefix('torch.')}")
+    facts = {"file": str(args.output), "shape": list(kv.shape), "dtype": str(kv.dtype).removeprefix("torch.")}
+    print(json.dumps(facts, indent=1) if args.json else "{file}: kv {shape} {dtype}".format(**facts))
     return 0
 
 
@@ -170,10 +185,19 @@ def calibrate_command(args: argparse.Namespace) -> int:
     from testbed import calibrate, progress
 
     model = _model(args.model)
-    profile = calibrate.profile_of(args.codec, model, print, progress.track)
-    print(f"profile {profile.sha256} of {args.codec} for {model.name}: {len(profile.to_bytes())} bytes")
+    profile = calibrate.profile_of(args.codec, model, _say, progress.track)
+    data = profile.to_bytes()
     if args.output:
-        Path(args.output).write_bytes(profile.to_bytes())
+        args.output.write_bytes(data)
+    facts = {
+        **{"profile_sha256": profile.sha256, "codec": args.codec, "model": model.name, "bytes": len(data)},
+        "file": str(args.output) if args.output else None,
+    }
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    print("profile {profile_sha256} of {codec} for {model}: {bytes} bytes".format(**facts))
+    if args.output:
         print(args.output)
     return 0
 
@@ -182,14 +206,14 @@ def bench_command(args: argparse.Namespace) -> int:
     from testbed import codec_bench, codec_figures
 
     if args.figure:
-        codec_figures.check_path(Path(args.figure))
+        codec_figures.check_path(args.figure)
     model = _model(args.model)
     rows = codec_bench.measure(model, args.codecs, args.chunk_tokens, lambda line: None)
     torchac = codec_bench.torchac(model, args.chunk_tokens)
     body = {"levels": rows, "torchac": torchac}
     print(json.dumps(body, indent=1) if args.json else codec_bench.text(rows, torchac))
     if args.figure:
-        codec_figures.rate_distortion(rows, Path(args.figure))
+        codec_figures.rate_distortion(rows, args.figure)
     return 0
 
 
@@ -197,9 +221,9 @@ def insight_command(args: argparse.Namespace) -> int:
     from testbed import codec_figures, insight, progress
 
     if args.figure:
-        codec_figures.check_path(Path(args.figure))
+        codec_figures.check_path(args.figure)
     found = insight.measure(_model(args.model), progress.track)
     print(json.dumps(found.to_json(), indent=1) if args.json else insight.text(found))
     if args.figure:
-        codec_figures.insight(found, Path(args.figure))
+        codec_figures.insight(found, args.figure)
     return 0

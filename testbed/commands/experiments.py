@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from testbed.commands.arguments import output_file
 from testbed.errors import MachineError, SpecError
 
 if TYPE_CHECKING:
     from testbed.experiment import Experiment
     from testbed.results import Run
-
-MOST_INVALID = 0.1
-"""More than this share of invalid units and the run says nothing: exit status 3."""
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -66,7 +64,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-if", action="append", default=[], metavar="BAR", help="exit 1 if it holds: 'cachegen.violations>0.1'"
     )
-    parser.add_argument("--junit", metavar="FILE", help="write the bars as JUnit XML")
+    parser.add_argument("--junit", metavar="FILE", type=output_file, help="write the bars as JUnit XML")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -79,7 +77,8 @@ def run_command(args: argparse.Namespace) -> int:
             return _in_sandbox(args)
         if args.spec or args.link or args.live:
             raise MachineError(problem)
-        print(f"kvstream: no emulated link here ({problem}): this is the SIMULATOR")
+        out = sys.stderr if args.json else sys.stdout
+        print(f"kvstream: no emulated link here ({problem}): this is the SIMULATOR", file=out)
         return simulate_command(args)
     from testbed import runner
 
@@ -118,14 +117,18 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
     """Run what is not there yet, then summarise, report and judge."""
     import shutil
 
-    from testbed import bars
+    from testbed import bars, inputs
     from testbed.results import Run
 
     experiment = resolve(args)
     judged = [bars.parse(text) for text in args.fail_if]
+    bars.check(judged, [scheme.name for scheme in experiment.schemes])
+    inputs.check(experiment)
     folder = Path(args.runs) / experiment.name
     if args.dry_run:
-        return _dry_run(experiment, folder, args.command)
+        planned = plan(experiment, folder, emulated=args.command == "run")
+        print(json.dumps(planned, indent=1) if args.json else _plan_text(planned))
+        return 0
     if args.fresh and folder.exists():
         Run.open(folder)
         shutil.rmtree(folder)
@@ -146,9 +149,9 @@ def _carry_out(args: argparse.Namespace, run_units: Any) -> int:
     for why in missed:
         print(f"kvstream: bar missed: {why}", file=sys.stderr)
     if args.junit:
-        bars.write_junit(Path(args.junit), experiment.name, judged, summary)
+        bars.write_junit(args.junit, experiment.name, judged, summary)
     units = summary["units"]
-    if units["seen"] and units["invalid"] > MOST_INVALID * units["seen"]:
+    if units["seen"] and units["invalid"] > experiment.most_invalid * units["seen"]:
         print(f"kvstream: {units['invalid']} of {units['seen']} units are invalid: the link was not what the "
               "traces say; close what else runs on this machine and run again", file=sys.stderr)  # fmt: skip
         return 3
@@ -163,25 +166,29 @@ def _end(run: Run, summary: dict[str, Any]) -> None:
         events.append(run.path / events.FILE_NAME, events.RunEnd(summary["verdict"]))
 
 
-def conclude(run: Run, *, quiet: bool) -> dict[str, Any]:
-    """Rebuild the files of a run from its cells, write summary and report, print the table."""
+def conclude(run: Run, *, quiet: bool, baseline: str = "") -> dict[str, Any]:
+    """Rebuild the files of a run from its cells, write summary and report, print the table.
+
+    `baseline` is the scheme that the others are compared with, by default the experiment's.
+    """
     from testbed import report, settings, summary
     from testbed.results import write_whole
 
     manifest = run.manifest
     rows = run.rebuild()
     schemes = [scheme["name"] for scheme in manifest["schemes"]]
-    result = summary.summarise(rows, schemes, manifest["experiment"]["baseline"])
+    result = summary.summarise(rows, schemes, baseline or manifest["experiment"].get("baseline", ""))
     apart = manifest["experiment"].get("workload") or manifest["experiment"].get("repetitions", 1) > 1
     result["settings"] = settings.by_setting(rows, schemes) if apart else []
     write_whole(run.path / "summary.json", result)
-    page = report.write(run)
+    page = report.write(run, baseline)
     if not quiet:
         print()
         if sys.stdout.isatty():
             from rich.console import Console
 
-            Console().print(summary.table(result))
+            console = Console()
+            console.print(summary.table(result, console.width))
         else:
             print(summary.text(result))
         if manifest["experiment"].get("is_quick"):
@@ -232,20 +239,33 @@ def resolve(args: argparse.Namespace) -> Experiment:
     return chosen.quick() if args.quick else chosen
 
 
-def _dry_run(experiment: Experiment, folder: Path, command: str) -> int:
-    from testbed.experiment import about, predicted_s
+def plan(experiment: Experiment, folder: Path, *, emulated: bool) -> dict[str, Any]:
+    """What would run. `predicted_s` is what the sessions take over emulated links, None in the simulator."""
+    from dataclasses import asdict
+
+    from testbed.experiment import predicted_s
 
     units = experiment.units()
-    sessions = len(units) * len(experiment.schemes)
-    length = about(predicted_s(units) * len(experiment.schemes))
-    where = f"{length} over emulated links" if command == "run" else "in the simulator"
-    print(f"{experiment.name}: {len(units)} units x {len(experiment.schemes)} schemes = {sessions} sessions, "
-          f"{where}, into {folder}")  # fmt: skip
-    for scheme in experiment.schemes:
-        print(f"  scheme {scheme.name}: policy {scheme.policy}, codec {scheme.codec}, depth {scheme.depth}")
-    for unit in units:
-        print(f"  unit {unit.unit_id}: {unit.context} over {unit.trace}, deadline {unit.deadline_s:g} s")
-    return 0
+    return {
+        "name": experiment.name,
+        "folder": str(folder),
+        "sessions": len(units) * len(experiment.schemes),
+        "predicted_s": predicted_s(units) * len(experiment.schemes) if emulated else None,
+        "schemes": [asdict(scheme) | {"name": scheme.name} for scheme in experiment.schemes],
+        "units": [asdict(unit) | {"unit_id": unit.unit_id} for unit in units],
+    }
+
+
+def _plan_text(planned: dict[str, Any]) -> str:
+    from testbed.experiment import about
+
+    schemes, units, length_s = planned["schemes"], planned["units"], planned["predicted_s"]
+    where = "in the simulator" if length_s is None else f"{about(length_s)} over emulated links"
+    lines = [f"{planned['name']}: {len(units)} units x {len(schemes)} schemes = {planned['sessions']} sessions, "
+             f"{where}, into {planned['folder']}"]  # fmt: skip
+    lines += ["  scheme {name}: policy {policy}, codec {codec}, depth {depth}".format(**scheme) for scheme in schemes]
+    lines += ["  unit {unit_id}: {context} over {trace}, deadline {deadline_s:g} s".format(**unit) for unit in units]
+    return "\n".join(lines)
 
 
 def compare_command(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     new = commands.add_parser("new", help="write a policy file to start from")
     new.add_argument("name", help="name of the policy, in words joined by dashes: my-policy")
+    new.add_argument("--json", action="store_true", help="print as JSON")
     new.set_defaults(run=new_command)
 
     check = commands.add_parser("check", help="run the contract's checks on a policy")
@@ -58,7 +59,11 @@ def new_command(args: argparse.Namespace) -> int:
     from testbed import policy_check
 
     path = policy_check.write_template(args.name, Path.cwd())
-    print(f"{path} written; check it with: kvstream policy check ./{path.name}:{policy_check.class_name(args.name)}")
+    spec = f"./{path.name}:{policy_check.class_name(args.name)}"
+    if args.json:
+        print(json.dumps({"file": str(path), "policy": spec}, indent=1))
+    else:
+        print(f"{path} written; check it with: kvstream policy check {spec}")
     return 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+
+from testbed.commands.arguments import port
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve = subparsers.add_parser("serve", help="serve stored contexts over HTTP")
-    serve.add_argument("store", help="folder of a store; made if it is not there")
+    serve.add_argument("store", help="folder of a store; with --writable it is made if it is not there")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: loopback)")
-    serve.add_argument("--port", type=int, default=8700)
+    serve.add_argument("--port", type=port, default=8700, help="port to bind (default: 8700)")
     serve.add_argument("--writable", action="store_true", help="allow uploads")
     serve.set_defaults(run=serve_command)
 
@@ -18,7 +21,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     store.add_argument("contexts", nargs="+", help="names of shipped contexts, or JSON files")
     store.add_argument("--codec", action="append", help="a codec with settings; repeatable (default: kvstream)")
     store.add_argument("--model", default="bundled", help="folder or name of a causal language model")
-    store.add_argument("--chunk-tokens", type=int, default=256)
+    store.add_argument("--chunk-tokens", type=int, default=256, help="tokens a chunk (default: 256)")
+    store.add_argument("--json", action="store_true", help="print as JSON")
     store.set_defaults(run=store_command)
 
     fetch = subparsers.add_parser("fetch", help="fetch a context's cache from a sender and answer its first question")
@@ -43,7 +47,14 @@ def serve_command(args: argparse.Namespace) -> int:
 def store_command(args: argparse.Namespace) -> int:
     from testbed import prepare
 
-    prepared = prepare.prepare(args.model, args.contexts, args.codec or ["kvstream"], args.chunk_tokens, print)
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    prepared = prepare.prepare(args.model, args.contexts, args.codec or ["kvstream"], args.chunk_tokens, say)
+    if args.json:
+        ids = [{"context": context, "codec": codec, "id": key} for (context, codec), key in prepared.ids.items()]
+        print(json.dumps({"store": str(prepared.path), "contexts": ids}, indent=1))
+        return 0
     print(f"store: {prepared.path}")
     for (context, codec), identifier in prepared.ids.items():
         print(f"  {context} with {codec}: {identifier}")

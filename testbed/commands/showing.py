@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
+
+from testbed.commands.arguments import output_file
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     report = subparsers.add_parser("report", help="write a run's report again, and export its sessions")
     report.add_argument("run_folder", metavar="RUN", help="folder of a run, as in runs/main")
-    report.add_argument("--csv", metavar="FILE", help="also write the sessions as CSV")
+    report.add_argument("--baseline", metavar="SCHEME", help="compare with this scheme (default: the experiment's)")
+    report.add_argument("--csv", metavar="FILE", type=output_file, help="also write the sessions as CSV")
+    report.add_argument("--json", action="store_true", help="print the summary as JSON")
     report.set_defaults(run=report_command)
 
 
 def report_command(args: argparse.Namespace) -> int:
     from testbed.commands.experiments import conclude
-    from testbed.results import Run, load
+    from testbed.results import Run, write_csv
 
-    conclude(Run.open(args.run_folder), quiet=False)
+    run = Run.open(args.run_folder)
+    summary = conclude(run, quiet=args.json, baseline=args.baseline or "")
     if args.csv:
-        load(args.run_folder).to_csv(args.csv, index=False)
+        write_csv(run.rows(), args.csv)
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    elif args.csv:
         print(args.csv)
     return 0

@@ -1,10 +1,10 @@
-"""What a pair of captures says of the data between them: goodput, round trips, retransmissions, one-way delays."""
+"""What captures at both ends say of the data between: goodput, round trips, retransmissions, one-way delays."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,16 +16,17 @@ from testbed.emulator.record import LinkRecord
 
 SEQUENCES: Final = 1 << 32
 WINDOW_S: Final = 0.1
+RECEIVER: Final = "receiver0"
 AGREEMENT: Final = 0.01
 """A capture and the queue's counters may differ by so much of the bytes."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a pair of captures says about the data from sender to receiver. Times are CLOCK_MONOTONIC."""
+    """What captures say about the data from the senders to a receiver. Times are CLOCK_MONOTONIC."""
 
     arrival_s: NDArray[np.float64]
-    """When each packet from the sender reached the receiver."""
+    """When each packet from a sender reached the receiver."""
     frame_bytes: NDArray[np.int64]
     """Its layer-2 bytes."""
     new_bytes: NDArray[np.int64]
@@ -33,7 +34,7 @@ class Analysis:
     one_way_s: NDArray[np.float64]
     """From its (last) sending to its arrival; NaN without payload, or where the sending is not in the capture."""
     rtt_s: NDArray[np.float64]
-    """Round trips at the sender: from data to the first acknowledgement of it, retransmitted data left out."""
+    """Round trips at the senders: from data to the first acknowledgement of it, retransmitted data left out."""
     rtt_at_s: NDArray[np.float64]
     """When each of these acknowledgements came."""
     again_bytes: NDArray[np.int64]
@@ -42,8 +43,8 @@ class Analysis:
     """When each of these was sent."""
     sent_bytes: int
     """Payload, sent again or not."""
-    dropped: int
-    """Packets that the recorders missed, both ends together."""
+    dropped: int | None
+    """Packets that the recorders missed, all ends together; None where one did not say."""
 
     @property
     def retransmitted_bytes(self) -> int:
@@ -115,15 +116,18 @@ class Analysis:
         }
 
 
-def analyse(captures: Mapping[str, Capture], sender_ip: str, mtu: int = 1500) -> Analysis:
-    """Follow every flow of data that leaves `sender_ip`, from the sender's capture to the receiver's."""
+def analyse(captures: Mapping[str, Capture], sender_ips: Sequence[str], mtu: int = 1500) -> Analysis:
+    """Follow every flow of data that leaves one of `sender_ips`, from its sender's capture to the receiver's."""
+    senders = frozenset(sender_ips)
     sent = _Sent()
-    for packet in captures["sender"].packets(mtu):
-        sent.take(packet, sender_ip)
+    for end, capture in captures.items():
+        if end != RECEIVER:
+            for packet in capture.packets(mtu):
+                sent.take(packet, senders)
     flows: dict[Flow, _Received] = defaultdict(_Received)
     arrivals = []
-    for packet in captures["receiver"].packets(mtu):
-        if packet.flow[0] != sender_ip:
+    for packet in captures[RECEIVER].packets(mtu):
+        if packet.flow[0] not in senders:
             continue
         new, one_way_s = 0, np.nan
         if packet.payload_bytes:
@@ -134,6 +138,7 @@ def analyse(captures: Mapping[str, Capture], sender_ip: str, mtu: int = 1500) ->
     table = np.array(arrivals, dtype=np.float64).reshape(-1, 4)
     trips = np.array(sent.trips, dtype=np.float64).reshape(-1, 2)
     again = np.array(sent.again, dtype=np.float64).reshape(-1, 2)
+    missed = [capture.dropped for capture in captures.values()]
     return Analysis(
         arrival_s=table[:, 0],
         frame_bytes=table[:, 1].astype(np.int64),
@@ -144,7 +149,7 @@ def analyse(captures: Mapping[str, Capture], sender_ip: str, mtu: int = 1500) ->
         again_bytes=again[:, 1].astype(np.int64),
         again_at_s=again[:, 0],
         sent_bytes=sent.bytes,
-        dropped=sum(max(capture.dropped, 0) for capture in captures.values()),
+        dropped=None if None in missed else sum(count or 0 for count in missed),
     )
 
 
@@ -172,7 +177,7 @@ class _Received:
 
 
 class _Sent:
-    """The sender's side: when each byte left, what left twice, and the round trips."""
+    """The senders' side: when each byte left, what left twice, and the round trips."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -182,8 +187,8 @@ class _Sent:
         self._times: dict[Flow, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._waiting: dict[Flow, dict[int, float]] = defaultdict(dict)
 
-    def take(self, packet: Packet, sender_ip: str) -> None:
-        if packet.flow[0] != sender_ip:
+    def take(self, packet: Packet, senders: Set[str]) -> None:
+        if packet.flow[0] not in senders:
             self._acknowledge(packet)
             return
         if not packet.payload_bytes:

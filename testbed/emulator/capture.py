@@ -32,7 +32,6 @@ SETTLE_S: Final = 0.2
 RST: Final = 0x04
 ACK: Final = 0x10
 DROPPED: Final = re.compile(r"(\d+) packets? dropped by kernel")
-END_OF_LINK: Final = {"sender": "sender0-right", "receiver": "receiver0-left"}
 
 Flow: TypeAlias = tuple[str, int, str, int]
 """Source address and port, destination address and port."""
@@ -55,12 +54,13 @@ class Packet(NamedTuple):
 
 @dataclass(frozen=True)
 class Capture:
-    """What was recorded at one end. `dropped` packets are missing from it."""
+    """What was recorded at one end."""
 
     file: Path
     clock_offset_s: float
     """CLOCK_MONOTONIC minus the wall clock of the file's stamps."""
-    dropped: int
+    dropped: int | None
+    """Packets that are missing from it; None where the recorder did not say."""
 
     def packets(self, mtu: int = 1500) -> Iterator[Packet]:
         """Every TCP packet of the file, in order. Raises MachineError for a file that is no capture."""
@@ -89,18 +89,19 @@ def recorder() -> Literal["tcpdump", "sniff"]:
 
 @contextlib.contextmanager
 def capture(network: Network, folder: Path, name: str = "") -> Iterator[dict[str, Capture]]:
-    """Record both ends while the context lasts; the dictionary has `sender` and `receiver` once it is left.
+    """Record every sender and the first receiver while the context lasts. The dictionary has each by its host's name
+    (`sender0`, `receiver0`) once it is left.
 
-    The files are `folder/[name-]sender.pcap` and so on. Raises MachineError where recording does not start.
+    The files are `folder/[name-]sender0.pcap` and so on. Raises MachineError where recording does not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {end: folder / f"{name}{'-' if name else ''}{end}.pcap" for end in END_OF_LINK}
+    interfaces = {host.name: f"{host.name}-right" for host in network.sender_hosts} | {"receiver0": "receiver0-left"}
+    files = {end: folder / f"{name}{'-' if name else ''}{end}.pcap" for end in interfaces}
     captures: dict[str, Capture] = {}
     running = {}
     offset_s = time.monotonic() - time.time()
-    for end, interface in END_OF_LINK.items():
-        host = network.hosts["sender0" if end == "sender" else "receiver0"]
-        words = _words(interface, files[end])
+    for end, interface in interfaces.items():
+        host, words = network.hosts[end], _words(interface, files[end])
         running[end] = network.popen(host, words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for end, process in running.items():
         assert process.stderr is not None
@@ -108,7 +109,7 @@ def capture(network: Network, folder: Path, name: str = "") -> Iterator[dict[str
         while not said or (said[-1] and "listening on" not in said[-1]):
             said.append(process.stderr.readline())
         if not said[-1]:
-            raise MachineError(f"recording packets at the {end} did not start: {''.join(said).strip()}")
+            raise MachineError(f"recording packets at {end} did not start: {''.join(said).strip()}")
     try:
         yield captures
     finally:
@@ -117,7 +118,7 @@ def capture(network: Network, folder: Path, name: str = "") -> Iterator[dict[str
             process.send_signal(signal.SIGINT)
         for end, process in running.items():
             found = DROPPED.search(process.communicate()[1])
-            captures[end] = Capture(files[end], offset_s, int(found[1]) if found else -1)
+            captures[end] = Capture(files[end], offset_s, int(found[1]) if found else None)
 
 
 def _words(interface: str, file: Path) -> list[str]:

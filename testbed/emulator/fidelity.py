@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class Fidelity:
     starved: float
     drops: int
     delivered_bytes: int
+    impairments: Mapping[str, Any] | None = None
+    """What delayed and lost packets did during the session (`impairments.handled`)."""
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"reasons": list(self.reasons)}
@@ -104,6 +106,8 @@ def judge(record: LinkRecord, trace: Trace | None, limits: Limits | None = None)
         reasons.append(f"no sample for {gap * 1e3:.0f} ms > {limits.gap_s * 1e3:.0f} ms: the shaper had no processor")
     if starved > limits.starved:
         reasons.append(f"waited {starved:.2f} s a second for processors that others had > {limits.starved:.2f} s")
+    if lost := (record.impairments or {}).get("lost_by_kernel"):
+        reasons.append(f"the kernel dropped {lost} packets on their way to the element that delays and loses them")
     return Fidelity(
         ok=not reasons,
         reasons=tuple(reasons),
@@ -117,6 +121,7 @@ def judge(record: LinkRecord, trace: Trace | None, limits: Limits | None = None)
         starved=starved,
         drops=record.drops,
         delivered_bytes=record.delivered_bytes,
+        impairments=record.impairments,
     )
 
 

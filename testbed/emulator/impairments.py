@@ -8,12 +8,15 @@ manifest.
 
 from __future__ import annotations
 
+import itertools
 import json
 import select
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from testbed.emulator.element import LATE_BINS_S
 from testbed.emulator.link import LinkSettings, varies
 from testbed.errors import MachineError
 
@@ -29,6 +32,7 @@ NETEM_LIMIT: Final = 1 << 18
 """Packets that netem may hold; its default of 1000 is a second bottleneck at high rates."""
 NETEM_FIELDS: Final = ("delay_s", "jitter_s", "loss", "loss_burst", "loss_bad", "reorder", "duplicate")
 START_S: Final = 10.0
+ELEMENT_DIED: Final = "the element that delays packets died"
 
 
 class Impairments:
@@ -38,18 +42,20 @@ class Impairments:
         self.network = network
         self.link = network.link
         self._element: subprocess.Popen[str] | None = None
-        wanted = self.link.impair
-        if self.link.jitter_s and self.link.jitter_order:
-            if wanted == "netem":
-                raise MachineError(
-                    "netem cannot keep packets in order under jitter: use impair=nfqueue or jitter_order=off"
-                )
-            wanted = "nfqueue"
-        refused = None if wanted == "nfqueue" else self._try_netem()
-        if wanted == "netem" and refused is not None:
-            raise MachineError(f"this kernel has no netem ({refused}): use impair=nfqueue, or load sch_netem")
-        self.backend = "netem" if wanted != "nfqueue" and refused is None else "nfqueue"
-        self.settings: dict[str, Any] = {"backend": self.backend, "why_not_netem": refused}
+        self._seeded = True
+        refused = unfit_for_netem(self.link, network.traces)
+        if self.link.impair == "netem" and refused is not None:
+            raise MachineError(f"netem cannot {refused}: leave impair=netem away, and our element does it")
+        if refused is None and self.link.impair != "nfqueue":
+            refused = self._try_netem()
+            if self.link.impair == "netem" and refused is not None:
+                raise MachineError(f"this kernel has no netem ({refused}): use impair=nfqueue, or load sch_netem")
+        self.backend = "nfqueue" if refused is not None or self.link.impair == "nfqueue" else "netem"
+        self.settings: dict[str, Any] = {
+            "backend": self.backend,
+            "why_not_netem": refused,
+            "seeded": self._seeded or self.backend == "nfqueue",
+        }
         if self.backend == "nfqueue":
             self._start_element()
 
@@ -61,11 +67,15 @@ class Impairments:
             ]
             return {"backend": "netem", "lanes": [json.loads(line)[0] for line in lines]}
         self._tell({"report": True})
-        return {"backend": "nfqueue", **json.loads(self._line())}
+        line = self._line()
+        if not line:
+            raise MachineError(ELEMENT_DIED)
+        return {"backend": "nfqueue", **json.loads(line)}
 
-    def begin(self, trace: Trace, t0_s: float, length_s: float) -> None:
+    def begin(self, trace: Trace | None, t0_s: float, length_s: float) -> None:
         """A session starts at `t0_s` (CLOCK_MONOTONIC), and with it the delays and losses of its trace."""
-        if not varies(trace):
+        self._before = self.report()
+        if trace is None or not varies(trace):
             return
         rows, steps, at_s = trace.sliced(0.0, length_s), [], t0_s
         for row, duration_s in enumerate(rows.durations_s.tolist()):
@@ -75,10 +85,12 @@ class Impairments:
             at_s += duration_s
         self._tell({"steps": steps})
 
-    def rest(self) -> None:
-        """The session is over: back to the link's own settings."""
+    def rest(self) -> dict[str, Any]:
+        """The session is over: back to the link's own settings. What was done to its packets, as `handled` says."""
+        done = handled(self._before, self.report())
         if self._element is not None:
             self._tell({"steps": [[0.0, self.link.delay_s, self.link.loss]]})
+        return done
 
     def _tell(self, what: dict[str, Any]) -> None:
         assert self._element is not None
@@ -87,26 +99,32 @@ class Impairments:
             self._element.stdin.write(json.dumps(what) + "\n")
             self._element.stdin.flush()
         except BrokenPipeError:
-            raise MachineError("the element that delays packets died") from None
+            raise MachineError(ELEMENT_DIED) from None
 
     @property
     def _host(self) -> Any:
         return self.network.hosts[HOST]
 
     def _try_netem(self) -> str | None:
-        """Set netem up in both directions; the reason when the kernel will not."""
+        """Set netem up in both directions; the reason when the kernel will not. Says in `_seeded` whether it has our
+        seed: Linux and iproute2 before 6.6 know of none."""
+        seeded = []
         for interface, forward in ((RIGHT, True), (LEFT, False)):
-            words = netem_words(self.link, forward=forward)
+            words = ["dev", interface, "root", "netem", "limit", str(NETEM_LIMIT)]
+            words += netem_words(self.link, forward=forward)
+            seed = (2 * self.link.seed + forward) % (1 << 64)  # the two directions must not draw the same
             try:
-                self.network.run(
-                    self._host,
-                    ["tc", "qdisc", "add", "dev", interface, "root", "netem", "limit", str(NETEM_LIMIT), *words],
-                )
+                try:
+                    self.network.run(self._host, ["tc", "qdisc", "add", *words, "seed", str(seed)])
+                except MachineError:
+                    self.network.run(self._host, ["tc", "qdisc", "add", *words])
                 (qdisc,) = json.loads(self.network.run(self._host, ["tc", "-j", "qdisc", "show", "dev", interface]))
             except MachineError as error:
                 return str(error).rpartition(": ")[2]
             if qdisc["kind"] != "netem":
                 return f"asked for netem, got {qdisc['kind']}"
+            seeded.append(qdisc.get("options", {}).get("seed") == seed)
+        self._seeded = all(seeded)
         return None
 
     def _start_element(self) -> None:
@@ -153,6 +171,40 @@ class Impairments:
             f"cannot delay packets without netem: {troubles[0]}; run `sudo apt-get install iptables`, "
             "and `sudo modprobe xt_NFQUEUE` where the kernel has it as a module"
         )
+
+
+def handled(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What happened between two reports, both directions together.
+
+    `dropped` were lost as asked for. `lost_by_kernel` never reached the element. 99 % of the packets went at most
+    `late_p99_s` after they were due, to the next of LATE_BINS_S; None is later than the last. netem tells neither.
+    """
+    lanes = list(zip(before["lanes"], after["lanes"], strict=True))
+
+    def grown(name: str) -> int:
+        return int(sum(now[name] - then[name] for then, now in lanes))
+
+    if after["backend"] == "netem":
+        return {"backend": "netem", "packets": grown("packets"), "dropped": grown("drops")}
+    late = [sum(now["late"][i] - then["late"][i] for then, now in lanes) for i in range(len(LATE_BINS_S) + 1)]
+    within = list(itertools.accumulate(late))
+    first = next(i for i, count in enumerate(within) if count >= 0.99 * within[-1])
+    return {
+        "backend": "nfqueue",
+        "packets": grown("packets"),
+        "dropped": grown("dropped"),
+        "lost_by_kernel": grown("lost_by_kernel"),
+        "late_p99_s": LATE_BINS_S[first] if first < len(LATE_BINS_S) else None,
+    }
+
+
+def unfit_for_netem(link: LinkSettings, traces: Iterable[Trace]) -> str | None:
+    """What the path asks for that netem cannot do, on any kernel."""
+    if link.jitter_s and link.jitter_order:
+        return "keep packets in order under jitter (jitter_order=off would let them overtake)"
+    if any(varies(trace) for trace in traces):
+        return "follow a trace's delays and losses"
+    return None
 
 
 def netem_words(link: LinkSettings, *, forward: bool) -> list[str]:

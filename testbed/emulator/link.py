@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from testbed.errors import SpecError
+from traces.units import Fraction, Number
 
 if TYPE_CHECKING:
     from traces.trace import Trace
@@ -29,16 +30,17 @@ class LinkSettings:
     jitter_s: float = 0.0
     """Each packet's delay is drawn evenly from delay ± jitter."""
     jitter_order: bool = True
-    """Jitter keeps packets in order (a packet waits for the one before). Off: they overtake each other."""
-    loss: float = 0.0
+    """Jitter keeps packets in order (a packet waits for the one before). Off: they overtake each other, one by one: it
+    switches `offloads` off."""
+    loss: Fraction = 0.0
     """Mean fraction of packets lost. Counts packets of one MTU: it switches `offloads` off."""
-    loss_burst: float = 0.0
+    loss_burst: Number = 0.0
     """Mean length of a bad spell in packets (Gilbert-Elliott); 0: losses are independent."""
-    loss_bad: float = 1.0
+    loss_bad: Fraction = 1.0
     """Fraction lost in a bad spell; none is lost outside."""
-    reorder: float = 0.0
+    reorder: Fraction = 0.0
     """Fraction of packets that are not delayed at all and so overtake."""
-    duplicate: float = 0.0
+    duplicate: Fraction = 0.0
     """Fraction of packets that arrive twice."""
     queue_s: float = 0.05
     """Length of the bottleneck's drop-tail queue, as time at the rate in force: a byte limit re-set at each change."""
@@ -101,7 +103,8 @@ class LinkSettings:
 
     def grouped(self, traces: Iterable[Trace] = ()) -> bool:
         """Whether segmentation offloads are in use: single packets must be single to be lost or overtaken alone."""
-        harmed = any((self.loss, self.reorder, self.duplicate)) or any(trace.loss is not None for trace in traces)
+        overtaken = self.reorder or (self.jitter_s and not self.jitter_order)
+        harmed = any((self.loss, overtaken, self.duplicate)) or any(trace.loss is not None for trace in traces)
         return self.offloads and not harmed
 
     def gso_bytes(self, traces: Sequence[Trace] = ()) -> int:

@@ -25,20 +25,26 @@ FILL_S: Final = 0.5
 
 @dataclass(frozen=True)
 class Measurement:
-    """A replay: what the link did, the verdict on it, and what one backlogged TCP flow got out of it, if one ran."""
+    """A replay: what the link did, the verdict on it, and what backlogged TCP flows got out of it, if any ran."""
 
     trace: str
     link: LinkSettings
     record: LinkRecord
     verdict: fidelity.Fidelity
-    goodput_bps: float | None
-    """At the receiver, over the session."""
+    shares_bps: tuple[float, ...]
+    """Goodput at each receiver, over the session; empty without traffic."""
     goodput_per_trace: float | None
-    """The same as a fraction of what the trace and the framing allow."""
+    """Their sum as a fraction of what the trace and the framing allow."""
+
+    @property
+    def goodput_bps(self) -> float | None:
+        """At all receivers together."""
+        return sum(self.shares_bps) if self.shares_bps else None
 
     def to_json(self) -> dict[str, Any]:
         facts = {"trace": self.trace, "length_s": self.record.length_s, "goodput_bps": self.goodput_bps}
         return facts | {
+            "shares_bps": list(self.shares_bps),
             "goodput_per_trace": self.goodput_per_trace,
             "verdict": self.verdict.to_json(),
             "settings": dict(self.record.settings),
@@ -60,11 +66,22 @@ class Measurement:
                 f"({verdict.windows} windows, {verdict.backlogged_s:.1f} s backlogged)"
             )
         if self.goodput_bps is not None and self.goodput_per_trace is not None:
+            each = " + ".join(f"{share / 1e6:.2f}" for share in self.shares_bps)
+            who, total = "one TCP flow got", each
+            if len(self.shares_bps) > 1:
+                who = f"{len(self.shares_bps)} TCP flows, a receiver each, got"
+                total = f"{each} = {self.goodput_bps / 1e6:.2f}"
             lines.append(
-                f"one TCP flow got {self.goodput_bps / 1e6:.2f} Mbit/s of goodput, {self.goodput_per_trace:.1%} of "
-                f"what the trace allows; {verdict.drops} packets dropped at the queue"
+                f"{who} {total} Mbit/s of goodput, {self.goodput_per_trace:.1%} of what the trace allows; "
+                f"{verdict.drops} packets dropped at the queue"
             )
-        lines.append("valid" if verdict.ok else "invalid: " + "; ".join(verdict.reasons))
+        if not verdict.ok:
+            lines.append("invalid: " + "; ".join(verdict.reasons))
+        elif verdict.windows:
+            lines.append("valid")
+        else:
+            fills = "; --measure fills it" if self.goodput_bps is None else ""
+            lines.append(f"nothing to judge: the link was never full{fills}")
         return "\n".join(lines)
 
 
@@ -74,29 +91,31 @@ def replay(
     length_s: float,
     *,
     fill: bool = True,
+    receivers: int = 1,
     limits: fidelity.Limits | None = None,
     meanwhile: Callable[[Network], None] | None = None,
 ) -> Measurement:
-    """Replay `length_s` seconds of a trace, with a TCP flow that takes all it can get (`fill`) or without traffic.
+    """Replay `length_s` seconds of a trace, with a TCP flow to each receiver that takes all it can get (`fill`), or
+    without traffic.
 
     Inside a sandbox only. `meanwhile` is called with the network once the session has begun.
     """
     if trace.per == "chunk":
         raise SpecError(f"trace {trace.name!r} has one rate a chunk and no time line: replay one with per=time")
-    goodput = None
+    shares: tuple[float, ...] = ()
     with contextlib.ExitStack() as stack:
         up = [open_trace(link.up_trace)] if link.up_trace else []
-        network = stack.enter_context(Network(link, traces=[trace, *up]))
+        network = stack.enter_context(Network(link, receivers=receivers, traces=[trace, *up]))
         shaper = stack.enter_context(Shaper(network))
         ups = [(stack.enter_context(Shaper(network, "up")), back) for back in up]
-        client = None
+        clients = []
         if fill:
             server = traffic.start_server(network, network.sender, network.sender_ip)
             stack.callback(traffic.end, server)
-            client = traffic.start_pull(
-                network, network.receiver, network.sender_ip, seconds=FILL_S + LEAD_S + length_s + 0.5
-            )
-            stack.callback(traffic.end, client)
+            for host in network.receiver_hosts:
+                seconds = FILL_S + LEAD_S + length_s + 0.5
+                clients.append(traffic.start_pull(network, host, network.sender_ip, seconds=seconds))
+                stack.callback(traffic.end, clients[-1])
             time.sleep(FILL_S)
         t0_s = time.monotonic() + LEAD_S
         shaper.arm(trace, t0_s, length_s)
@@ -106,9 +125,9 @@ def replay(
             time.sleep(max(t0_s - time.monotonic(), 0.0))
             meanwhile(network)
         record = shaper.finish(t0_s + length_s)
-        if client is not None:
-            goodput = traffic.rate_between(traffic.result_of(client), t0_s, t0_s + length_s)
+        results = [traffic.result_of(client) for client in clients]
+        shares = tuple(traffic.rate_between(result, t0_s, t0_s + length_s) for result in results)
     verdict = fidelity.judge(record, trace, limits)
     allowed = trace.bits_by(length_s) / length_s * goodput_per_capacity(link.mtu)
-    share = None if goodput is None or allowed == 0.0 else goodput / allowed
-    return Measurement(trace.name, link, record, verdict, goodput, share)
+    share = sum(shares) / allowed if shares and allowed > 0.0 else None
+    return Measurement(trace.name, link, record, verdict, shares, share)

@@ -57,6 +57,8 @@ class LinkRecord:
     """What went wrong with the link itself: a class that vanished, a rate that someone else changed."""
     settings: Mapping[str, Any]
     """What the kernel said after setting up: rate, burst, queue limit, qdiscs, the shaper's scheduling."""
+    impairments: Mapping[str, Any] | None = None
+    """What was done to the packets by what delays and loses them (`impairments.handled`); None where nothing does."""
 
     @property
     def delivered_bytes(self) -> int:

@@ -36,6 +36,8 @@ from testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
 SAMPLE_S: Final = 0.01
 CPU_SAMPLE_S: Final = 0.1
 CPU_SAMPLE_TAKES_S: Final = 0.004
+QUEUE_CHECK_S: Final = 1.0
+"""The queue's limit and valve are read back this often, and at a session's end."""
 SPIN_S: Final = 0.0002
 """A timer wakes this much early for a rate change; the rest is spent looking at the clock."""
 RATE_TOLERANCE: Final = 1e-6
@@ -109,6 +111,7 @@ class Replay:
         self.spent_s = spent_s()
         self.next_sample_s = t0_s
         self.next_cpu_s = t0_s + CPU_SAMPLE_S / 2.0
+        self.next_queue_s = t0_s + QUEUE_CHECK_S
         self.base: tuple[int, int] | None = None
         self.meter = CpuMeter()
         self.armed = True
@@ -123,6 +126,7 @@ class Replay:
     def finish(self, t_end_s: float) -> dict[str, Any]:
         """Go on until `t_end_s`, then end the session and return its record."""
         self._until(t_end_s, control=False)
+        self.next_queue_s = 0.0
         self._sample()
         self._sample_cpu(time.monotonic())
         self.armed = False
@@ -227,6 +231,9 @@ class Replay:
         before = time.monotonic()
         try:
             state = self.tc.state()
+            if self.next_queue_s <= before:
+                self._check_queue(before - self.t0_s)
+                self.next_queue_s = before + QUEUE_CHECK_S
         except KernelRefused as error:
             self._fault(before - self.t0_s, f"the class is gone: {error.strerror}")
             return
@@ -240,6 +247,12 @@ class Replay:
         if sent < 0:
             self._fault(t_s, "the class's counters went back: it was replaced by another")
         self.samples.append((t_s, rate, sent, state.backlog_bytes, drops))
+
+    def _check_queue(self, t_s: float) -> None:
+        (limit, is_open), wanted = self.tc.queue_state(), self._limit(self.rate_bps)
+        if (limit, is_open) != (wanted, not self.closed):
+            state = "open" if is_open else "closed"
+            self._fault(t_s, f"the queue is {state} with {limit} bytes, not the {wanted} that were set")
 
     def _sample_cpu(self, now_s: float) -> None:
         self.cpu.append((now_s - self.t0_s, *self.meter.read()))

@@ -261,35 +261,39 @@ def _libc(function: str, *arguments: object, what: str | None = None) -> None:
 def _explain(error: OSError) -> str:
     """One line: what was refused, by what as far as that can be told, and what to do."""
     refused = f"cannot make namespaces for the emulated link ({error.filename or 'fork'}: {error.strerror})"
-    cause, remedy = _cause(error.errno)
+    cause, remedy = _cause(error)
     return f"{refused}: {cause}; {remedy}; or use the simulator, which needs none"
 
 
-def _cause(number: int | None) -> tuple[str, str]:
+def _cause(error: OSError) -> tuple[str, str]:
     if _reads(MAX_USER_NAMESPACES) == "0":
         return "user.max_user_namespaces is 0", "run `sudo sysctl -w user.max_user_namespaces=15000`"
-    if number == errno.ENOSPC:
+    if error.errno == errno.ENOSPC:
         return "the limit on nested or counted namespaces is reached", "see user.max_*_namespaces in `sysctl -a`"
     if _reads(DEBIAN_SWITCH) == "0":
         return (
             "kernel.unprivileged_userns_clone is 0",
             "run `sudo sysctl -w kernel.unprivileged_userns_clone=1`, or this command as root",
         )
-    if _in_container():
-        return (
-            "the container's seccomp profile or capabilities forbid it",
-            "start the container with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined "
-            "--security-opt systempaths=unconfined`, or with `--privileged`",
-        )
-    if "Seccomp:\t2" in (_reads(STATUS) or ""):
+    contained, filtered = _in_container(), "Seccomp:\t2" in (_reads(STATUS) or "")
+    if filtered and not contained:
         return (
             "a seccomp filter forbids it",
             "lift it: `--security-opt seccomp=unconfined` for Docker, `RestrictNamespaces=no` for a systemd service",
         )
-    if _reads(APPARMOR_SWITCH) == "1" and os.getuid() != 0:
+    # AppArmor's switch is about making namespaces; a mount inside them is up to the container's own profile.
+    mounting = (error.filename or "").startswith("mount")
+    if not filtered and not mounting and _reads(APPARMOR_SWITCH) == "1" and (contained or os.getuid() != 0):
         return (
             "AppArmor restricts unprivileged user namespaces",
-            "run `sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`, or this command with sudo",
+            "run `sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`"
+            + (" on the container's host" if contained else ", or this command with sudo"),
+        )
+    if contained:
+        return (
+            "the container's seccomp profile or capabilities forbid it",
+            "start the container with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined "
+            "--security-opt systempaths=unconfined`, or with `--privileged`",
         )
     return "the kernel or a security policy forbids it", "run this command as root on the host"
 

@@ -101,7 +101,7 @@ class Shaper:
         elif trace is not None:
             steps = trace.changes(0.0, length_s)
         self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps], chunks_bps=rates)
-        if self._leads and self.network.impairments is not None and trace is not None:
+        if self._leads and self.network.impairments is not None:
             self.network.impairments.begin(trace, t0_s, length_s)
         if self._leads and self.network.cross is not None:
             self.network.cross.begin(t0_s, length_s)
@@ -115,7 +115,7 @@ class Shaper:
         end_s = time.monotonic() if t_end_s is None else t_end_s
         record = self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0))
         if self._leads and self.network.impairments is not None:
-            self.network.impairments.rest()
+            record["impairments"] = self.network.impairments.rest()
         if self._leads and self.network.cross is not None:
             self.network.cross.rest()
         return LinkRecord.from_json(record)

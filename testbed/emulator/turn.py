@@ -10,15 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from testbed.errors import MachineError
+
 LOCK = Path(tempfile.gettempdir()) / "kvstream-emulation.lock"
 _held = False
 
 
+class Taken(MachineError):
+    """Another emulation has its turn."""
+
+
 @contextmanager
-def alone() -> Iterator[None]:
+def alone(*, wait: bool = True) -> Iterator[None]:
     """Wait until no other emulation runs on this machine, and keep others waiting meanwhile.
 
-    The lock ends with its process, however that dies. Networks of one process count as one emulation.
+    The lock ends with its process, however that dies. Networks of one process count as one emulation. Without `wait`,
+    raises Taken where another has its turn.
     """
     global _held
     if _held:
@@ -29,6 +36,8 @@ def alone() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise Taken("another emulation is running here; try again when it is over") from None
             print("kvstream: waiting for another emulation on this machine to end", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         _held = True
@@ -43,4 +52,6 @@ def _open() -> int:
     try:
         return os.open(LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return os.open(LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.fchmod(lock, 0o644)  # whatever the umask: other users must be able to open it
+        return lock

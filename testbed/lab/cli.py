@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from testbed.commands.arguments import output_file
+
 SEED_VARIABLE = "KVSTREAM_LAB_SEED"
 
 
@@ -17,6 +19,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     start = commands.add_parser("start", help="write a folder to work in")
     start.add_argument("folder", metavar="DIR", type=Path)
+    start.add_argument("--json", action="store_true", help="print as JSON")
     start.set_defaults(run=start_command)
 
     check = commands.add_parser("check", help="run a policy on six links, each with a story")
@@ -37,8 +40,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "--seed-file", type=Path, help=f"file with the secret seed; else ${SEED_VARIABLE}, else practice"
     )
     grade.add_argument("--name", help="who handed it in, for the leaderboard (default: the file's name)")
-    grade.add_argument("--output", type=Path, help="write the result for lab leaderboard")
-    grade.add_argument("--gradescope", type=Path, metavar="FILE", help="write Gradescope's results.json")
+    grade.add_argument("--output", type=output_file, metavar="FILE", help="write the result for lab leaderboard")
+    grade.add_argument("--gradescope", type=output_file, metavar="FILE", help="write Gradescope's results.json")
     grade.add_argument("--json", action="store_true", help="print as JSON")
     grade.set_defaults(run=grade_command)
 
@@ -57,7 +60,11 @@ def _takes_policy(parser: argparse.ArgumentParser) -> None:
 def start_command(args: argparse.Namespace) -> int:
     from testbed.lab.start import start
 
-    for file in start(args.folder):
+    files = start(args.folder)
+    if args.json:
+        print(json.dumps({"files": [str(file) for file in files]}, indent=1))
+        return 0
+    for file in files:
         print(file)
     print(f"Begin with: cd {args.folder} && kvstream lab check")
     return 0

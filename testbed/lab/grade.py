@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from policies import registry
-from testbed import stats
+from testbed import stats, typed
 from testbed import summary as summaries
 from testbed.errors import SpecError
 from testbed.lab.check import PEER
@@ -75,6 +75,7 @@ def grade(spec: str, seed: str = PRACTICE, links_each: int = LINKS_EACH, situati
     links = [row["trace"] for row in rows if row["scheme"] == "yours"]
     paired = stats.clustered_mean(gain, links)
     score, reference = (100 * sum(worth[scheme]) / len(worth[scheme]) for scheme in ("yours", PEER))
+    versus, regret = yours["versus"], _regret_difference(rows)
     return {
         "score": round(score, 2),
         "buffer_based_score": round(reference, 2),
@@ -86,14 +87,41 @@ def grade(spec: str, seed: str = PRACTICE, links_each: int = LINKS_EACH, situati
         "out_of_reach": out_of_reach,
         "violations": 1 - yours["met_rate"],
         "violations_buffer_based": 1 - peer["met_rate"],
+        **_difference("violations", *(_missed_by(versus[key]) for key in ("met", "met_high", "met_low"))),
+        "violations_p": versus["met_p"],
         "regret": yours["regret"],
         "regret_buffer_based": peer["regret"],
-        "versus": yours["versus"],
+        **_difference("regret", regret.value, regret.low, regret.high),
+        "regret_difference_n": regret.n,
         "faults": yours["policy_faults"],
         "first_traceback": first_traceback,
         "seconds": round(time.monotonic() - began, 2),
         "policy_sha256": _digest(spec),
     }
+
+
+def _difference(name: str, value: float | None, low: float | None, high: float | None) -> Json:
+    """Yours minus buffer-based's, with its interval over links."""
+    return {f"{name}_difference": value, f"{name}_difference_low": low, f"{name}_difference_high": high}
+
+
+def _missed_by(met: float | None) -> float | None:
+    """A difference in deadlines met as one in deadlines missed."""
+    return None if met is None else 0.0 - met
+
+
+def _regret_difference(rows: Sequence[Json]) -> stats.Mean:
+    """Yours minus buffer-based's over the sessions in which both met the deadline."""
+    regrets: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        if row["regret"] is not None:
+            regrets.setdefault(row["unit_id"], {})[row["scheme"]] = row
+    both = [pair for pair in regrets.values() if len(pair) == 2]
+    return stats.paired_difference(
+        [pair["yours"]["regret"] for pair in both],
+        [pair[PEER]["regret"] for pair in both],
+        [pair[PEER]["trace"] for pair in both],
+    )
 
 
 def gradescope(result: Mapping[str, Any]) -> Json:
@@ -112,25 +140,46 @@ def gradescope(result: Mapping[str, Any]) -> Json:
 
 def text(result: Mapping[str, Any]) -> str:
     """For people."""
-    interval = (
-        ""
-        if result["gain_low"] is None
-        else f" [95 % interval {result['gain_low']:+.1f} to {result['gain_high']:+.1f}]"
-    )
+    gain = _interval(result["gain_low"], result["gain_high"], "+.1f")
     lines = [
         ("Practice links, known to everyone. " if result["practice"] else "")
         + f"{result['sessions']} sessions; {result['out_of_reach']} more on which no policy could meet the deadline.",
         f"Score {result['score']:.1f} of 100 ({PEER} {result['buffer_based_score']:.1f}); "
-        f"difference {result['gain']:+.1f}{interval}",
-        f"Deadlines missed: {100 * result['violations']:.0f} % "
-        f"({PEER} {100 * result['violations_buffer_based']:.0f} %, difference McNemar p = "
-        f"{result['versus']['met_p']:.2g})",
+        f"difference {result['gain']:+.1f}{gain}",
+        _missed(result),
     ]
     if result["regret"] is not None and result["regret_buffer_based"] is not None:
-        lines.append(f"Regret where met: {result['regret']:.2g} nats ({PEER} {result['regret_buffer_based']:.2g})")
+        lines.append(_regret(result))
     if result["faults"]:
         lines.append(f"{result['faults']} choices could not be used. {result['first_traceback']}".rstrip())
     return "\n".join(lines)
+
+
+def _missed(result: Mapping[str, Any]) -> str:
+    mine, peer = 100 * result["violations"], 100 * result["violations_buffer_based"]
+    points, low, high = (
+        None if value is None else 100 * value
+        for value in (result[f"violations_difference{end}"] for end in ("", "_low", "_high"))
+    )
+    return (
+        f"Deadlines missed: {mine:.0f} % ({PEER} {peer:.0f} %); difference {points:+.1f} points"
+        f"{_interval(low, high, '+.1f')}, McNemar p = {result['violations_p']:.2g}"
+    )
+
+
+def _regret(result: Mapping[str, Any]) -> str:
+    mine, peer, gap = (summaries.nats(result[f"regret{end}"]) for end in ("", "_buffer_based", "_difference"))
+    words = f"Regret where met: {mine} nats ({PEER} {peer})"
+    if result["regret_difference"] is None:
+        return words
+    interval = _interval(result["regret_difference_low"], result["regret_difference_high"], "+.2g")
+    both = summaries.many(result["regret_difference_n"], "session")
+    return f"{words}; difference {gap}{interval} over the {both} that both met"
+
+
+def _interval(low: float | None, high: float | None, form: str) -> str:
+    """` [95 % interval -0.3 to +1.2]`; empty where there is none."""
+    return "" if low is None or high is None else f" [95 % interval {low:{form}} to {high:{form}}]"
 
 
 def _worth(row: Mapping[str, Any], situation: Situation) -> float:
@@ -187,6 +236,19 @@ def save(result: Mapping[str, Any], name: str, file: Path) -> None:
     file.write_text(json.dumps({"name": name, **result}, indent=1) + "\n", encoding="utf-8")
 
 
+_RESULT: Final[Json] = {
+    "name": str,
+    "score": float,
+    "sessions": int,
+    "practice": bool,
+    "violations": float,
+    "gain": float,
+    "gain_low": float | None,
+    "gain_high": float | None,
+}
+"""What the leaderboard reads of a result."""
+
+
 def board(files: Sequence[Path]) -> list[Json]:
     """Results of `save`, best score first.
 
@@ -196,8 +258,9 @@ def board(files: Sequence[Path]) -> list[Json]:
     for file in files:
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(result, dict) or not {"name", "score", "sessions", "practice"} <= result.keys():
-                raise ValueError("it lacks name, score or sessions")
+            if not isinstance(result, dict) or not _RESULT.keys() <= result.keys():
+                raise ValueError(f"it lacks one of {', '.join(_RESULT)}")
+            typed.check(result, _RESULT)
         except (ValueError, OSError) as error:
             raise SpecError(f"{file}: not a result of kvstream lab grade --output ({error})") from None
         results.append(result)

@@ -6,14 +6,17 @@ import ast
 import re
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from policies.api import TEXT, Choice, Observation, Policy
+from policies.api import TEXT, Choice, Observation, Policy, Progress
 from policies.errors import PolicyError
 from testbed.errors import SpecError
+from testbed.guard import ask_for
 from testbed.lab.situation import Asked
 from testbed.plugs import make_policy
+from testbed.session import Ask, ask_directly
 
 MOST_LINES = 60
 
@@ -66,18 +69,22 @@ def make(spec: str) -> Policy:
 
 @dataclass
 class Watch:
-    """Asks a policy directly and keeps what went by."""
+    """Asks a policy, for one session, and keeps what went by."""
 
     asked: list[Asked] = field(default_factory=list)
     first_fault: str = ""
     """Traceback of the first exception."""
+    _ask: Ask = ask_directly
 
     def __call__(self, policy: Policy, obs: Observation) -> Choice:
+        if not self.asked:
+            self._ask = ask_for(policy)
         began = time.perf_counter()
         try:
-            choice = policy.choose(obs)
-        except Exception:
-            self.first_fault = self.first_fault or traceback.format_exc(limit=-3)
+            choice = self._ask(policy, obs)
+        except Exception as error:
+            if not isinstance(error, PolicyError):  # which says all there is to say: the policy was late
+                self.first_fault = self.first_fault or traceback.format_exc(limit=-3)
             self.asked.append(Asked(obs, 0, {}, time.perf_counter() - began))
             raise
         seconds = time.perf_counter() - began
@@ -85,3 +92,8 @@ class Watch:
         level, reason = (choice.level, dict(choice.reason)) if usable else (0, {})
         self.asked.append(Asked(obs, level, reason, seconds))
         return choice
+
+    def call(self, function: Callable[[Observation], Progress], obs: Observation) -> Progress:
+        """A policy's `progress`, asked in the same way."""
+        call = getattr(self._ask, "call", None)
+        return function(obs) if call is None else call(function, obs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from policies.api import TEXT, LevelOrText
-from testbed.report.style import TEXT_COLOUR, level_colours
+from testbed.report.style import TEXT_COLOUR, ink_on, level_colours
 from testbed.session import SessionRecord
 from traces.trace import Trace
 
@@ -48,7 +48,8 @@ def session_line(record: SessionRecord | None, n_levels: int, deadline_s: float)
         chunk, level = next(((c, v) for start_s, end_s, c, v in spans if start_s <= middle_s < end_s), (None, None))
         if level is not None:
             colour = TEXT_COLOUR if level == TEXT else colours[int(level)]
-            line.append(_glyph(level) if chunk != before else "─", Style(color="#ffffff", bgcolor=colour, bold=True))
+            style = Style(color=ink_on(colour), bgcolor=colour, bold=True)
+            line.append(_glyph(level) if chunk != before else "─", style)
         elif middle_s - step_s / 2 <= record.ttft_s < middle_s + step_s / 2:
             line.append("*", "bold")
         elif spans and spans[-1][1] <= middle_s < record.ttft_s:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from testbed.report.axes import HEIGHT, WIDTH, distortion_axis, legend, line, new, point, time_axis
+from testbed.report.ladders import ladders
 from testbed.report.material import Material
-from testbed.report.style import INK, Style, scheme_style
+from testbed.report.style import INK, scheme_style
 from testbed.report.timeline import timeline
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Json: TypeAlias = dict[str, Any]
 
-WIDTH, HEIGHT = 5.4, 3.9
-"""Inches: small enough that the writing can still be read when a phone shrinks it."""
-FAR_APART = 20
-"""Distortions that differ by more than this factor stand on a logarithmic axis."""
+MOST_STEPS = 400
+"""Of a curve over units: more could not be seen."""
+MOST_DOTS = 1500
+"""With more dots in a figure, they are drawn as pixels: as vectors they would take megabytes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def draw(material: Material, folder: Path) -> list[Drawn]:
             if figure is None:
                 continue
             svg = folder / f"{name}.svg"
-            figure.savefig(svg, metadata={"Date": None, "Creator": "kvstream"})
+            figure.savefig(svg, dpi=160, metadata={"Date": None, "Creator": "kvstream"})
             figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": "kvstream"})
             pyplot.close(figure)
             drawn.append(Drawn(name, title, caption, _alt(name, material), svg))
@@ -92,17 +93,11 @@ def theme() -> Iterator[None]:
     matplotlib.use(backend)
 
 
-def _new(height: float = HEIGHT) -> tuple[Figure, Axes]:
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(WIDTH, height))
-
-
 def _headline(material: Material) -> Figure | None:
     entries = [entry for entry in material.summary["schemes"] if entry["n"] and entry["distortion"] is not None]
     if not entries:
         return None
-    figure, axes = _new()
+    figure, axes = new()
     for entry in entries:
         style = scheme_style(material.rows[entry["scheme"]][0])
         late, mean = 1 - entry["met_rate"], entry["distortion"]
@@ -122,60 +117,54 @@ def _headline(material: Material) -> Figure | None:
             linestyle="none",
             clip_on=False,
             zorder=4 if entry["clairvoyant"] else 3,
-            label=entry["scheme"] + (" (told the future)" if entry["clairvoyant"] else ""),
-            **_point(style, 13 if style.marker == "*" else 7.5),
+            label=entry["scheme"] + (" *" if entry["clairvoyant"] else ""),
+            **point(style, 7.5),
         )
     axes.set_xlim(-4, 104)
-    _distortion_axis(axes, [entry["distortion"] for entry in entries])
+    distortion_axis(axes, [entry["distortion"] for entry in entries])
     axes.set_xlabel("deadline missed (% of units)")
     axes.annotate("better", (0.02, 0.03), (0.1, 0.14), "axes fraction", arrowprops={"arrowstyle": "->", "color": INK})
     axes.grid()
-    _legend(axes)
+    legend(axes, 1.0)
     return figure
 
 
 def _ttft(material: Material) -> Figure | None:
-    import seaborn
-
+    """Share of units over time; where times lie far apart, on a logarithmic axis, so that curves near the deadline can
+    be told from each other. Each has its marker at the median."""
     deadlines_s = {row["deadline_s"] for rows in material.rows.values() for row in rows}
-    if not deadlines_s:
-        return None
     one = len(deadlines_s) == 1
-    figure, axes = _new()
-    for rows in material.rows.values():
+    due = min(deadlines_s) if one else 1.0
+    arrived = {
+        name: sorted(row["ttft_s"] / (1 if one else row["deadline_s"]) for row in rows if row["ttft_s"] is not None)
+        for name, rows in material.rows.items()
+    }
+    times = [due, *(time for found in arrived.values() for time in found)]
+    if len(times) == 1:
+        return None
+    low, high = min(times) / 1.1, max(times) * 1.1
+    figure, axes = new()
+    for name, found in arrived.items():
+        rows = material.rows[name]
         style = scheme_style(rows[0])
-        values = [
-            math.inf if row["ttft_s"] is None else row["ttft_s"] / (1 if one else row["deadline_s"]) for row in rows
-        ]
-        finite = sorted(value for value in values if math.isfinite(value))
-        if not finite:
+        axes.plot([], [], label=name, **line(style) | point(style, 6))
+        if not found:
             continue
-        seaborn.ecdfplot(
-            x=finite,
-            weights=[100 / len(values)] * len(finite),
-            stat="count",
-            ax=axes,
-            color=style.colour,
-            linestyle=style.dash,
-            linewidth=1.8,
-            label=rows[0]["scheme"],
-        )
-    axes.axvline(next(iter(deadlines_s)) if one else 1, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.text(
-        next(iter(deadlines_s)) if one else 1,
-        1.01,
-        "deadline",
-        transform=axes.get_xaxis_transform(),
-        ha="center",
-        va="bottom",
-        fontsize="small",
-    )
-    axes.set_xlim(left=0)
+        steps = sorted({*range(0, len(found), -(-len(found) // MOST_STEPS)), len(found) - 1})
+        shares = [100 * (step + 1) / len(rows) for step in steps]
+        xs, ys = [low, *(found[step] for step in steps), high], [0.0, *shares, shares[-1]]
+        axes.plot(xs, ys, drawstyle="steps-post", **line(style))
+        median = -(-len(rows) // 2) - 1
+        if median < len(found):
+            axes.plot(found[median], 50, **point(style, 6))
+    axes.axvline(due, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.text(due, 1.01, "deadline", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize="small")
+    time_axis(axes, low, high)
     axes.set_ylim(0, 101)
     axes.set_xlabel("TTFT (s)" if one else "TTFT / deadline")
     axes.set_ylabel("units finished (%)")
     axes.grid()
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -186,7 +175,7 @@ def _deadlines(material: Material) -> Figure | None:
         return None
     from testbed.stats import wilson
 
-    figure, axes = _new()
+    figure, axes = new()
     for rows in material.rows.values():
         style = scheme_style(rows[0])
         shares = []
@@ -197,9 +186,8 @@ def _deadlines(material: Material) -> Figure | None:
         axes.plot(
             deadlines_s,
             [share for share, _, _ in shares],
-            linestyle=style.dash,
             label=rows[0]["scheme"],
-            **_point(style, 6),
+            **line(style) | point(style, 6),
         )
         axes.fill_between(
             deadlines_s,
@@ -213,7 +201,7 @@ def _deadlines(material: Material) -> Figure | None:
     axes.set_xlabel("deadline (s)")
     axes.set_ylabel("deadline missed (% of units)")
     axes.grid()
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -229,7 +217,7 @@ def _regret(material: Material) -> Figure | None:
     if not data:
         return None
     names = list(dict.fromkeys(name for name, _ in data))
-    figure, axes = _new(height=0.9 + 0.42 * len(names))
+    figure, axes = new(height=0.9 + 0.42 * len(names))
     colours = {name: scheme_style(material.rows[name][0]).colour for name in names}
     seaborn.stripplot(
         x=[value for _, value in data],
@@ -243,6 +231,7 @@ def _regret(material: Material) -> Figure | None:
         jitter=0.18,
         legend=False,
         zorder=1,
+        rasterized=len(data) > MOST_DOTS,
     )
     for y, name in enumerate(names):
         values = [value for key, value in data if key == name]
@@ -256,88 +245,19 @@ def _regret(material: Material) -> Figure | None:
     return figure
 
 
-def _levels(material: Material) -> Figure | None:
-    ladders = {codec: levels for codec, levels in material.levels.items() if levels}
-    if not ladders:
-        return None
-    figure, axes = _new()
-    palette = ("#0b7abf", "#c97a00", "#0f9b76", "#b8599f", "#7a7a7a", "#a9713a")
-    for index, (codec, levels) in enumerate(ladders.items()):
-        ordered = sorted(levels, key=lambda level: level["bits_per_element"])
-        colour = palette[index % len(palette)]
-        axes.plot(
-            [level["bits_per_element"] for level in ordered],
-            [level["distortion"] for level in ordered],
-            marker="os^Dvp"[index % 6],
-            color=colour,
-            label=codec,
-        )
-        # neighbours write on different sides, so that two ladders that meet can both be read
-        place, side = ((5, 4), "left") if index % 2 == 0 else ((-5, -10), "right")
-        for level in ordered:
-            at = (level["bits_per_element"], level["distortion"])
-            axes.annotate(level["name"], at, place, ha=side, textcoords="offset points", fontsize="x-small")
-    _distortion_axis(axes, [level["distortion"] for levels in ladders.values() for level in levels])
-    axes.set_xlim(left=0)
-    axes.set_xlabel("bits per element of the KV cache")
-    axes.grid()
-    _legend(axes)
-    return figure
-
-
-def _point(style: Style, size: float) -> Json:
-    return {
-        "marker": style.marker,
-        "markersize": size,
-        "color": style.colour,
-        "markerfacecolor": "none" if style.hollow else style.colour,
-        "markeredgecolor": style.colour,
-        "markeredgewidth": 1.4,
-    }
-
-
-def _distortion_axis(axes: Axes, values: Sequence[float]) -> None:
-    """From zero; where values lie far apart, logarithmic, with zero (nothing is lost) below the smallest."""
-    from matplotlib.ticker import NullLocator
-
-    axes.set_ylabel("distortion (nats of KL)")
-    positive = [value for value in values if value > 0]
-    if not positive or max(positive) <= FAR_APART * min(positive):
-        axes.set_ylim(bottom=0)
-        return
-    low, high = min(positive) / 1.5, max(positive) * 1.5
-    within = (1, 2, 5) if high < 300 * low else (1,)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in within if low <= step * 10.0**decade <= high]
-    if len(positive) < len(values):
-        axes.set_yscale("symlog", linthresh=low, linscale=0.3)
-        low, ticks = 0.0, [0.0, *ticks]
-    else:
-        axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _legend(axes: Axes) -> None:
-    """Below the axes, which keep the whole width."""
-    figure = axes.get_figure()
-    assert figure is not None
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", handlelength=1.8, columnspacing=1.2)
-
-
 Painter: TypeAlias = Callable[[Material], "Figure | None"]
 FIGURES: tuple[tuple[str, str, str, Painter], ...] = (
     (
         "headline",
         "Deadlines missed against distortion",
-        "Each scheme once; bars are 95 % intervals (Wilson for the share, a bootstrap over traces for distortion).",
+        "Each scheme once; bars are 95 % intervals (Wilson for the share, a bootstrap over traces for distortion). "
+        "* is told the future of the link.",
         _headline,
     ),
     (
         "ttft",
         "Time to first token",
-        "Share of units with a first token by then; a failed session never arrives.",
+        "Share of units with a first token by then, the marker at half of them; a failed session never arrives.",
         _ttft,
     ),
     (
@@ -356,7 +276,7 @@ FIGURES: tuple[tuple[str, str, str, Painter], ...] = (
         "levels",
         "Rate and distortion of the levels",
         "As measured with the model on held-out text and written into the manifest.",
-        _levels,
+        ladders,
     ),
     (
         "timeline",

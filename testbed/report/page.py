@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from testbed import summary as summaries
+from testbed.report import tables
 from testbed.report.figures import Drawn, draw
 from testbed.report.material import Material
 from testbed.report.sessions import embedded, n_levels
-from testbed.report.style import INK, TEXT_COLOUR, level_colours, scheme_style
+from testbed.report.style import INK, TEXT_COLOUR, level_colours
+from testbed.report.tables import number
 from testbed.results import Run
 
 Json: TypeAlias = dict[str, Any]
@@ -47,10 +49,10 @@ def write(run: Run, baseline: str = "") -> Path:
     body = "\n".join(
         [
             _header(manifest, summary),
-            _table(summary, material),
+            tables.schemes(summary, material),
             _figures(figures, problem),
             _viewer(cells, material),
-            _by_trace(summary, material),
+            tables.by_trace(material),
             _fidelity(rows),
             _provenance(manifest, rows),
         ]
@@ -69,12 +71,15 @@ def scheme_names(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
 
 
 def _material(summary: Json, cells: Sequence[Json], manifest: Mapping[str, Any]) -> Material:
-    names = [entry["scheme"] for entry in summary["schemes"]]
-    complete = {cell["row"]["unit_id"] for cell in cells} - set(summary["invalid_units"])
-    for name in names:
-        complete &= {cell["row"]["unit_id"] for cell in cells if cell["row"]["scheme"] == name}
+    rows: dict[str, list[Json]] = {entry["scheme"]: [] for entry in summary["schemes"]}
+    schemes: dict[str, set[str]] = {}
+    for cell in cells:
+        schemes.setdefault(cell["row"]["unit_id"], set()).add(cell["row"]["scheme"])
+    complete = {unit for unit, found in schemes.items() if found >= rows.keys()} - set(summary["invalid_units"])
     counted = [cell for cell in cells if cell["row"]["unit_id"] in complete]
-    rows = {name: [cell["row"] for cell in counted if cell["row"]["scheme"] == name] for name in names}
+    for cell in counted:
+        if cell["row"]["scheme"] in rows:
+            rows[cell["row"]["scheme"]].append(cell["row"])
     return Material(
         summary=summary,
         rows={name: found for name, found in rows.items() if found},
@@ -122,7 +127,10 @@ def _document(name: str, body: str) -> str:
 def _header(manifest: Mapping[str, Any], summary: Json) -> str:
     experiment, units = manifest["experiment"], summary["units"]
     deadlines = ", ".join(f"{value:g} s" for value in experiment.get("deadlines_s", []))
-    verdict, _, rest = summary["verdict"].partition(". ")
+    # the verdict is what the page is called after; that nothing real was sent stands beside it, as large
+    synthetic = summary["verdict"].startswith(summaries.SYNTHETIC)
+    verdict, _, rest = summary["verdict"].removeprefix(summaries.SYNTHETIC).partition(". ")
+    mark = f' <span class="mark">{summaries.SYNTHETIC.lower().removesuffix(". ")}</span>' if synthetic else ""
     facts = [
         "a quick look, not comparable with other runs" if experiment.get("is_quick") else "",
         f"{summaries.many(units['counted'], 'unit')} × {summaries.many(len(summary['schemes']), 'scheme')}",
@@ -134,80 +142,10 @@ def _header(manifest: Mapping[str, Any], summary: Json) -> str:
     ]
     return f"""<header>
 <p class="kicker">kvstream · {escape(experiment["name"])}</p>
-<h1 id="verdict">{escape(verdict.removesuffix("."))}.</h1>
+<h1 id="verdict">{escape(verdict.removesuffix("."))}.{mark}</h1>
 <p>{escape(rest)}</p>
 <p class="facts">{" · ".join(escape(fact) for fact in facts if fact)}</p>
 </header>"""
-
-
-def _table(summary: Json, material: Material) -> str:
-    head = (
-        "<th scope=col>scheme<th scope=col>n<th scope=col>deadline met <small>95 % interval</small>"
-        "<th scope=col>TTFT <small>p50 / p95 / p99, s</small><th scope=col>distortion <small>nats</small>"
-        "<th scope=col>KL measured <small>nats</small><th scope=col>answers right<th scope=col>bytes"
-        f"<th scope=col>regret <small>nats (n)</small><th scope=col>against {escape(summary['baseline'])}"
-        " <small>met, points</small><th scope=col>fidelity"
-    )
-    body = []
-    for entry in summary["schemes"]:
-        name = escape(entry["scheme"])
-        rows = material.rows.get(entry["scheme"])
-        if not rows:
-            body.append(f"<tr><th scope=row>{name}<td colspan=10 class=none>no valid session yet")
-            continue
-        cells = [
-            str(entry["n"]),
-            _interval_bar(entry, scheme_style(rows[0]).colour),
-            " / ".join(_number(entry[key]) for key in ("ttft_p50_s", "ttft_p95_s", "ttft_p99_s")),
-            _number(entry["distortion"]),
-            _number(entry["measured_kl"]),
-            f"{entry['answers_right']}/{entry['answers']}" if entry["answers"] else "–",
-            _size(entry),
-            f"{_number(entry['regret'])} ({entry['regret_n']})" if entry["regret_n"] else "–",
-            _versus(entry["versus"]),
-            f"{entry['fidelity_ok']}/{entry['fidelity_n']}" if entry["fidelity_n"] else "–",
-        ]
-        mark = " <abbr title='told the future of the link'>*</abbr>" if entry["clairvoyant"] else ""
-        body.append(
-            f"<tr><th scope=row>{swatch(rows[0])} {name}{mark}"
-            + "".join(f"<td{' class=against' if i == 8 else ''}>{cell}" for i, cell in enumerate(cells))
-        )
-    remarks = "".join(f"<li>{escape(note)}" for note in summaries.notes(summary))
-    return f"""<section aria-labelledby="schemes"><h2 id="schemes">Schemes</h2>
-<div class="wide"><table><thead><tr>{head}</thead><tbody>{"".join(body)}</tbody></table></div>
-<ul class="notes">{remarks}</ul></section>"""
-
-
-def _interval_bar(entry: Json, colour: str) -> str:
-    """Share and interval as numbers and as a small bar on a scale from 0 to 100 %."""
-    low, rate, high = (100 * entry[key] for key in ("met_low", "met_rate", "met_high"))
-    colour = "currentColor" if colour == INK else colour
-    return (
-        f"<span class=num>{rate:.0f} % <small>{low:.0f}–{high:.0f}</small></span>"
-        f'<svg class="bar" viewBox="0 0 104 10" aria-hidden="true"><path d="M2 5H102" class="axis"/>'
-        f'<path d="M{low + 2:.1f} 5H{high + 2:.1f}" stroke="{colour}" stroke-width="3" opacity=".45"/>'
-        f'<circle cx="{rate + 2:.1f}" cy="5" r="3.4" fill="{colour}"/></svg>'
-    )
-
-
-def _versus(paired: Json | None) -> str:
-    if paired is None:
-        return "baseline"
-    if paired["met"] is None:
-        return "–"
-    words = f"{100 * paired['met']:+.0f}"
-    if paired["met_low"] is not None:
-        words += f" <small>{100 * paired['met_low']:+.0f} to {100 * paired['met_high']:+.0f}"
-    else:
-        words += " <small>one trace"
-    return words + f", p {paired['met_p']:.1g}</small>"
-
-
-def _size(entry: Json) -> str:
-    size = summaries.bytes_words(entry["bytes"])
-    return size + (
-        f" <small>+ {summaries.bytes_words(entry['wasted_bytes'])} wasted</small>" if entry["wasted_bytes"] else ""
-    )
 
 
 def _figures(figures: Sequence[Drawn], problem: str) -> str:
@@ -234,15 +172,6 @@ def inline(figure: Drawn) -> str:
     svg = re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{figure.name}-", svg)
     label = escape(f"{figure.title}. {figure.alt}", quote=True)
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', svg, count=1)
-
-
-def swatch(row: Mapping[str, Any]) -> str:
-    """A scheme's colour as a small mark beside its name."""
-    style = scheme_style(row)
-    colour = "currentColor" if style.colour == INK else style.colour
-    fill = "none" if style.hollow else colour
-    circle = f'<circle cx="6" cy="6" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
-    return f'<svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">{circle}</svg>'
 
 
 def _viewer(cells: Sequence[Json], material: Material) -> str:
@@ -274,23 +203,6 @@ def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def _by_trace(summary: Json, material: Material) -> str:
-    """Deadlines met a trace: an average over traces can hide that a scheme fails on one of them."""
-    traces = list(dict.fromkeys(row["trace"] for rows in material.rows.values() for row in rows))
-    if len(traces) < 2:
-        return ""
-    head = "".join(f"<th scope=col>{escape(name)}" for name in material.rows)
-    body = ""
-    for trace in traces:
-        body += f"<tr><th scope=row>{escape(trace)}"
-        for rows in material.rows.values():
-            here = [row for row in rows if row["trace"] == trace]
-            met = sum(row["met"] for row in here)
-            body += f'<td class="share" style="--share:{met / len(here):.3f}">{met}/{len(here)}'
-    return f"""<section aria-labelledby="traces" id="by-trace"><h2 id="traces">Deadlines met, by trace</h2>
-<div class="wide"><table><thead><tr><th scope=col>trace{head}</thead><tbody>{body}</tbody></table></div></section>"""
-
-
 def _fidelity(rows: Sequence[Json]) -> str:
     """Whether the link did what the trace says, session by session."""
     judged = [row for row in rows if "ok" in row["fidelity"]]
@@ -300,8 +212,8 @@ def _fidelity(rows: Sequence[Json]) -> str:
     body = "".join(
         f"<tr{'' if row['fidelity']['ok'] else ' class=bad'}><th scope=row>{escape(row['unit_id'])}"
         f"<td>{escape(row['scheme'])}<td>{escape(_judgement(row['fidelity']))}"
-        f"<td>{_number(row['fidelity'].get('median_error'))}<td>{_number(row['fidelity'].get('p95_error'))}"
-        f"<td>{_number(row['fidelity'].get('lateness_p99_s'))}<td>{row['repeats']}"
+        f"<td>{number(row['fidelity'].get('median_error'))}<td>{number(row['fidelity'].get('p95_error'))}"
+        f"<td>{number(row['fidelity'].get('lateness_p99_s'))}<td>{row['repeats']}"
         for row in sorted(judged, key=lambda row: (row["fidelity"]["ok"], row["unit_id"], row["scheme"]))
     )
     return f"""<section aria-labelledby="fidelity"><h2 id="fidelity">Fidelity</h2>
@@ -320,8 +232,8 @@ def _packets(rows: Sequence[Json]) -> str:
         return ""
     body = "".join(
         f"<tr{'' if said['ok'] else ' class=bad'}><th scope=row>{escape(row['unit_id'])}<td>{escape(row['scheme'])}"
-        f"<td>{_number(said['rtt_min_s'])}<td>{_number(said['rtt_s'])}<td>{_number(said['one_way_s'])}"
-        f"<td>{said['retransmitted_bytes']}<td>{_number(said['error'])}"
+        f"<td>{number(said['rtt_min_s'])}<td>{number(said['rtt_s'])}<td>{number(said['one_way_s'])}"
+        f"<td>{said['retransmitted_bytes']}<td>{number(said['error'])}"
         for row, said in seen
     )
     good = sum(said["ok"] for _, said in seen)
@@ -340,7 +252,9 @@ def _judgement(fidelity: Mapping[str, Any]) -> str:
 def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
     """What is needed to do it again."""
     models = ", ".join(sorted({row["model"] for row in rows}))
-    fingerprint = manifest.get("model", {}).get("fingerprint", "")
+    fingerprint, traces = manifest.get("model", {}).get("fingerprint", ""), manifest.get("traces", {})
+    if models == "none" and fingerprint:
+        models = "none, sizes from"
     facts = {
         "command": manifest.get("command", ""),
         "commit": manifest.get("git", ""),
@@ -349,20 +263,30 @@ def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
         "model": f"{models} {_short(fingerprint)}" if fingerprint else models,
         "profiles": _hashes(manifest.get("profiles", {})),
-        "traces": _hashes(manifest.get("traces", {})),
+        "files": _hashes(manifest.get("files", {})),
+        "traces": f"{len(traces)}, see below" if len(traces) > tables.MOST_TRACES else _hashes(traces),
+        "delay and loss": _impairments(manifest.get("networks", {})),
+        "simplified": manifest.get("simplified", ""),
     }
     items = "".join(f"<dt>{key}<dd><code>{escape(value)}</code>" for key, value in facts.items() if value)
     folded = {
         "The experiment as it was resolved": manifest["experiment"],
-        "The network and the shaper, as read back": {key: manifest.get(key) for key in ("network", "shaper")},
+        "The networks and their shapers, as read back": manifest.get("networks", {}),
+        "The traces by their hashes": traces if len(traces) > tables.MOST_TRACES else {},
     }
     details = "".join(
         f"<details><summary>{head}</summary><pre>{escape(json.dumps(body, indent=1))}</pre></details>"
         for head, body in folded.items()
-        if any(body.values())
+        if body
     )
     return f"""<section aria-labelledby="provenance"><h2 id="provenance">Provenance</h2><dl>{items}</dl>
 {details}</section>"""
+
+
+def _impairments(networks: Mapping[str, Json]) -> str:
+    """What delays and loses packets on each link that has something to do so."""
+    found = {link: network["impairments"]["backend"] for link, network in networks.items() if "impairments" in network}
+    return "; ".join(f"{link or 'the default link'}: {backend}" for link, backend in found.items())
 
 
 def _hashes(found: Mapping[str, str | None]) -> str:
@@ -372,9 +296,3 @@ def _hashes(found: Mapping[str, str | None]) -> str:
 def _short(digest: str) -> str:
     """Enough of a SHA-256 to compare; the whole one stands in manifest.json."""
     return digest[:12]
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "0" if value == 0 else f"{value:.3g}"

@@ -1,7 +1,9 @@
-"""One fixed look for every scheme and level: in figures, in the report, in the dashboard, in every run.
+"""One fixed look for every scheme, codec and level: in figures, in the report, in the dashboard, in every run.
 
-Colours come from the Okabe-Ito palette, shifted where needed so that each has a contrast of at least 3:1 on white and
-on the dark background. Colour never speaks alone: schemes also differ in marker and dash, levels carry their number.
+A scheme's colour says which policy it is, its dash which codec, its marker both; hollow and thin is depth 1. All of it
+goes by names, never by the order in a run. Colours come from the Okabe-Ito palette, shifted where needed so that each
+has a contrast of at least 3:1 on white and on the dark background. Colour never speaks alone: no two policies on one
+codec have the same marker but for a few that are seldom compared, and levels carry their number.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 INK: Final = "#262626"
 """The colour of text and axes; pages replace it by their own text colour."""
@@ -19,64 +21,100 @@ TEXT_COLOUR: Final = "#d0579b"
 
 _RAMP: Final = ("#6a55b5", "#3a74b0", "#238a8d", "#27a070", "#5f9c1c", "#a58a00")
 
+Marker: TypeAlias = str | tuple[int, int, int]
+Dash: TypeAlias = str | tuple[int, tuple[float, ...]]
+
 
 @dataclass(frozen=True)
 class Style:
-    """How a scheme is drawn; `marker` and `dash` in matplotlib's notation."""
+    """How a scheme or a codec is drawn; `marker` and `dash` in matplotlib's notation."""
 
     colour: str
-    marker: str
-    dash: str | tuple[int, tuple[int, ...]] = "-"
+    marker: Marker
+    dash: Dash = "-"
     hollow: bool = False
+    width: float = 1.8
+    """Of lines, points."""
 
 
-_KNOWN: Final[Mapping[str, Style]] = {
-    "cachegen": Style("#0b7abf", "o"),
-    "buffer-based": Style("#c97a00", "s"),
-    "oracle": Style(INK, "*"),
-    "artifact": Style("#7b6fd6", "p"),
-    "artifact-oracle": Style(INK, "X", ":"),
-    "throughput": Style("#0f9b76", "^"),
-    "mpc": Style("#b8599f", "H"),
-    "robust-mpc": Style("#b8599f", "d", "--"),
-    "bola": Style("#a9713a", "h"),
-    "kvstream": Style("#d9480f", "D"),
-    "chance": Style("#2a8fa8", "P"),
-    "cake": Style("#5a9e2f", ">"),
-    "hicache": Style("#8f8a00", "<"),
-    "random": Style("#7f8a99", "."),
-    "text": Style(TEXT_COLOUR, "X"),
-    "fixed": Style("#7a7a7a", "d"),
-    "fixed-lowest": Style("#7a7a7a", "v"),
-    "fixed-highest": Style("#7a7a7a", "^", "--"),
-    "lowest": Style("#7a7a7a", "v"),
-    "highest": Style("#7a7a7a", "^", "--"),
-    "8-bit": Style("#a06a6a", "P", "--"),
+_POLICIES: Final[Mapping[str, tuple[str, str]]] = {
+    "cachegen": ("#0b7abf", "o"),
+    "buffer-based": ("#c97a00", "s"),
+    "oracle": (INK, "*"),
+    "artifact": ("#7b6fd6", "p"),
+    "artifact-oracle": ("#9a5fd0", "X"),
+    "throughput": ("#0f9b76", "^"),
+    "mpc": ("#b8599f", "H"),
+    "robust-mpc": ("#b0486a", "d"),
+    "bola": ("#a9713a", "p"),
+    "kvstream": ("#d9480f", "D"),
+    "chance": ("#2a8fa8", "P"),
+    "cake": ("#5a9e2f", ">"),
+    "hicache": ("#8f8a00", "<"),
+    "random": ("#8b8478", "d"),
+    "text": (TEXT_COLOUR, "X"),
+    "fixed": ("#7a7a7a", "d"),
+    "lowest": ("#5f7d95", "v"),
+    "highest": ("#a06a6a", "^"),
 }
-_SPARE: Final = ("#d9480f", "#0f9b76", "#7b6fd6", "#a9713a", "#5a9e2f", "#b8599f", "#2a8fa8", "#c2456a")
-_SPARE_MARKERS: Final = "o^sDvPp<>h"
+_SPARE: Final = ("#a34a5e", "#6b5bbd", "#2e8540", "#7d6608", "#3b6fb6", "#2a7f6f", "#cc4b37", "#5b7fa6")
+"""Of policies that are not ours."""
+_MARKERS: Final = "o^sXpvDPH<d>"
+"""In the order in which another codec, or other settings, turn them; stars belong to the oracle."""
+_STARS: Final[tuple[Marker, ...]] = ("*", (4, 1, 0), (6, 1, 0), (7, 1, 0), (8, 1, 0), (3, 1, 0))
+
+_CODECS: Final[Mapping[str, Style]] = {
+    "kvstream": Style("#00838a", "o", "-"),
+    "cachegen": Style("#8c6a00", "s", (0, (5.0, 1.8))),
+    "uniform": Style("#4a68c8", "^", (0, (5.0, 1.5, 1.0, 1.5))),
+    "artifact": Style("#8a5a9e", "D", (0, (1.0, 1.8))),
+    "raw": Style("#947a45", "v", (0, (8.0, 1.5, 1.0, 1.5, 1.0, 1.5))),
+    "fp8": Style("#b5453c", "p", (0, (2.5, 1.5))),
+}
+"""A codec's own look, where codecs and not policies are drawn; its place here is how far it turns a policy's marker."""
 
 
 def scheme_style(row: Mapping[str, Any]) -> Style:
-    """The look of a row's scheme: by its label or its policy where known, else from a hash of the label.
+    """The look of a row's scheme (its `scheme`, `policy`, `codec`, `depth` and `overlap`).
 
-    Another label than the policy's own name (another codec, other settings) has its colour and a form of its own.
+    Settings of a policy turn its marker, unless the scheme goes by the policy's plain name.
     """
-    label = row["scheme"]
-    policy = row["policy"].partition(",")[0]
-    number = zlib.crc32(label.encode())
-    if label in _KNOWN:
-        style = _KNOWN[label]
-    elif policy in _KNOWN:
-        style = _KNOWN[policy]
-        if label.removesuffix("-no-overlap").removesuffix("-depth1") != policy:
-            forms = [marker for marker in _SPARE_MARKERS if marker != style.marker]
-            style = Style(style.colour, forms[number % len(forms)], "-.", hollow=True)
-    else:
-        style = Style(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[number // 8 % len(_SPARE_MARKERS)])
+    name, _, settings = row["policy"].partition(",")
+    level = settings.removeprefix("level=")
+    if name == "fixed" and level in ("lowest", "highest"):
+        name, settings = level, ""
+    label = row["scheme"].removesuffix("-no-overlap").removesuffix("-depth1")
+    turn, dash = _of_codec(row.get("codec", "kvstream"))
+    if settings and label != name:
+        turn += 1 + zlib.crc32(settings.encode()) % 4
+    colour, marker = _POLICIES.get(name) or _unknown(name)
+    turned = _STARS[turn % len(_STARS)] if marker == "*" else _MARKERS[(_MARKERS.index(marker) + turn) % len(_MARKERS)]
+    style = Style(colour, turned, dash)
     if not row.get("overlap", True):
-        return replace(style, dash=":", hollow=True)
-    return replace(style, dash="--", hollow=True) if row.get("depth", 2) == 1 else style
+        return replace(style, hollow=True, width=1.0, dash=":")
+    return replace(style, hollow=True, width=1.0) if row.get("depth", 2) == 1 else style
+
+
+def codec_style(codec: str) -> Style:
+    """The look of a codec (a name, settings may follow) among codecs: other colours than policies have."""
+    name = codec.partition(",")[0]
+    style = _CODECS.get(name) or Style("#6d6d6d", _unknown(name)[1], _of_codec(name)[1])
+    return style if name == codec else replace(style, hollow=True)
+
+
+def _of_codec(codec: str) -> tuple[int, Dash]:
+    """How far a codec turns a policy's marker, and its dash; settings turn further."""
+    name, _, settings = codec.partition(",")
+    number = zlib.crc32(name.encode())
+    turn = list(_CODECS).index(name) if name in _CODECS else len(_CODECS) + number % 3
+    dash = _CODECS[name].dash if name in _CODECS else (0, (3.0, 1.0 + number % 4))
+    return turn + (zlib.crc32(settings.encode()) % 5 + 1 if settings else 0), dash
+
+
+def _unknown(name: str) -> tuple[str, str]:
+    """Colour and marker by a hash of the name, so that they stay from run to run."""
+    number = zlib.crc32(name.encode())
+    return _SPARE[number % len(_SPARE)], _MARKERS[number // 8 % len(_MARKERS)]
 
 
 def level_colours(n_levels: int) -> list[str]:
@@ -84,6 +122,13 @@ def level_colours(n_levels: int) -> list[str]:
     if n_levels == 1:
         return [_RAMP[2]]
     return [_between(index * (len(_RAMP) - 1) / (n_levels - 1)) for index in range(n_levels)]
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever has the higher contrast on a colour: at least 4.5:1."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 
 
 def _between(position: float) -> str:

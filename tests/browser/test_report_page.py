@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from testbed import report
+from testbed.results import Run
 from tests.browser.conftest import Open
 from tests.testbed.made_run import make_run
+from tests.testbed.test_report import contrast
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright").expect
 pytest.importorskip("seaborn", reason="figures need seaborn, from kvstream[run]")
@@ -19,6 +23,30 @@ pytest.importorskip("seaborn", reason="figures need seaborn, from kvstream[run]"
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("run")
     return report.write(make_run(folder)).as_uri()
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run whose chunks were copied to a device before they were decoded."""
+    run: Run = make_run(tmp_path_factory.mktemp("copied"), contexts=("docs",), spoil=False)
+    for file in run.cells.glob("*.json"):
+        cell = json.loads(file.read_text())
+        for chunk in cell["chunks"]:
+            chunk["copies_s"] = [[chunk["last_byte_s"] - 0.004, chunk["last_byte_s"] - 0.001]]
+        file.write_text(json.dumps(cell))
+    return report.write(run).as_uri()
+
+
+def lanes(page: Any) -> dict[str, float]:
+    """[name]: upper edge of every lane, by their beds and words."""
+    names = page.locator(".v-lane").all_text_contents()
+    tops = page.locator(".v-bed").evaluate_all("beds => beds.map((bed) => +bed.getAttribute('y') + 2)")
+    return dict(zip(names, tops, strict=True))
+
+
+def lane_of(page: Any, chunk: int) -> set[float]:
+    rects = page.locator(f'.v-lanes rect[data-chunk="{chunk}"]')
+    return set(rects.evaluate_all("rects => rects.map((rect) => +rect.getAttribute('y'))"))
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
@@ -41,6 +69,79 @@ def test_a_unit_and_a_scheme_can_be_chosen(url: str, open_page: Open) -> None:
     assert "missed" in page.locator(".v-title").inner_text()
     page.reload()
     assert "fixed-highest on docs" in page.locator(".v-title").inner_text(), "the choice stands in the address"
+
+
+def choose(page: Any, scheme: str) -> None:
+    page.get_by_role("radio", name=scheme, exact=True).check(force=True)
+
+
+def test_recomputing_has_a_lane_of_its_own(url: str, open_page: Open) -> None:
+    page = open_page(url).page
+    choose(page, "fixed-lowest")
+    lane = lanes(page)
+    assert list(lane) == ["transfer", "decode", "compute"]
+    assert lane_of(page, 3) == {lane["transfer"], lane["decode"]}
+    prefill = page.locator(".v-prefill")
+    assert float(prefill.get_attribute("y")) == lane["compute"]
+    choose(page, "text")
+    assert lane_of(page, 3) == {lane["transfer"], lane["compute"]}
+
+
+def test_copies_have_a_lane_where_there_are_any(copied: str, open_page: Open) -> None:
+    page = open_page(copied).page
+    choose(page, "fixed-lowest")
+    lane = lanes(page)
+    assert list(lane) == ["transfer", "copy", "decode", "compute"]
+    assert lane_of(page, 3) == {lane["transfer"], lane["copy"], lane["decode"]}
+
+
+def test_the_best_plan_is_not_called_by_a_scheme_s_name(url: str, open_page: Open) -> None:
+    page = open_page(url).page
+    choose(page, "oracle")
+    assert page.locator(".v-strip th").all_inner_texts() == ["oracle", "optimum"]
+    assert "(optimum" in page.locator(".v-title").inner_text()
+    assert "(optimum: level" in page.locator(".v-detail").inner_text()
+
+
+INKS = """() => {
+    const probe = document.body.appendChild(document.createElement("i"));
+    const plain = (colour) => { probe.style.color = colour; return getComputedStyle(probe).color; };
+    const fill = (node) => getComputedStyle(node).fill;
+    const cells = [...document.querySelectorAll(".v-strip td")];
+    const words = [...document.querySelectorAll("text.v-digit")];
+    return [...cells.map((td) => [getComputedStyle(td).color, plain(td.style.getPropertyValue("--level"))]),
+            ...words.map((word) => [fill(word), fill(word.previousElementSibling)])];
+}"""
+"""[(ink, paper)] of every digit and word on a level's colour, as rgb(...)."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_digits_can_be_read_on_their_colours(url: str, open_page: Open, scheme: str) -> None:
+    page = open_page(url, scheme=scheme).page
+    for name in ("cachegen", "buffer-based", "text", "fixed-highest"):
+        choose(page, name)
+        pairs = page.evaluate(INKS)
+        assert len(pairs) >= 32
+        assert min(contrast(as_hex(ink), as_hex(paper)) for ink, paper in pairs) >= 4.5
+
+
+def as_hex(colour: str) -> str:
+    """`#rrggbb` of `rgb(r, g, b)`."""
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3])
+
+
+def test_on_a_phone_the_numbers_stay_in_sight(url: str, open_page: Open) -> None:
+    """The first column is sticky: if it were wide it would cover them. The axis on the right needs room for a size."""
+    page = open_page(url, 390).page
+    first = page.locator("#by-trace tbody th").evaluate_all(
+        "cells => cells.map((c) => c.getBoundingClientRect().width)"
+    )
+    assert max(first) <= 0.41 * 390
+    right = page.evaluate(
+        """() => document.querySelector("#viewer canvas").getBoundingClientRect().right
+               - document.querySelector("#viewer .u-over").getBoundingClientRect().right"""
+    )
+    assert right >= 62  # "1.25 MB" in 12 px, the tick and the gap
 
 
 def test_the_plot_is_drawn(url: str, open_page: Open) -> None:

@@ -136,6 +136,9 @@ def tampered(how: str) -> dict[str, Any]:
             elif how == "rate":
                 words = "htb rate 40mbit ceil 40mbit burst 10k cburst 10k quantum 60000"
                 net.run(net.router, f"tc class change dev {net.bottleneck} parent 5: classid 5:1 {words}".split())
+            elif how == "queue":
+                words = "tbf rate 1tbit burst 1g limit 3028"
+                net.run(net.router, f"tc qdisc change dev {net.bottleneck} parent 5:1 handle 6: {words}".split())
             elif how == "kill":
                 subprocess.run(["kill", "-9", str(shaper.pid)], check=True)
             else:
@@ -356,24 +359,29 @@ def datagrams(link: str, count: int) -> dict[str, Any]:
 # ---- capture and probe ------------------------------------------------------------------------------------------
 
 
-def captured(link: str, folder: str, recorder: Literal["tcpdump", "sniff"] | None = None) -> dict[str, Any]:
-    """A captured session: what the capture and the counters say of the same stretch of time."""
+def captured(
+    link: str, folder: str, recorder: Literal["tcpdump", "sniff"] | None = None, senders: int = 1
+) -> dict[str, Any]:
+    """A captured session: what the capture and the counters say of the same stretch of time. All senders send."""
     if recorder is not None:
         capture.recorder = lambda: recorder
     trace = trace_of([[0.5, 20], [0.5, 40]])
     with (
-        Network(link_of(link), traces=[trace]) as net,
+        Network(link_of(link), traces=[trace], senders=senders) as net,
         Shaper(net) as shaper,
         capture.capture(net, Path(folder)) as captures,
     ):
+        for host, ip in list(zip(net.sender_hosts, net.sender_ips, strict=True))[1:]:
+            traffic.start_server(net, host, ip)
+            traffic.start_pull(net, net.receiver, ip)
         record = backlogged(net, shaper, trace, 1.0)
-    found = analysis.analyse(captures, net.sender_ip)
+    found = analysis.analyse(captures, net.sender_ips)
     begin, end = record.t0_s + record.samples[0].t_s, record.t0_s + record.samples[-1].t_s
     chunks = [{"chunk": 0, "request_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
     return {
         "counted": record.samples[-1].delivered_bytes,
         "captured": found.frames_between(begin, end),
-        "dropped": [captures["sender"].dropped, captures["receiver"].dropped],
+        "dropped": [capture.dropped for capture in captures.values()],
         "windows": found.windows(record.t0_s, record.t0_s + 1.0),
         "chunks": found.chunks(chunks, record.t0_s),
         "retransmitted": found.retransmitted_bytes / max(found.sent_bytes, 1),

@@ -17,11 +17,20 @@ def test_a_capture_agrees_with_the_counters(scenario, tmp_path):
     goodput = [window["goodput_bps"] for window in done["windows"]]
     assert goodput[7:9] == pytest.approx([40e6 * 1448 / 1514] * 2, rel=0.1)
     assert all(window["one_way_s"] >= 0.005 for window in done["windows"])
-    assert {file.name for file in (tmp_path / "packets").iterdir()} == {"sender.pcap", "receiver.pcap"}
+    assert {file.name for file in (tmp_path / "packets").iterdir()} == {"sender0.pcap", "receiver0.pcap"}
     first, second = done["chunks"]
     assert first["capture_goodput_bps"] == pytest.approx(20e6 * 1448 / 1514, rel=0.1)
     assert first["capture_one_way_s"] >= 0.005
     assert second == {"chunk": 1}
+
+
+def test_every_sender_is_recorded(scenario, tmp_path):
+    done = scenario("captured", link="delay=5ms", folder=str(tmp_path / "packets"), senders=2)
+    files = {file.stem for file in (tmp_path / "packets").iterdir()}
+    assert files == {"sender0", "sender1", "receiver0"}
+    assert done["captured"] == pytest.approx(done["counted"], rel=0.01)
+    assert done["summary"]["ok"]
+    assert all(window["one_way_s"] >= 0.005 for window in done["windows"])
 
 
 def test_no_round_trip_is_shorter_than_the_delay(scenario, tmp_path):

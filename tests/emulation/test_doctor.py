@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from testbed import doctor
+from testbed.emulator.turn import LOCK
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +47,35 @@ def test_without_namespaces_the_doctor_says_why(monkeypatch):
     assert "AppArmor forbids it" in found.detail
     assert found.fix == "sudo this"
     assert doctor.status([found]) == 4
+
+
+def test_the_inside_alone_makes_its_own_sandbox():
+    """It adds interfaces, queues and rules: never to the host."""
+    command = [sys.executable, "-m", "testbed.doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        seen: set[str] = set()
+        while process.poll() is None:
+            seen |= set(os.listdir("/sys/class/net"))
+            time.sleep(0.002)
+        found = json.loads(process.stdout.read())
+    assert process.returncode == 0
+    assert "veth" in {check["name"] for check in found}
+    assert not {name for name in seen if name.startswith("probe")}
+
+
+def test_another_emulation_s_turn_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    lock = (tmp_path / LOCK.name).open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        checks = {check.name: check for check in doctor.probe()}
+    found = checks["Mininet"]
+    assert (found.detail, found.fix) == (
+        "not tried: another emulation is running here",
+        "try again when it is over",
+    )
+    assert doctor.status(list(checks.values())) == 0
 
 
 def test_the_command_prints_json():

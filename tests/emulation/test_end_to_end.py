@@ -147,8 +147,8 @@ def test_the_oracle_is_met_by_nobody_and_chooses_better(run):
 def test_the_files_of_a_run_are_there(run):
     folder, _ = run
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["network"]
-    assert manifest["shaper"]
+    assert set(manifest["networks"]) == {"delay=10ms,queue=50ms"}
+    assert manifest["networks"]["delay=10ms,queue=50ms"]["shaper"]["queue_s"] == 0.05
     for name in ("sessions.jsonl", "chunks.jsonl", "link.jsonl", "summary.json", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     assert len((folder / "sessions.jsonl").read_text().splitlines()) == 6
@@ -165,6 +165,7 @@ def test_packets_and_a_prior_on_request(tmp_path):
     assert row["capture"]["rtt_min_s"] >= 0.020
     goodput = 30e6 * 1448 / 1514
     assert row["prior_bps"] == pytest.approx(goodput, rel=0.05)
+    assert 0.020 <= row["prior_rtt_s"] < 0.040
     chunks = [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
     rates = [chunk["capture_goodput_bps"] for chunk in chunks[1:] if chunk["bytes"] > 50_000]
     assert rates == pytest.approx([goodput] * len(rates), rel=0.1)
@@ -192,6 +193,9 @@ def test_a_finished_run_is_not_run_again(run):
     done = kvstream("run", "e2e.toml", "--json", cwd=folder.parents[1])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schemes"] == before["schemes"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["networks"], "what the first part said of its links stays"
+    assert manifest["costs"]
     assert time.monotonic() - start < 60, "a run that is complete only has to be summarised"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from typing import ClassVar
 
 import pytest
 
-from testbed.emulator.impairments import netem_words
+from testbed.emulator.impairments import Impairments, handled, netem_words
 from testbed.emulator.link import LinkSettings
-from testbed.errors import SpecError
+from testbed.errors import MachineError, SpecError
 from testbed.specs import build, parse_settings
+from traces.trace import Trace
 
 
 @pytest.mark.parametrize("delay_ms", [2, 20])
@@ -97,6 +100,96 @@ def test_netem_is_asked_for_the_same():
     assert words[8:] == ["duplicate", "2.000000%", "reorder", "3.000000%"]
 
 
+def lane(packets: int, dropped: int, late: list[int], lost: int = 0) -> dict[str, object]:
+    return {"packets": packets, "dropped": dropped, "late": late, "lost_by_kernel": lost}
+
+
+def test_what_was_done_to_packets_is_the_difference_of_two_reports():
+    before = {"backend": "nfqueue", "lanes": [lane(10, 1, [9, 0, 0, 0, 0, 0, 0, 0, 0]), lane(0, 0, [0] * 9)]}
+    for late, p99_s in (([109, 0, 0], 0.0001), ([107, 2, 0], 0.0002), ([9, 0, 100], 0.0005)):
+        after = [lane(120, 11, [*late, 0, 0, 0, 0, 0, 0]), lane(30, 0, [30, *[0] * 8], lost=2)]
+        done = handled(before, {"backend": "nfqueue", "lanes": after})
+        assert (done["packets"], done["dropped"], done["lost_by_kernel"]) == (140, 10, 2)
+        assert done["late_p99_s"] == p99_s
+    never = [lane(20, 1, [9, 0, 0, 0, 0, 0, 0, 0, 10]), lane(0, 0, [0] * 9)]
+    assert handled(before, {"backend": "nfqueue", "lanes": never})["late_p99_s"] is None
+    assert handled(before, before)["packets"] == 0
+    lanes = [[{"packets": n, "drops": n // 10}, {"packets": n, "drops": 0}] for n in (10, 60)]
+    netem = [{"backend": "netem", "lanes": each} for each in lanes]
+    assert handled(*netem) == {"backend": "netem", "packets": 100, "dropped": 5}
+
+
+def test_a_session_s_record_has_what_was_done_to_its_packets(scenario):
+    done = scenario("replay", rows=[[0.5, 20]], length_s=0.5, link="delay=5ms,loss=1%,impair=nfqueue")
+    told = done["verdict"]["impairments"]
+    assert told == done["record"]["impairments"]
+    assert told["packets"] > 100
+    assert told["lost_by_kernel"] == 0
+    assert told["dropped"] < 0.1 * told["packets"]
+
+
+class WithNetem:
+    """A network on a kernel that has netem, as far as choosing needs one."""
+
+    hosts: ClassVar = {"delay": None}
+
+    def __init__(self, link: str, *traces: Trace) -> None:
+        self.link, self.traces = build(LinkSettings, parse_settings(link, "link"), "link"), traces
+
+    knows_seeds = True
+    seeds: ClassVar[dict[str, int]] = {}
+
+    def run(self, host: object, argv: list[str]) -> str:
+        device = argv[argv.index("dev") + 1]
+        if "show" in argv:
+            return json.dumps([{"kind": "netem", "options": {"seed": self.seeds[device]} if self.knows_seeds else {}}])
+        if "seed" in argv:
+            if not self.knows_seeds:
+                raise MachineError('`tc` on delay failed: What is "seed"?')
+            self.seeds[device] = int(argv[argv.index("seed") + 1])
+        return ""
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_netem_is_seeded_where_it_can_be_and_it_is_said(knows, monkeypatch):
+    monkeypatch.setattr(WithNetem, "knows_seeds", knows)
+    found = Impairments(WithNetem("delay=5ms,seed=7"))
+    assert found.settings == {"backend": "netem", "why_not_netem": None, "seeded": knows}
+    if knows:
+        assert len(set(WithNetem.seeds.values())) == 2
+        first = dict(WithNetem.seeds)
+        Impairments(WithNetem("delay=5ms,seed=8"))
+        assert not set(first.values()) & set(WithNetem.seeds.values())
+
+
+VARYING = Trace("varying", [1.0], [1e6], delay_s=[0.01])
+
+
+@pytest.mark.parametrize(
+    ("link", "traces", "backend"),
+    [
+        ("delay=5ms", [], "netem"),
+        ("delay=5ms,impair=nfqueue", [], "nfqueue"),
+        ("delay=5ms,jitter=1ms", [], "nfqueue"),
+        ("delay=5ms,jitter=1ms,jitter_order=off", [], "netem"),
+        ("", [VARYING], "nfqueue"),
+        ("delay=5ms", [VARYING], "nfqueue"),
+    ],
+)
+def test_netem_is_taken_where_it_can_do_it(link, traces, backend, monkeypatch):
+    monkeypatch.setattr(Impairments, "_start_element", lambda self: None)
+    found = Impairments(WithNetem(link, *traces))
+    assert found.settings["backend"] == backend
+    assert (found.settings["why_not_netem"] is None) == (backend == "netem" or "nfqueue" in link)
+
+
+def test_netem_by_name_is_refused_for_what_it_cannot_do():
+    for link, says in (("impair=netem", "delays and losses"), ("delay=5ms,jitter=1ms,impair=netem", "in order")):
+        with pytest.raises(MachineError, match=says) as caught:
+            Impairments(WithNetem(link, VARYING))
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -108,6 +201,11 @@ def test_netem_is_asked_for_the_same():
         "queue=0ms",
         "mtu=100",
         "cc=a b",
+        "queue=50B",
+        "queue=5%",
+        "loss=20ms",
+        "delay=0.1%",
+        "loss_burst=3ms",
     ],
 )
 def test_impossible_settings_are_refused(text):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +96,16 @@ def test_receivers_share_one_bottleneck(scenario):
     assert sum(done["shares_mbps"]) == pytest.approx(40 * 1448 / 1514, rel=0.05)
 
 
+def test_the_command_measures_what_receivers_get():
+    words = "trace replay constant,rate=40Mbps --length 1s --measure --receivers 2 --json"
+    command = [sys.executable, "-m", "testbed.cli", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    found = json.loads(done.stdout)
+    assert len(found["shares_bps"]) == 2
+    assert sum(found["shares_bps"]) == pytest.approx(40e6 * 1448 / 1514, rel=0.05)
+    assert done.returncode == (0 if found["verdict"]["ok"] else 3)
+
+
 def test_flows_of_others_take_their_share(steady):
     done = steady("beside_others", link="cross_flows=2")
     assert 4 < done["mbps"] < 28
@@ -117,7 +129,14 @@ def test_pinned_ends_have_cores_of_their_own(scenario):
     assert not sender & receiver
 
 
-@pytest.mark.parametrize(("how", "words"), [("delete", "the class is gone"), ("rate", "not the 20000000 that was set")])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("delete", "the class is gone"),
+        ("rate", "not the 20000000 that was set"),
+        ("queue", "the queue is open with 3028 bytes, not the 125000 that were set"),
+    ],
+)
 def test_tampering_with_the_link_is_caught(scenario, how, words):
     done = scenario("tampered", how=how)
     assert not done["verdict"]["ok"]

@@ -106,6 +106,9 @@ def test_killing_any_process_leaves_nothing(tmp_path):
     assert summary["killed"] >= 8
 
 
+CONTAINED = {"MOUNTS": "21 1 0:27 / / rw - overlay overlay rw,lowerdir=/a", "APPARMOR_SWITCH": "1"}
+
+
 @pytest.mark.parametrize(
     ("files", "number", "words"),
     [
@@ -113,7 +116,9 @@ def test_killing_any_process_leaves_nothing(tmp_path):
         ({"DEBIAN_SWITCH": "0"}, errno.EPERM, "sysctl -w kernel.unprivileged_userns_clone=1"),
         ({"APPARMOR_SWITCH": "1"}, errno.EPERM, "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
         ({"STATUS": "Seccomp:\t2\n"}, errno.EPERM, "--security-opt seccomp=unconfined"),
-        ({"MOUNTS": "21 1 0:27 / / rw - overlay overlay rw,lowerdir=/a"}, errno.EPERM, "--security-opt systempaths="),
+        ({"MOUNTS": CONTAINED["MOUNTS"]}, errno.EPERM, "--security-opt systempaths="),
+        (CONTAINED | {"STATUS": "Seccomp:\t2\n"}, errno.EPERM, "--security-opt systempaths="),
+        (CONTAINED | {"STATUS": "Seccomp:\t0\n"}, errno.EPERM, "=0` on the container's host"),
         ({}, errno.EPERM, "as root"),
     ],
 )
@@ -128,13 +133,23 @@ def test_a_refusal_names_the_cause_and_the_remedy(files, number, words, tmp_path
     line = sandbox._explain(OSError(number, os.strerror(number), "unshare"))
     assert words in line
     assert "\n" not in line
-    assert words in doctor._line_of(line) or words == "as root"
+    assert words.partition("`")[0] in doctor._line_of(line) or words == "as root"
+
+
+def test_a_mount_that_a_container_forbids_is_no_matter_of_apparmor_s_switch(tmp_path, monkeypatch):
+    (tmp_path / "switch").write_text("1")
+    monkeypatch.setattr(sandbox, "APPARMOR_SWITCH", tmp_path / "switch")
+    monkeypatch.setattr(sandbox, "STATUS", tmp_path / "none")
+    monkeypatch.setattr(sandbox, "_in_container", lambda: True)
+    line = sandbox._explain(OSError(errno.EPERM, "Operation not permitted", "mount proc on /proc"))
+    assert "--security-opt systempaths=unconfined" in line
 
 
 def test_docker_is_told_apart(monkeypatch):
     monkeypatch.setattr(sandbox, "_in_container", lambda: True)
     monkeypatch.setattr(sandbox, "MAX_USER_NAMESPACES", Path("/nonexistent"))
     monkeypatch.setattr(sandbox, "DEBIAN_SWITCH", Path("/nonexistent"))
+    monkeypatch.setattr(sandbox, "APPARMOR_SWITCH", Path("/nonexistent"))
     assert "--security-opt seccomp=unconfined" in sandbox._explain(OSError(errno.EPERM, "Operation not permitted"))
 
 

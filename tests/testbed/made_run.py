@@ -165,8 +165,10 @@ def manifest() -> dict[str, Any]:
         "model": {"name": "made", "source": "made", "fingerprint": "f1" * 32},
         "traces": dict.fromkeys(TRACES, "ab" * 32),
         "profiles": {"cachegen": "cd" * 32},
-        "network": {"link": {"queue_s": 0.05, "cc": "cubic"}},
-        "shaper": {"qdisc": "htb"},
+        "networks": {
+            "": {"link": {"queue_s": 0.05, "cc": "cubic"}, "shaper": {"qdisc": "htb"}},
+            "delay=20ms": {"link": {"delay_s": 0.02}, "impairments": {"backend": "nfqueue"}, "shaper": {}},
+        },
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "kernel": "6.1.0-test",
         "levels": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,17 @@ from testbed.emulator.capture import ACK, RST, Capture
 from testbed.emulator.record import LinkRecord, Sample
 from testbed.emulator.sniff import PCAP_HEADER
 
-SENDER, RECEIVER = "10.1.0.1", "10.2.0.2"
+SENDER, OTHER, RECEIVER = "10.1.0.1", "10.1.1.1", "10.2.0.2"
 BASE = (1 << 32) - 2000
 """Sequence numbers start just before they wrap."""
 
 
-def data(t_s: float, at: int, size: int = 1000) -> tuple[float, bytes, int]:
-    return frame(t_s, SENDER, RECEIVER, 8700, 4000, BASE + at, 1, ACK, size)
+def data(t_s: float, at: int, size: int = 1000, sender: str = SENDER) -> tuple[float, bytes, int]:
+    return frame(t_s, sender, RECEIVER, 8700, 4000, BASE + at, 1, ACK, size)
 
 
-def ack(t_s: float, upto: int, flags: int = ACK) -> tuple[float, bytes, int]:
-    return frame(t_s, RECEIVER, SENDER, 4000, 8700, 1, BASE + upto if flags & ACK else 0, flags, 0)
+def ack(t_s: float, upto: int, flags: int = ACK, sender: str = SENDER) -> tuple[float, bytes, int]:
+    return frame(t_s, RECEIVER, sender, 4000, 8700, 1, BASE + upto if flags & ACK else 0, flags, 0)
 
 
 def frame(
@@ -37,15 +38,18 @@ def frame(
     return t_s, bytes(12) + b"\x08\x00" + ip + tcp, 54 + size
 
 
-def recorded(folder: Path, sender: list[tuple[float, bytes, int]], receiver: list[tuple[float, bytes, int]]):
+Frames = Sequence[tuple[float, bytes, int]]
+
+
+def recorded(folder: Path, sender: Frames, receiver: Frames, other: Frames = (), dropped: int | None = 0):
     captures = {}
-    for end, frames in (("sender", sender), ("receiver", receiver)):
+    for end, frames in (("sender0", sender), ("sender1", other), ("receiver0", receiver)):
         body = [PCAP_HEADER]
         for t_s, head, wire in frames:
             body += [struct.pack("=IIII", int(t_s), round(t_s % 1 * 1e9), len(head), wire), head]
         (folder / f"{end}.pcap").write_bytes(b"".join(body))
-        captures[end] = Capture(folder / f"{end}.pcap", 0.0, 0)
-    return analysis.analyse(captures, SENDER)
+        captures[end] = Capture(folder / f"{end}.pcap", 0.0, dropped)
+    return analysis.analyse(captures, [SENDER, OTHER])
 
 
 def test_round_trips_and_one_way_delays_across_the_wrap(tmp_path):
@@ -56,6 +60,23 @@ def test_round_trips_and_one_way_delays_across_the_wrap(tmp_path):
     assert found.new_bytes.tolist() == [1000] * 3
     assert (found.sent_bytes, found.retransmitted_bytes) == (3000, 0)
     assert found.goodput_bps(1.0, 2.0) == 24_000
+
+
+def test_every_sender_s_data_counts(tmp_path):
+    other = [data(1.001, 0, sender=OTHER), ack(1.031, 1000, sender=OTHER)]
+    arrived = [data(1.010, 0), data(1.016, 0, sender=OTHER)]
+    found = recorded(tmp_path, [data(1.0, 0), ack(1.021, 1000)], arrived, other)
+    assert found.one_way_s.tolist() == pytest.approx([0.010, 0.015])
+    assert sorted(found.rtt_s.tolist()) == pytest.approx([0.021, 0.030])
+    assert (found.sent_bytes, found.new_bytes.tolist()) == (2000, [1000, 1000])
+
+
+@pytest.mark.parametrize(("dropped", "every", "ok"), [(0, 0, True), (1, 3, False), (None, None, False)])
+def test_a_capture_is_ok_only_if_nothing_is_known_to_be_missing(dropped, every, ok, tmp_path):
+    found = recorded(tmp_path, [data(1.0, 0)], [data(1.01, 0)], dropped=dropped)
+    assert found.dropped == every
+    record = LinkRecord(1.0, 1.0, (Sample(0.0, 1e6, 0, 0, 0), Sample(0.5, 1e6, 1054, 0, 0)), (), (), 2, 1054, (), {})
+    assert found.summary(record, alone=True)["ok"] == ok
 
 
 def test_a_reset_acknowledges_nothing(tmp_path):

@@ -17,6 +17,7 @@ from testbed import calibrate, codec_figures, insight  # noqa: E402
 from testbed.cli import main  # noqa: E402
 from testbed.errors import SpecError  # noqa: E402
 from tests.codec.synthetic import synthetic_kv  # noqa: E402
+from tests.testbed.test_inputs import context_file  # noqa: E402
 
 if TYPE_CHECKING:
     from testbed.llm import Model
@@ -99,3 +100,39 @@ def test_inspect_tells_bits_by_layer_where_it_has_the_profile(
     said = capsys.readouterr().out
     assert "layer     keys  values" in said
     assert "entropy of the coder's model" in said
+
+
+def test_what_is_written_is_told_as_json_and_nothing_else(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "distortions", lambda model, codec, *_: [0.0] * len(codec.levels))
+    book, chunk, kv = str(context_file(tmp_path)), str(tmp_path / "chunk"), str(tmp_path / "kv.safetensors")
+
+    def told(*argv: str) -> dict[str, Any]:
+        assert main([*argv, "--model", str(tiny_folder), "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    encoded = told("codec", "encode", book, chunk, "--codec", "uniform", "--level", "1", "--chunk-tokens", "64")
+    assert (encoded["file"], encoded["context"], encoded["tokens"]) == (chunk, "my-book", [0, 64])
+    assert encoded["bytes"] == Path(chunk).stat().st_size
+    decoded = told("codec", "decode", chunk, kv, "--codec", "uniform")
+    assert (decoded["file"], decoded["shape"][:3]) == (kv, [3, 2, 64])
+    stored = told("store", book, "--codec", "raw", "--chunk-tokens", "64")
+    [entry] = stored["contexts"]
+    assert (entry["context"], entry["codec"]) == (book, "raw")
+    assert (Path(stored["store"]) / "contexts" / entry["id"] / "manifest.json").is_file()
+
+
+def test_a_profile_is_told_as_json(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = kvstream.fit([KV], target_bits=(1.2, 2.4))
+    monkeypatch.setattr(calibrate, "profile_of", lambda codec, model, say, track: say("calibrating") or profile)
+    assert main(["codec", "calibrate", str(tiny_folder), "--output", str(tmp_path / "p"), "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (found["profile_sha256"], found["file"]) == (profile.sha256, str(tmp_path / "p"))
+    assert found["bytes"] == (tmp_path / "p").stat().st_size
+    assert said.err == "calibrating\n"

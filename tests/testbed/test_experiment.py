@@ -43,12 +43,36 @@ def test_every_unit_runs_all_schemes_in_an_order_of_its_own():
         ({"name": "../x"}, "name"),
         ({"baseline": "x"}, "baseline"),
         ({"offsets_s": [-1]}, "offset"),
+        ({"limits": {"median_eror": 0.1}}, "limits has no setting 'median_eror'; it has window_s, median_error"),
+        ({"limits": {"gap_s": -1}}, "at least 0"),
+        ({"limits": {"starved": "0.1"}}, "give a table of numbers"),
+        ({"limits": {"gap_s": True}}, "give a table of numbers"),
+        ({"limits": {"gap_s": float("nan")}}, "give a table of numbers"),
+        ({"limits": 0.1}, "give a table of numbers"),
+        ({"contexts": [1]}, "contexts is .1.; give a list of texts"),
+        ({"contexts": "docs"}, "contexts is 'docs'; give a list of texts"),
+        ({"repetitions": "x"}, "repetitions is 'x'; give a whole number"),
+        ({"repetitions": True}, "repetitions is True; give a whole number"),
+        ({"offsets_s": 1}, "offsets_s is 1; give a list of numbers"),
+        ({"offsets_s": []}, "offsets_s is empty"),
+        ({"deadlines_s": ["1s"]}, "give a list of numbers"),
+        ({"name": 5}, "name is 5; give a text"),
+        ({"schemes": "cachegen"}, "schemes is 'cachegen'; give a list"),
+        ({"schemes": ["cachegen"]}, "is not a table"),
+        ({"schemes": [{"policy": 3, "codec": "raw"}]}, "scheme 3: policy is 3; give a text"),
+        ({"schemes": [{"policy": "a", "codec": "raw", "overlap": "no"}]}, "overlap is 'no'; give true or false"),
+        ({"most_invalid": 2}, "most_invalid is 2; give a share"),
     ],
 )
 def test_a_wrong_experiment_gets_one_line(change, says):
     with pytest.raises(SpecError, match=says) as caught:
         experiment.from_dict(BASE | change)
     assert "\n" not in str(caught.value)
+
+
+def test_limits_that_differ_are_kept():
+    limits = {"starved": 10, "gap_s": 0.5}
+    assert experiment.from_dict(BASE | {"limits": limits}).limits == limits
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):

@@ -70,12 +70,20 @@ def test_a_queue_too_short_to_last_an_interval_does_not_count():
         ({"changes": (Change(0.0, 0.02, 20e6),)}, "rate changes late by 20.0 ms"),
         ({"samples": record_of(STEPS).samples[:50]}, "no sample for 510 ms"),
         ({"cpu": (CpuSample(1.0, 0.0, 0.5, 1.5, 1.0),)}, "waited 0.75 s a second"),
+        ({"impairments": {"lost_by_kernel": 3}}, "the kernel dropped 3 packets on their way to the element"),
     ],
 )
 def test_each_kind_of_trouble_is_a_reason(fields, words):
     verdict = judge(record_of(STEPS, **fields), STEPS)
     assert not verdict.ok
     assert any(words in reason for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize("done", [{"backend": "netem", "dropped": 5}, {"dropped": 5, "lost_by_kernel": 0}])
+def test_what_was_lost_as_asked_for_is_told_and_no_trouble(done):
+    verdict = judge(record_of(STEPS, impairments=done), STEPS)
+    assert verdict.ok
+    assert verdict.to_json()["impairments"] == done
 
 
 def test_waiting_for_oneself_is_no_starvation():
@@ -127,6 +135,8 @@ def test_rows_carry_capacity_queue_and_lateness():
         (LinkSettings(), [0.0, 1e9], 65_536),
         (LinkSettings(offloads=False), [3e9], 1500),
         (LinkSettings(loss=0.01), [3e9], 1500),
+        (LinkSettings(delay_s=0.01, jitter_s=0.005), [3e9], 65_536),
+        (LinkSettings(delay_s=0.01, jitter_s=0.005, jitter_order=False), [3e9], 1500),
     ],
 )
 def test_packets_are_sized_to_the_rates(link, rates, size):

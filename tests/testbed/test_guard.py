@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from policies import registry
 from policies.api import Choice, Observation, Replace
 from policies.errors import PolicyError
-from testbed.guard import TimedAsk
-from testbed.session import Session
+from testbed.guard import PATIENCE_S, TimedAsk, ask_for
+from testbed.session import Session, ask_directly
 from tests.testbed.made import Script, costs, even
 
 
@@ -113,3 +114,18 @@ def test_a_stalled_policy_does_not_keep_the_process_alive() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     assert "no answer within 20 ms" in done.stdout
+
+
+def test_in_virtual_time_ours_are_asked_directly_and_others_with_patience() -> None:
+    assert ask_for(registry.make("buffer-based")) is ask_directly
+    other = ask_for(Loops())
+    assert isinstance(other, TimedAsk)
+    assert other.limit_s == PATIENCE_S > TimedAsk().limit_s
+
+
+def test_a_policy_that_was_late_is_not_asked_again_where_nobody_waits_for_it() -> None:
+    ask, seen = TimedAsk(0.05, again=False), observation()
+    with pytest.raises(PolicyError, match="no answer within 50 ms"):
+        ask(Loops(), seen)
+    with pytest.raises(PolicyError, match="not asked again: no answer within 50 ms before"):
+        ask(Script(2), seen)

@@ -12,6 +12,7 @@ import pytest
 
 from policies.api import Choice, InFlight, Observation, Transfer
 from policies.errors import PolicyError
+from testbed import guard
 from testbed.errors import SpecError
 from testbed.lab import check, cli, explain, grade, remote, situation, submission, worker
 from testbed.lab.start import FILES, start
@@ -132,6 +133,24 @@ def test_a_fault_becomes_level_0_and_its_traceback_is_shown_once(
     assert "replaced by level 0" in out
 
 
+@pytest.mark.parametrize("hook", ["choose", "progress"])
+def test_an_endless_loop_ends_the_session_of_its_policy_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hook: str
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE_S", 0.1)
+    loop = "    while obs.chunk > 2: pass\n"
+    body = "  def choose(self, obs):\n" + (loop if hook == "choose" else "") + "    return Choice(1)\n"
+    if hook == "progress":
+        body += "  def progress(self, obs):\n" + loop
+    write(tmp_path, body)
+    assert run("check", tmp_path / "mine.py") == 0
+    out = capsys.readouterr().out
+    assert "no answer within 100 ms" in out
+    assert "Traceback" not in out
+    assert run("explain", "cliff", 5, tmp_path / "mine.py") == 0
+    assert "You took level 0" in capsys.readouterr().out
+
+
 def test_check_is_one_screen_and_quick() -> None:
     """A process of its own, as a student starts it: imports count. Processor time, so that a busy machine does not."""
     before = os.times()
@@ -243,9 +262,24 @@ def test_a_policy_does_the_same_here_and_in_the_worker(lab: situation.Situation)
 def test_grading_better_and_worse_policies(lab: situation.Situation) -> None:
     peer = grade.grade(check.PEER, "secret", links_each=2, situation=lab)
     assert (peer["gain"], peer["score"]) == (0, peer["buffer_based_score"])
+    assert [peer[f"{what}_difference{end}"] for what in ("violations", "regret") for end in ("", "_low", "_high")] == [
+        0
+    ] * 6
+    assert "difference +0.0 points [95 % interval +0.0 to +0.0], McNemar p = 1" in grade.text(peer)
     worst = grade.grade("text", "secret", links_each=2, situation=lab)
     assert worst["score"] < peer["score"]
     assert worst["gain_high"] < 0
+    assert (
+        0 < worst["violations_difference_low"] <= worst["violations_difference"] <= worst["violations_difference_high"]
+    )
+    assert worst["violations_difference"] == pytest.approx(worst["violations"] - worst["violations_buffer_based"])
+
+
+def test_regret_is_compared_where_both_met_the_deadline(lab: situation.Situation) -> None:
+    found = grade.grade("lowest", "secret", links_each=2, situation=lab)
+    assert 0 < found["regret_difference_n"] <= found["sessions"]
+    assert 0 < found["regret_difference_low"] <= found["regret_difference"] <= found["regret_difference_high"]
+    assert f"over the {found['regret_difference_n']} sessions that both met" in grade.text(found)
 
 
 def test_the_seed_decides_the_links_and_is_needed_to_know_them() -> None:
@@ -313,3 +347,7 @@ def test_results_go_to_autograders_and_the_leaderboard(tmp_path: Path, capsys: p
     assert scores == sorted(scores, reverse=True)
     with pytest.raises(SpecError, match="not a result"):
         run("leaderboard", tmp_path / "ada-scope.json")
+    result = json.loads((tmp_path / "ada.json").read_text())
+    (tmp_path / "eve.json").write_text(json.dumps(result | {"score": "100"}))
+    with pytest.raises(SpecError, match=r"eve\.json: not a result .*score is '100'; give a number"):
+        run("leaderboard", tmp_path / "eve.json")

@@ -112,6 +112,21 @@ def test_score_agrees_with_generating(tiny_model: Model, stored: Stored) -> None
     assert torch.equal(cache.view(), stored.exact)
 
 
+def test_a_passage_is_scored_beside_the_answers(tiny_model: Model, stored: Stored) -> None:
+    cache = filled(tiny_model, stored.exact, room=90)
+    passage = [7, 9, 200, 31, 5]
+    alone = score(tiny_model, cache, stored.questions)
+    both = score(tiny_model, cache, stored.questions, passage)
+    assert both.right == alone.right
+    assert torch.equal(both.log_probs[len(passage) - 1 :], alone.log_probs)
+    logits = tiny_model.forward(cache, passage, keep=len(passage))
+    torch.testing.assert_close(
+        both.log_probs[: len(passage) - 1], logits[:-1].log_softmax(dim=-1), atol=1e-4, rtol=1e-4
+    )
+    cache.length = len(stored.tokens)
+    assert torch.equal(cache.view(), stored.exact)
+
+
 def test_questions_side_by_side_do_not_see_each_other(tiny_model: Model, stored: Stored) -> None:
     questions = [Question(tuple(range(k, k + 5 + k)), (k, 9, 7)) for k in range(1, 12)]
     apart = score(tiny_model, filled(tiny_model, stored.exact, room=20), questions)

@@ -1,22 +1,37 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from testbed import report
+from testbed import experiment, report
+from testbed import summary as summaries
+from testbed.report import figures, ladders, tables
 from testbed.report import page as report_page
 from testbed.report import sessions as report_sessions
-from testbed.report.style import _KNOWN, level_colours, scheme_style
+from testbed.report.material import Material
+from testbed.report.style import (
+    _CODECS,
+    _POLICIES,
+    TEXT_COLOUR,
+    Style,
+    codec_style,
+    ink_on,
+    level_colours,
+    scheme_style,
+)
 from testbed.results import Run
 from tests.testbed.made_run import make_run, manifest
 
 pytest.importorskip("seaborn", reason="figures need seaborn, from kvstream[run]")
 
-ALIASES = ("lowest", "highest")
+ROOT = Path(__file__).parents[2]
 DARK, LIGHT = "#14181d", "#ffffff"
 
 
@@ -104,6 +119,7 @@ def test_what_the_numbers_depend_on_is_told(page: str) -> None:
     assert "steady,scale_mean=30Mbps abababababab" in page
     assert "cachegen cdcdcdcdcdcd" in page
     assert "&quot;cc&quot;: &quot;cubic&quot;" in page
+    assert "<dt>delay and loss<dd><code>delay=20ms: nfqueue</code>" in page
 
 
 def test_names_from_a_run_are_escaped(tmp_path: Path) -> None:
@@ -120,18 +136,59 @@ def test_a_run_without_sessions_has_a_page_that_says_so(tmp_path: Path) -> None:
     assert "nothing can be compared" in report.write(run).read_text()
 
 
-def test_known_schemes_look_different_and_can_be_seen_on_both_papers() -> None:
-    looks = [(style.colour, style.marker, style.dash) for name, style in _KNOWN.items() if name not in ALIASES]
-    assert len(set(looks)) == len(looks)
-    for colour in {style.colour for style in _KNOWN.values()} - {"#262626"} | set(level_colours(6)):
+def test_policies_and_codecs_have_colours_of_their_own_that_are_seen_on_both_papers() -> None:
+    policies = [colour for colour, _ in _POLICIES.values()]
+    codecs = [style.colour for style in _CODECS.values()]
+    assert len({*policies, *codecs}) == len(policies) + len(codecs)
+    for colour in {*policies, *codecs, *level_colours(6)} - {"#262626"}:
         assert contrast(colour, LIGHT) >= 3, colour
         assert contrast(colour, DARK) >= 3, colour
 
 
-def test_an_unknown_scheme_keeps_its_look_from_run_to_run() -> None:
-    row = {"scheme": "mine", "policy": "./mine.py:Mine", "depth": 2, "overlap": True}
+def row_of(policy: str, codec: str = "kvstream", **more: object) -> dict[str, object]:
+    return {"scheme": policy.replace(",", "-"), "policy": policy, "codec": codec, "depth": 2, "overlap": True} | more
+
+
+def as_line(style: Style) -> tuple[object, ...]:
+    return style.colour, style.dash, style.width
+
+
+def as_point(style: Style) -> tuple[object, ...]:
+    return style.colour, style.marker, style.hollow
+
+
+@pytest.mark.parametrize("look", [as_line, as_point])
+@pytest.mark.parametrize("policy", [*_POLICIES, "./mine.py:Mine"])
+def test_one_policy_on_several_codecs_can_be_told_apart(policy: str, look: Callable[[Style], object]) -> None:
+    rows = [row_of(policy, codec, depth=depth) for codec in _CODECS for depth in (1, 2)]
+    assert len({look(scheme_style(row)) for row in rows}) == len(rows)
+    assert len({scheme_style(row).colour for row in rows}) == 1
+
+
+@pytest.mark.parametrize("look", [as_line, as_point])
+@pytest.mark.parametrize(
+    "file", [experiment.MAIN_JOB, *sorted((ROOT / "examples").glob("*.toml"))], ids=lambda f: f.stem
+)
+def test_no_two_schemes_of_our_experiments_look_the_same(file: Path, look: Callable[[Style], object]) -> None:
+    rows = [vars(scheme) | {"scheme": scheme.name} for scheme in experiment.load(file).schemes]
+    assert len({look(scheme_style(row)) for row in rows}) == len(rows)
+
+
+def test_a_look_depends_on_names_and_not_on_their_order() -> None:
+    row = row_of("./mine.py:Mine")
     assert scheme_style(row) == scheme_style(dict(row))
-    assert scheme_style(row | {"depth": 1}).hollow
+    assert scheme_style(row_of("fixed,level=lowest", scheme="a-label")) == scheme_style(row_of("lowest"))
+    assert scheme_style(row_of("oracle,margin=0.1", scheme="oracle")) == scheme_style(row_of("oracle"))
+    assert scheme_style(row_of("oracle,margin=0.1")).marker != scheme_style(row_of("oracle")).marker
+    assert codec_style("cachegen") == _CODECS["cachegen"]
+    assert codec_style("cachegen,coder=ac") == dataclasses.replace(_CODECS["cachegen"], hollow=True)
+    assert codec_style("other") == codec_style("other")
+
+
+@pytest.mark.parametrize("n_levels", range(1, 17))
+def test_digits_can_be_read_on_every_level(n_levels: int) -> None:
+    for colour in (*level_colours(n_levels), TEXT_COLOUR):
+        assert contrast(colour, ink_on(colour)) >= 4.5
 
 
 def contrast(one: str, other: str) -> float:
@@ -186,11 +243,98 @@ def test_a_simulated_session_shows_its_trace_and_its_bytes() -> None:
     assert report_sessions.virtual_link(row | {"trace": "./gone.csv"}, [chunk])[0]["capacity_bps"] == 0
 
 
-def test_another_codec_under_the_same_policy_looks_related_but_different() -> None:
-    one = {"scheme": "cachegen", "policy": "cachegen", "depth": 2, "overlap": True}
-    looks = [scheme_style(row) for row in (one, one | {"scheme": "cachegen-codec"}, one | {"depth": 1})]
-    assert len({look.colour for look in looks}) == 1
-    assert len({(look.marker, look.dash, look.hollow) for look in looks}) == 3
+def material(run: Run, **change: object) -> Material:
+    cells = list(run.load_cells())
+    rows = [cell["row"] for cell in cells]
+    summary = summaries.summarise(rows, report_page.scheme_names(run.manifest, rows))
+    return dataclasses.replace(report_page._material(summary, cells, run.manifest), **change)  # type: ignore[arg-type]
+
+
+def drawn(painter: Callable[[Material], Any], of: Material) -> Any:
+    """The axes of a figure; the figure itself is closed."""
+    from matplotlib import pyplot
+
+    with figures.theme():
+        figure = painter(of)
+        figure.draw_without_rendering()
+        pyplot.close(figure)
+    return figure.axes[0]
+
+
+def test_names_of_levels_do_not_cover_each_other(run: Run) -> None:
+    near = [{"name": f"bins x{k}", "distortion": 0.1 / 2**k, "bits_per_element": 2 + 0.15 * k} for k in range(5)]
+    crossing = [{"name": f"{k}-bit", "distortion": 0.2 / 4**k, "bits_per_element": 1.6 + k} for k in range(3)]
+    axes = drawn(ladders.ladders, material(run, levels={"cachegen": near, "uniform": crossing}))
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 8
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes), "each overlaps itself only"
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(1.0, "linear"), (100.0, "log")])
+def test_times_far_apart_stand_on_a_logarithmic_axis(run: Run, factor: float, scale: str) -> None:
+    rows = {
+        name: [row | {"ttft_s": 0.9 * factor if name == "text" else 0.8} for row in rows]
+        for name, rows in material(run).rows.items()
+    }
+    axes = drawn(figures._ttft, material(run, rows=rows))
+    assert axes.get_xscale() == scale
+    low, high = axes.get_xlim()
+    assert low < 0.8 < 0.9 * factor < high
+    assert len(axes.get_xticks()) >= 3
+
+
+def test_a_curve_ends_at_the_share_that_arrived_and_has_few_steps(run: Run) -> None:
+    many = [{"ttft_s": 0.2 + k / 1e4 if k < 3000 else None, "deadline_s": 1.0} for k in range(4000)]
+    one = row_of("cachegen") | {"clairvoyant": False}
+    axes = drawn(figures._ttft, material(run, rows={"cachegen": [one | row for row in many]}))
+    curve = max(axes.get_lines(), key=lambda line: len(line.get_xdata()))
+    assert curve.get_ydata()[-1] == pytest.approx(75)
+    assert len(curve.get_xdata()) <= figures.MOST_STEPS + 3
+    assert any(list(line.get_ydata()) == [50] for line in axes.get_lines()), "the marker at the median"
+
+
+def test_many_dots_are_pixels(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "MOST_DOTS", 10)
+    [regret] = [figure for figure in figures.draw(material(run), tmp_path) if figure.name == "regret"]
+    assert "<image" in regret.svg.read_text()
+    assert "data:image/png" in report_page.inline(regret)
+
+
+def test_the_table_has_intervals_and_differences_of_distortion(run: Run) -> None:
+    table = tables.schemes(material(run).summary, material(run))
+    head, first = table.partition("<tbody>")[0], table.partition("<tbody>")[2].partition("<tr>")[2].partition("<tr>")[0]
+    assert head.count("against") == 2
+    assert "<small>distortion, nats</small>" in head
+    cells = first.split("<td>")
+    assert re.fullmatch(r"[\d.]+ <small>[\d.]+ to [\d.]+</small>", cells[5]), cells[5]
+    others = [row.split("<td>")[6] for row in table.partition("<tbody>")[2].split("<tr>")[2:]]
+    assert re.fullmatch(r"[-+\d.]+ <small>[-+\d.]+ to [-+\d.]+</small>.*", others[1], re.DOTALL), others[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "folded"),
+    [("uniform,low=5Mbps,seed={}", 1, False), ("link-{}.csv", 40, True)],
+)
+def test_many_traces_share_rows_or_are_folded(run: Run, name: str, rows: int, folded: bool) -> None:
+    many = [row_of("cachegen") | {"trace": name.format(k), "met": k % 2 == 0} for k in range(40)]
+    table = tables.by_trace(material(run, rows={"cachegen": many}))
+    assert table.count("<tr><th scope=row>") == rows
+    assert ("<details>" in table) == folded
+    assert ("20/40" in table) == (rows == 1)
+
+
+def test_over_synthetic_caches_the_verdict_comes_first_and_the_mark_beside_it(run: Run) -> None:
+    summary = material(run).summary
+    header = report_page._header(
+        run.manifest, summary | {"verdict": "Synthetic caches, timing only. Simulated: a wins. b."}
+    )
+    assert '<h1 id="verdict">Simulated: a wins. <span class="mark">synthetic caches, timing only</span></h1>' in header
+    assert "mark" not in report_page._header(run.manifest, summary)
+
+
+def test_copies_reach_the_viewer_where_there_are_any() -> None:
+    assert report_sessions.chunk({"copies_s": [[0.12345, 0.2]]})["copies_s"] == [[0.1235, 0.2]]
+    assert "copies_s" not in report_sessions.chunk({"copies_s": []})
 
 
 def test_every_lane_has_what_was_done_on_it() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from testbed.errors import SpecError
-from testbed.results import Row, Run, load, write_whole
+from testbed.results import Row, Run, load, write_csv, write_whole
 
 
 def row(unit_id: str = "000-a-1", scheme: str = "cachegen", status: str = "ok") -> Row:
@@ -19,7 +21,7 @@ def row(unit_id: str = "000-a-1", scheme: str = "cachegen", status: str = "ok") 
 
 
 def manifest(name: str = "e") -> dict:
-    return {"experiment": {"name": name}, "backend": "mininet"}
+    return {"experiment": {"name": name}, "backend": "mininet", "schemes": [{"name": "cachegen"}, {"name": "fixed"}]}
 
 
 def test_files_are_rebuilt_from_cells(tmp_path):
@@ -51,6 +53,68 @@ def test_a_folder_with_another_experiment_is_refused(tmp_path):
     run.create(manifest())
     with pytest.raises(SpecError, match="another experiment"):
         run.create(manifest("f"))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("traces", "a trace"), ("files", "file of a policy"), ("profiles", "profile"), ("model", "model")],
+)
+def test_a_run_does_not_go_on_from_other_inputs(tmp_path, key, words):
+    run = Run(tmp_path / "r")
+    run.create(manifest() | {key: {"x": "1"}})
+    run.create(manifest() | {key: {"x": "1"}, "git": "another commit"})
+    with pytest.raises(SpecError, match=f"{words}.* has changed since; --fresh starts over"):
+        run.create(manifest() | {key: {"x": "2"}})
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "Expecting value"),
+        ("[]", "it holds no table"),
+        ("{}", "experiment is missing"),
+        ('{"experiment": 1, "backend": "b", "schemes": []}', "experiment is 1; give a table"),
+        ('{"experiment": {"name": "e"}, "backend": "b", "schemes": [1]}', "it holds no table"),
+        ('{"experiment": {"name": "e"}, "backend": "b", "schemes": [], "levels": 1}', "levels is 1; give a table"),
+    ],
+)
+def test_a_damaged_manifest_is_said_in_one_line(tmp_path, content, why):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(SpecError, match=rf"manifest\.json is damaged \({why}.*; run it again with --fresh") as caught:
+        _ = Run.open(tmp_path).manifest
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "\x00", "[]", "{}", '{"row": {}, "chunks": [], "link": []}', '{"cells": [1]}'])
+def test_a_damaged_cell_is_named_with_what_to_do(tmp_path, content):
+    run = Run(tmp_path / "r")
+    run.create(manifest())
+    run.save(row(), [], [])
+    [cell] = run.cells.iterdir()
+    cell.write_text(content)
+    with pytest.raises(SpecError, match=rf"{cell.name} is damaged \(.*; remove it, and the next run"):
+        run.rows()
+
+
+def test_reading_a_run_writes_nothing(tmp_path):
+    run = Run(tmp_path / "r")
+    run.create(manifest())
+    run.save(row(), [], [])
+    before = {file.name for file in run.path.iterdir()}
+    assert len(load(run.path)) == 1
+    assert {file.name for file in run.path.iterdir()} == before == {"manifest.json", "cells"}
+
+
+def test_a_csv_has_plain_cells(tmp_path):
+    fidelity = {"ok": True, "reasons": ["a, b"], "deep": {"x": 1.5}}
+    judged = replace(row(), levels=[3, "text"], fidelity=fidelity, regret=None)
+    write_csv([vars(judged), vars(row(scheme="fixed"))], tmp_path / "x.csv")
+    with (tmp_path / "x.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["levels"], first["fidelity.ok"], first["fidelity.deep.x"]) == ('[3, "text"]', "True", "1.5")
+    assert first["fidelity.reasons"] == '["a, b"]'
+    assert first["regret"] == second["fidelity.deep.x"] == ""
+    assert "fidelity" not in first
 
 
 def test_opening_what_is_no_run_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from testbed import specs
 from testbed.errors import SpecError
+from traces.units import Fraction
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,11 @@ class Example:
     eager: bool = False
     note: str = ""
     cap_bps: float | None = None
+    room_s: float = 0.1
+    room_bytes: int | None = None
+    share: Fraction = 0.5
+    any_unit: float = 0.0
+    s: float = 0.0
 
 
 def test_a_name_with_settings_is_parsed_and_written_back():
@@ -32,6 +38,20 @@ def test_settings_take_the_types_and_units_of_their_fields():
         Example, specs.parse_settings("horizon=5,delay=20ms,loss=0.1%,level=highest,eager=on,cap=3Mbps"), "example"
     )
     assert built == Example(5, 0.02, pytest.approx(0.001), "highest", True, "", 3e6)
+
+
+def test_the_unit_says_which_of_two_fields_is_meant():
+    for text, s, size in (("room=20ms", 0.02, None), ("room=64KiB", 0.1, 65536), ("room=3", 3.0, None)):
+        built = specs.build(Example, specs.parse_settings(text), "example")
+        assert (built.room_s, built.room_bytes) == (s, size)
+    with pytest.raises(SpecError, match="room_bytes is given twice"):
+        specs.build(Example, specs.parse_settings("room=64KiB,room_bytes=5"), "example")
+
+
+def test_a_field_that_names_no_unit_takes_any():
+    for text, value in (("20ms", 0.02), ("1kB", 1000.0), ("5%", 0.05)):
+        assert specs.build(Example, {"any_unit": text}, "example").any_unit == value
+        assert specs.build(Example, {"s": text}, "example").s == value
 
 
 def test_a_union_takes_the_narrow_type_first():
@@ -53,6 +73,12 @@ def test_what_does_not_follow_the_grammar_is_refused(text):
         ({"delay": "fast"}, "delay"),
         ({"level": "middle"}, "level"),
         ({"eager": "maybe"}, "on or off"),
+        ({"delay": "0.1%"}, "delay: '0.1%' is a fraction, where a time is wanted"),
+        ({"delay_s": "50B"}, "a time is wanted"),
+        ({"share": "20ms"}, "share: '20ms' is a time, where a fraction is wanted"),
+        ({"cap": "20ms"}, "a rate is wanted"),
+        ({"room": "5%"}, "a time is wanted"),
+        ({"room_bytes": "5ms"}, "a size is wanted"),
     ],
 )
 def test_a_wrong_setting_names_what_would_be_right(settings, says):

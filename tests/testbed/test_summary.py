@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from testbed.errors import SpecError
-from testbed.summary import summarise, table, text
+from testbed.summary import FEWEST, nats, summarise, table, text
 from tests.testbed.made_run import make_run
 
 
@@ -125,10 +127,49 @@ def test_the_table_is_at_most_100_columns_wide_and_marks_the_oracle(tmp_path: Pa
     assert len(lines) == 1 + 7 + 1
     assert next(line for line in lines if line.startswith("oracle")).startswith("oracle *")
 
-    import io
+    assert "…" not in shown(summary, 100)
 
-    from rich.console import Console
 
+def shown(summary: dict[str, Any], width: int) -> str:
+    """The table as a terminal of this width has it."""
     out = io.StringIO()
-    Console(file=out, width=100).print(table(summary))
-    assert "…" not in out.getvalue()
+    Console(file=out, width=width).print(table(summary, width))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"),
+    [(100, ""), (80, "bytes, fidelity"), (66, "bytes, fidelity, regret"), (60, "bytes, fidelity, regret, answers")],
+)
+def test_a_narrow_terminal_does_without_some_columns_and_says_so(tmp_path: Path, width: int, gone: str) -> None:
+    run = make_run(tmp_path, contexts=("docs",), spoil=False)
+    summary = summarise(run.rows(), [scheme["name"] for scheme in run.manifest["schemes"]])
+    lines = shown(summary, width).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert not any("…" in line for line in lines)
+    assert all(heading not in lines[0] for heading in gone.split(", ") if gone)
+    assert all(heading in lines[0] for heading in ("scheme", "deadline met", "TTFT p50/p95", "distortion"))
+    assert (f"left out on this narrow terminal: {gone}" in " ".join(map(str.rstrip, lines))) == bool(gone)
+
+
+def test_a_long_name_is_folded_and_no_number_cropped() -> None:
+    lines = shown(summarise([row("a-name-" * 9, unit, True) for unit in range(9)]), 80)
+    assert "…" not in lines
+    assert "100% [70–100]" in lines
+
+
+@pytest.mark.parametrize("n", [1, FEWEST - 1, FEWEST])
+def test_few_units_are_called_too_few(n: int) -> None:
+    rows = [row("fast", unit, True) for unit in range(n)] + [row("slow", unit, False) for unit in range(n)]
+    verdict = summarise(rows, baseline="slow")["verdict"]
+    assert "about as often" not in verdict
+    assert (f"fast meets the deadline in {n} of {n} unit" in verdict) == (n < FEWEST)
+    assert ("too few to tell how often" in verdict) == (n < FEWEST)
+    assert ("more than chance explains" in verdict) == (n >= FEWEST)
+
+
+def test_what_rounding_left_is_nothing() -> None:
+    assert [nats(value) for value in (-1.55e-17, 0.0, 3e-5, -0.012, None)] == ["0", "0", "3e-05", "-0.012", "-"]
+    assert nats(0.5, "+") == "+0.5"
+    rows = [row("a", unit, True, regret=-1.55e-17) for unit in range(3)]
+    assert "  0 (3)" in text(summarise(rows))

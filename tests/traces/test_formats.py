@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -38,8 +39,8 @@ GOLDEN = [
     ("puffer.csv", "puffer", 1, [1.0], [2e7], True, "loop"),
     ("oboe.txt", "oboe", None, [0.459, 0.04, 0.391], [3168640.0, 3175930.0, 3183220.0], True, "loop"),
     ("purdue.txt", "purdue", None, [10.0, 10.0], [1e6, 5e6], False, "hold"),
-    ("cachegen.jsonl", "cachegen", 0, [], [0.5658e9, 5.0257e9, 9.5e9], False, "loop"),
-    ("cachegen.jsonl", "cachegen", 1, [], [1.5e9], False, "loop"),
+    ("cachegen.jsonl", "cachegen", 0, [], [0.5658e9, 5.0257e9, 9.5e9], True, "loop"),
+    ("cachegen.jsonl", "cachegen", 1, [], [1.5e9], True, "loop"),
     ("plain.csv", "csv", None, [0.5, 0.5], [10e6, 2.5e6], False, "loop"),
     ("kvstream.csv", "kvstream", None, [0.5, 0.25], [1e6, 2e6], False, "stop"),
 ]
@@ -52,7 +53,7 @@ def test_golden_lines(file, format, part, durations, rates, goodput, end):
     assert trace.rates_bps == pytest.approx(np.array(rates) * (UP if goodput else 1.0))
     assert trace.end == end
     assert trace.per == ("chunk" if format == "cachegen" else "time")
-    assert trace.kind == FORMATS[format].kind
+    assert FORMATS[format].kind in (None, trace.kind)
     if format != "kvstream":
         (record,) = trace.provenance
         assert record.source == file
@@ -190,14 +191,24 @@ def test_mahimahi_keeps_the_bits_to_a_packet(content, share):
     if trace.bits_by(trace.duration_s * 0.999999) < 2 * 12112:
         return
     back = formats.loads(formats.dumps(trace, "mahimahi").encode(), "t", "mahimahi")
-    assert back.duration_s == pytest.approx(trace.duration_s, abs=0.0006)
-    whole = round(trace.mean_bps * trace.duration_s / 12112) * 12112
+    times = round(back.duration_s / trace.duration_s)
+    assert back.duration_s == pytest.approx(times * trace.duration_s, abs=0.0006)
+    assert back.mean_bps == pytest.approx(trace.mean_bps, rel=0.00101)
+    whole = round(trace.mean_bps * times * trace.duration_s / 12112) * 12112
     assert back.mean_bps * back.duration_s == pytest.approx(whole)
-    bins = math.floor(share * trace.duration_s / 0.05)
-    if bins * 0.05 < min(trace.duration_s, back.duration_s) - 0.001:
+    bins = math.floor(share * back.duration_s / 0.05)
+    if bins * 0.05 < min(times * trace.duration_s, back.duration_s) - 0.001:
         # half a packet of total error, one of position, 1 ms of the clock, and the last packet, which marks the period
         slack = 3.5 * 12112 + 0.0021 * trace.peak_bps
         assert abs(back.bits_by(bins * 0.05) - trace.bits_by(bins * 0.05)) <= slack
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"delay_s": [0.1, 1e-9]}, {"loss": [0.0, 0.3]}, {"delay_s": [0, 1], "loss": [1, 0]}]
+)
+def test_csv_holds_every_column(columns):
+    trace = Trace("t", [0.1, 1 / 3], [5e6, 1e6 / 7], **columns)
+    assert formats.loads(formats.dumps(trace, "csv").encode(), "t.csv", "csv") == trace
 
 
 def test_mahimahi_both_ways():
@@ -207,9 +218,18 @@ def test_mahimahi_both_ways():
     assert back.rates_bps == pytest.approx(np.full(20, 12.112e6))
 
 
+def test_mahimahi_repeats_what_is_too_short_for_whole_milliseconds():
+    """12.6 ms would be 13, and the mean 3 % off; five times as long is 63."""
+    back = formats.loads(formats.dumps(constant(rate=30e6, length=0.0126), "mahimahi").encode(), "t.down")
+    assert back.duration_s == pytest.approx(0.063)
+    assert back.mean_bps == pytest.approx(30e6, rel=0.001)
+
+
 def test_cachegen_both_ways():
     trace = paper_uniform(seed=1, chunks=7)
-    back = formats.loads(formats.dumps(trace, "cachegen").encode(), "bw.jsonl")
+    text = formats.dumps(trace, "cachegen")
+    assert json.loads(text)["bw"] == pytest.approx(trace.rates_bps * 1448 / 1514 / 1e9)
+    back = formats.loads(text.encode(), "bw.jsonl")
     assert back.rates_bps == pytest.approx(trace.rates_bps)
     assert back.per == "chunk"
 
@@ -222,9 +242,10 @@ def test_cachegen_both_ways():
         (paper_uniform(), "csv", "one rate a chunk"),
         (uniform(), "cachegen", "is over time"),
         (paper_uniform().with_end("stop"), "cachegen", "cannot say end=stop"),
-        (Trace("t", [1.0], [1.0], delay_s=[0.1]), "csv", "no column for delay_s"),
+        (Trace("t", [1.0], [1.0], delay_s=[0.1]), "pensieve", "no column for delay_s"),
         (Trace("t", [1.0], [1.0], loss=[0.1]), "sabre", "no column for loss"),
         (Trace("t", [1.0], [0.0]), "mahimahi", "carries no packet"),
+        (Trace("t", [1.0], [0.001]), "mahimahi", "too slow or too short .* write format kvstream"),
         (constant(rate=10e9, length=60.0), "mahimahi", "lines in mahimahi"),
         (uniform(), "oboe", "can be read but not written"),
         (uniform(), "word", "no trace format 'word'"),
@@ -474,7 +495,7 @@ def test_every_format_says_unit_edge_and_kind_and_has_a_sample():
         assert format.name == name
         assert format.unit
         assert format.edge
-        assert format.kind in ("capacity", "achieved")
+        assert format.kind in ("capacity", "achieved") or (format.kind is None and name == "kvstream")
         assert name in sampled
         assert name in BAD_LINES
     docs = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()

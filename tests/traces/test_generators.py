@@ -74,6 +74,15 @@ def test_the_two_forms_of_the_papers_trace_are_different_links():
     assert by_time.durations_s == pytest.approx(np.full(300, 0.2))
 
 
+def test_the_record_of_either_form_makes_it_again():
+    for per, idle in (("chunk", ("hold", "length")), ("time", ("chunks",))):
+        for make in (g.uniform, g.paper_uniform):
+            trace = make(per=per, seed=3)
+            source = trace.provenance[0].source
+            assert open_trace(source) == trace
+            assert not any(f"{key}=" in source for key in idle)
+
+
 def test_the_papers_step_and_constant():
     step = g.paper_step()
     assert [step.rate_at(t) for t in (0.0, 2.5, 4.5, 100.0)] == [2e9, 0.2e9, 1e9, 1e9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, EntryPoints
 
+import numpy as np
 import pytest
 
 from traces import formats, library, resolve
@@ -38,10 +39,11 @@ def test_library_names_and_members():
 def test_files(tmp_path):
     path = tmp_path / "bw.jsonl"
     path.write_text('{"bw": [1.0, 2.0]}\n{"bw": [3.0]}\n')
-    assert open_trace(f"{path},part=1").chunk_rate(0) == 3e9
+    goodput = 1448 / 1514
+    assert open_trace(f"{path},part=1").chunk_rate(0) == pytest.approx(3e9 / goodput)
     assert open_trace(f"{path},part=0").name == "bw.jsonl,part=0"
     laid = open_trace(f"{path},part=0,hold=0.5s")
-    assert laid.bits_by(1.0) == pytest.approx(1.5e9)
+    assert laid.bits_by(1.0) == pytest.approx(1.5e9 / goodput)
     rows = tmp_path / "log.txt"
     rows.write_text("0 10\n1 20\n2 30\n")
     with pytest.raises(TraceError, match="fits pensieve and lumos5g"):
@@ -73,6 +75,7 @@ def test_transforms_apply_in_the_order_written_and_are_recorded():
         "stretch=2": lambda t: t.stretched(2.0),
         "resample=50ms": lambda t: t.resampled(0.05),
         "end=hold": lambda t: t.with_end("hold"),
+        "then=lab-cliff": lambda t: t.concatenated(library.load("lab-cliff")),
         "name=mine": lambda t: t.renamed("mine"),
     }.items(),
 )
@@ -82,6 +85,33 @@ def test_every_transform(setting, by_hand):
     assert made.provenance == wanted.provenance
     assert setting.partition("=")[0] in TRANSFORMS
     assert made.name == ("mine" if setting == "name=mine" else f"step-down-up,{setting}")
+
+
+def test_a_trace_after_another_stands_in_the_provenance(tmp_path):
+    path = tmp_path / "second.csv"
+    path.write_text("duration_s,rate_bps\n1,5e6\n2,7e6\n")
+    both = open_trace(f"constant,rate=3Mbps,length=2s,then={path},scale=2")
+    assert both.rates_bps.tolist() == [6e6, 10e6, 14e6]
+    assert both.name == "constant,rate=3Mbps,length=2s,then=second.csv,scale=2"
+    assert [record.source for record in both.provenance] == ["constant,rate=3000000,length=2", "second.csv"]
+    assert both.provenance[1].sha256
+    assert [record.transforms[0].partition(" of 2")[0] for record in both.provenance] == ["part 1", "part 2"]
+
+
+def test_a_histogram_of_another_trace_is_drawn_from(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("duration_s,rate_bps\n3,2e6\n1,8e6\n")
+    drawn = open_trace(f"histogram,of={path},bins=2,length=400s,seed=3,scale=2")
+    assert np.mean(drawn.rates_bps < 10e6) == pytest.approx(0.75, abs=0.04)
+    assert 4e6 <= drawn.rates_bps.min() <= drawn.peak_bps <= 16e6
+    assert drawn.name == "histogram,of=log.csv,bins=2,length=400s,seed=3,scale=2"
+    made, source = drawn.provenance
+    assert open_trace(f"{made.source},scale=2") == drawn, "the record alone makes it again"
+    assert (source.source, source.sha256) == ("log.csv", formats.load(path).provenance[0].sha256)
+    assert f"histogram of 2 bins (trace sha256 {formats.load(path).sha256})" in source.transforms[0]
+    (tmp_path / "log.json").write_text('[{"duration_ms": 1000, "bandwidth_kbps": 5000}]')
+    assert open_trace(f"histogram,of={tmp_path / 'log.json'}").kind == "achieved"
+    assert open_trace("histogram,of=lte-walk") == open_trace("histogram,of=lte-walk,bins=20")
 
 
 def test_a_generators_own_setting_comes_before_the_transform():
@@ -131,6 +161,17 @@ def test_plug_ins(monkeypatch):
         ("paper-uniform,resample=1s", "per=time"),
         ("lab-cliff,end=stop,start=99s", "no start offset"),
         ("uniform,length=1e12s", "more than"),
+        ("paper-uniform,hold=0.2s", "hold is for per=time: write paper-uniform,per=time,hold=0.2s"),
+        ("uniform,per=chunk,length=3s", "length is for per=time: write uniform,per=time,length=3s"),
+        ("uniform,chunks=7", "chunks is for per=chunk: write uniform,per=chunk,chunks=7"),
+        ("steady,then=stedy", "then: no trace 'stedy'.* did you mean steady"),
+        ("steady,then=paper-uniform", "then: .* per=time"),
+        ("histogram,bins=5", "no setting 'bins'; .* of, bins"),
+        ("histogram,of=steady,edges=1Mbps:2Mbps", "of=steady brings its own edges"),
+        ("histogram,of=steady,bins=0", "bins=0; give 1 to 10000"),
+        ("histogram,of=steady,bins=1e9", "bins=1000000000; give 1 to 10000"),
+        ("histogram,of=steady,bins=x", "'x' is not a quantity"),
+        ("histogram,of=stedy", "did you mean steady"),
     ],
 )
 def test_bad_specs_are_refused_in_one_line(spec, says):

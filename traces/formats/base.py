@@ -151,13 +151,14 @@ class Format:
     """One way to write a trace. `fits` looks at a file's shape only; `read` checks every value.
 
     `unit` and `edge` say what a row's rate is and which interval it holds for; `kind` whether it is what the link
-    could carry or what a sender achieved. A format with `parts` may hold several traces in a file.
+    could carry or what a sender achieved (None: each file says which). A format with `parts` may hold several traces in
+    a file.
     """
 
     name: str
     unit: str
     edge: str
-    kind: Kind
+    kind: Kind | None
     fits: Callable[[Text], bool]
     read: Callable[[Text, int | None], Trace]
     write: Callable[[Trace], str] | None = None
@@ -207,7 +208,22 @@ def choose_part(text: Text, part: int | None, labels: Sequence[str]) -> int:
     return part
 
 
-def refuse(trace: Trace, format: str, *, ends: Sequence[End] = ("loop",), delay: bool = False) -> None:
+def rows_of(trace: Trace) -> list[str]:
+    """The columns a trace has as CSV, a header first; numbers read back bit for bit."""
+    columns = {
+        "duration_s": trace.durations_s if trace.per == "time" else None,
+        "rate_bps": trace.rates_bps,
+        "delay_s": trace.delay_s,
+        "loss": trace.loss,
+    }
+    present = {name: column.tolist() for name, column in columns.items() if column is not None}
+    rows = zip(*present.values(), strict=True)
+    return [",".join(present), *(",".join(map(repr, row)) for row in rows)]
+
+
+def refuse(
+    trace: Trace, format: str, *, ends: Sequence[End] = ("loop",), delay: bool = False, loss: bool = False
+) -> None:
     """Raise TraceError when a format cannot say what a trace holds, rather than lose it in silence."""
     if trace.per == "chunk":
         raise TraceError(f"{format} holds rates over time; trace {trace.name!r} has one rate a chunk")
@@ -215,6 +231,6 @@ def refuse(trace: Trace, format: str, *, ends: Sequence[End] = ("loop",), delay:
         raise TraceError(
             f"{format} cannot say end={trace.end}; give trace {trace.name!r} end={ends[0]}, or write format kvstream"
         )
-    for what, column in (("delay_s", None if delay else trace.delay_s), ("loss", trace.loss)):
+    for what, column in (("delay_s", None if delay else trace.delay_s), ("loss", None if loss else trace.loss)):
         if column is not None:
             raise TraceError(f"{format} has no column for {what} of trace {trace.name!r}; write format kvstream")

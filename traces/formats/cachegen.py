@@ -1,7 +1,8 @@
 """CacheGen's `bw.jsonl` (SIGCOMM 2024 artifact): `{"bw": [0.5658, 5.0257, ...]}`, one trace a line, Gbit/s.
 
 A number is the rate of the whole chunk with that index, whatever time it takes: `per=chunk`. To lay the numbers out in
-time instead, which is another link, use `Trace.over_time(hold_s)` or `hold=0.2s` in a spec.
+time instead, which is another link, use `Trace.over_time(hold_s)` or `hold=0.2s` in a spec. The artifact divides a
+chunk's encoded bytes by it, so it is goodput, and is converted.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def read(text: Text, part: int | None) -> Trace:
         raise text.error(line, f"more than {MAX_ROWS} numbers; cut the line")
     gbps = [number_in(text, f"line {line}: bw[{i}]", v, 0.0, MAX_RATE_BPS / 2e9) for i, v in enumerate(content["bw"])]
     part = chosen if len(rows) > 1 else None
-    return text.trace(
-        "cachegen", [], [rate * 1e9 for rate in gbps], per="chunk", part=part, licence="Apache-2.0 where from LMCache"
-    )
+    rates = [rate * 1e9 for rate in gbps]
+    licence = "Apache-2.0 where from LMCache"
+    return text.trace("cachegen", [], rates, goodput=True, per="chunk", part=part, licence=licence)
 
 
 def write(trace: Trace) -> str:
@@ -37,7 +38,7 @@ def write(trace: Trace) -> str:
         raise TraceError(f"cachegen cannot say end={trace.end}; give trace {trace.name!r} end=loop")
     if trace.delay_s is not None or trace.loss is not None:
         raise TraceError(f"cachegen has no column for delay or loss of trace {trace.name!r}; write format kvstream")
-    return json.dumps({"bw": (trace.rates_bps / 1e9).tolist()}) + "\n"
+    return json.dumps({"bw": (trace.as_goodput().rates_bps / 1e9).tolist()}) + "\n"
 
 
 def fits(text: Text) -> bool:
@@ -47,7 +48,7 @@ def fits(text: Text) -> bool:
 
 FORMAT = Format(
     name="cachegen",
-    unit="Gbit/s",
+    unit="Gbit/s of application bytes",
     edge="the chunk with that index (per=chunk)",
     kind="capacity",
     fits=fits,

@@ -23,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 
 from traces.errors import TraceError
-from traces.formats.base import Format, Text
+from traces.formats.base import Format, Text, rows_of
 from traces.formats.sabre import parse_json
 from traces.trace import MAX_RATE_BPS, MAX_ROWS, Provenance, Trace
 
@@ -116,16 +116,7 @@ def write(trace: Trace) -> str:
             lines.append(f"# {key}: {value}")
     lines += [f"# provenance: {json.dumps(asdict(record))}" for record in trace.provenance]
     lines.append(f"# sha256: {trace.sha256}")
-    columns = {
-        "duration_s": trace.durations_s if trace.per == "time" else None,
-        "rate_bps": trace.rates_bps,
-        "delay_s": trace.delay_s,
-        "loss": trace.loss,
-    }
-    present = {name: column.tolist() for name, column in columns.items() if column is not None}
-    lines.append(",".join(present))
-    lines += [",".join(map(repr, row)) for row in zip(*present.values(), strict=True)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *rows_of(trace)]) + "\n"
 
 
 def fits(text: Text) -> bool:
@@ -136,7 +127,7 @@ FORMAT = Format(
     name="kvstream",
     unit="bit/s",
     edge="duration_s, explicit",
-    kind="capacity",
+    kind=None,
     fits=fits,
     read=read,
     write=write,

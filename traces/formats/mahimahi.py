@@ -3,7 +3,8 @@
 A line `t` carries one MTU-sized packet at `t` ms; equal lines carry several; the last line is the period. A packet of
 1500 IP bytes is 1514 bytes at layer 2. A chance at `t` belongs to the interval that ends there, and one at 0 to the end
 of the period, where it falls when the file repeats. Chances are counted in bins of 50 ms, the shortest step that a
-shaper replays well.
+shaper replays well. Packets and milliseconds are whole: a trace that is too short for that is written several times
+after itself, which is the same link.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from traces.trace import MAX_ROWS, Trace
 BIN_MS = 50
 PACKET_BITS = 1514 * 8
 MAX_LINES = 10_000_000
+MEAN_ERROR = 0.001
+"""A trace is written with a mean rate that is at most this far off."""
+MOST_TIMES = 100_000
 
 
 def read(text: Text, part: int | None) -> Trace:
@@ -49,20 +53,35 @@ def read(text: Text, part: int | None) -> Trace:
 def write(trace: Trace) -> str:
     """The k-th of n packets leaves when k/n of the bits have; n is the nearest whole number of packets."""
     refuse(trace, "mahimahi")
-    period_ms = round(trace.duration_s * 1000.0)
-    edges = np.concatenate(([0.0], np.cumsum(trace.durations_s)))
-    bits = np.concatenate(([0.0], np.cumsum(trace.durations_s * trace.rates_bps)))
-    n = round(bits[-1] / PACKET_BITS)
-    if period_ms < 1 or n < 1:
-        raise TraceError(f"trace {trace.name!r} is shorter than 1 ms or carries no packet: mahimahi cannot hold it")
+    if not trace.peak_bps:
+        raise TraceError(f"trace {trace.name!r} carries no packet: mahimahi cannot hold it")
+    times = _times(trace)
+    durations, rates = np.tile(trace.durations_s, times), np.tile(trace.rates_bps, times)
+    edges = np.concatenate(([0.0], np.cumsum(durations)))
+    bits = np.concatenate(([0.0], np.cumsum(durations * rates)))
+    period_ms, n = round(edges[-1] * 1000.0), round(bits[-1] / PACKET_BITS)
     if n > MAX_LINES:
         raise TraceError(f"trace {trace.name!r} needs {n} lines in mahimahi, one a packet; write format kvstream")
     goal = np.minimum(bits[-1] * np.arange(1, n + 1) / n, bits[-1])
     row = np.searchsorted(bits, goal, side="left") - 1
-    when_s = edges[row] + (goal - bits[row]) / trace.rates_bps[row]
+    when_s = edges[row] + (goal - bits[row]) / rates[row]
     stamps = np.clip(np.ceil(when_s * 1000.0 - 1e-6), 0, period_ms).astype(np.int64)
     stamps[-1] = period_ms  # the last line is the period
     return "\n".join(map(str, stamps.tolist())) + "\n"
+
+
+def _times(trace: Trace) -> int:
+    """How often the trace is written after itself, so that whole packets and milliseconds keep its mean."""
+    most = min(MAX_ROWS // len(trace), MOST_TIMES)
+    times = np.arange(1, most + 1)
+    packets = np.maximum(np.round(times * (trace.mean_bps * trace.duration_s / PACKET_BITS)), 1e-9)
+    period_s = np.maximum(np.round(times * trace.duration_s * 1000.0), 1e-9) / 1000.0
+    good = np.abs(packets * PACKET_BITS / period_s / trace.mean_bps - 1.0) <= MEAN_ERROR
+    if not good.any():
+        raise TraceError(
+            f"trace {trace.name!r} is too slow or too short for whole packets and milliseconds; write format kvstream"
+        )
+    return int(times[np.argmax(good)])
 
 
 def fits(text: Text) -> bool:

@@ -8,7 +8,7 @@ row's time, the last as long as the one before. Rates are layer-2 capacity.
 from __future__ import annotations
 
 from traces.errors import TraceError
-from traces.formats.base import Format, Text, refuse, until_next
+from traces.formats.base import Format, Text, refuse, rows_of, until_next
 from traces.trace import MAX_ROWS, Trace
 
 SECONDS = {"duration_s": 1.0, "duration_ms": 1e-3, "time_s": 1.0, "time_ms": 1e-3}
@@ -61,9 +61,8 @@ def _value(text: Text, line: int, name: str, field: str) -> float:
 
 
 def write(trace: Trace) -> str:
-    refuse(trace, "csv")
-    rows = zip(trace.durations_s.tolist(), trace.rates_bps.tolist(), strict=True)
-    return "duration_s,rate_bps\n" + "".join(f"{duration},{rate}\n" for duration, rate in rows)
+    refuse(trace, "csv", delay=True, loss=True)
+    return "\n".join(rows_of(trace)) + "\n"
 
 
 def _names(header: str) -> list[str]:

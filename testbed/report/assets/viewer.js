@@ -9,16 +9,16 @@
 
 function kvViewer(root, look) {
   const SVG = "http://www.w3.org/2000/svg";
-  const LANE = { transfer: [6, 30], compute: [48, 30] };
-  const LANES_HEIGHT = 84;
+  const LANE_HEIGHT = 26, LANE_GAP = 10;
+  const SHORT = { transfer: "link", copy: "copy", decode: "dec.", compute: "comp." };   // where there is little room
   let session = null, plot = null, selected = 0, nowS = null, spanS = null, keep = null;
 
   root.innerHTML = `
     <p class="v-title" data-part="title"></p>
     <div data-part="legend"></div>
     <div data-part="plot"></div>
-    <svg class="v-lanes" data-part="lanes" tabindex="0" role="application" height="${LANES_HEIGHT}"
-         aria-label="Transfers and decoding of every chunk; arrow keys walk through the chunks"></svg>
+    <svg class="v-lanes" data-part="lanes" tabindex="0" role="application"
+         aria-label="Transfers, decoding and computing of every chunk; arrow keys walk through the chunks"></svg>
     <div class="v-key" data-part="key"></div>
     <div class="v-strip" data-part="strip"></div>
     <p class="v-detail" data-part="detail" aria-live="polite"></p>
@@ -30,10 +30,16 @@ function kvViewer(root, look) {
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const colour = (level) => (level === "text" ? look.text : level === null ? css("--quiet") : look.levels[level] || css("--quiet"));
-  const number = (x, digits = 3) => (x === null || x === undefined ? "–" : String(+x.toPrecision(digits)));
+  const number = (x, digits = 3) => (x === null || x === undefined ? "–" : Math.abs(x) < 1e-9 ? "0" : String(+x.toPrecision(digits)));
   const seconds = (x) => (x === null || x === undefined ? "–" : x.toFixed(3) + " s");
   const escape = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
   const name = (level) => (level === "text" ? "text" : level === null || level === undefined ? "–" : "level " + level);
+
+  // Black or white, whichever can be read on a colour.
+  function inkOn(hex) {
+    const [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
+  }
 
   function size(bytes) {
     if (bytes === null || bytes === undefined) return "–";
@@ -104,7 +110,7 @@ function kvViewer(root, look) {
       axes: [
         axis({ values: (u, splits) => splits.map((v) => +v.toFixed(3) + " s") }),
         axis({ scale: "mbit", size: narrow ? 44 : 62, label: narrow ? undefined : "Mbit/s", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
-        axis({ scale: "mb", side: 1, size: narrow ? 52 : 72, values: (u, splits) => splits.map((v) => (v ? size(v * 1e6) : "0")), grid: { show: false }, label: narrow ? undefined : "delivered", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
+        axis({ scale: "mb", side: 1, size: narrow ? 66 : 72, values: (u, splits) => splits.map((v) => (v ? size(v * 1e6) : "0")), grid: { show: false }, label: narrow ? undefined : "delivered", labelSize: 16, labelFont: "12px system-ui, sans-serif" }),
       ],
       hooks: {
         draw: [(u) => { drawLines(u); drawLanes(u); }],
@@ -156,50 +162,61 @@ function kvViewer(root, look) {
     return node;
   }
 
-  function label(x, y, text, anchor, klass) {
+  function label(x, y, text, anchor, klass, fill = null) {
     const node = document.createElementNS(SVG, "text");
-    node.setAttribute("x", x); node.setAttribute("y", y); node.setAttribute("text-anchor", anchor); node.setAttribute("class", klass);
+    node.setAttribute("x", x); node.setAttribute("y", y + LANE_HEIGHT / 2 + 4); node.setAttribute("text-anchor", anchor); node.setAttribute("class", klass);
+    if (fill) node.setAttribute("fill", fill);
     node.textContent = text;
     return node;
+  }
+
+  // [lane]: its upper edge. What is copied has a lane where anything is.
+  function lanes() {
+    const copied = session.chunks.some((c) => c.copies_s && c.copies_s.length);
+    const names = ["transfer", ...(copied ? ["copy"] : []), "decode", "compute"];
+    return Object.fromEntries(names.map((name, i) => [name, 5 + i * (LANE_HEIGHT + LANE_GAP)]));
   }
 
   function drawLanes(u) {
     const dpr = devicePixelRatio, left = u.bbox.left / dpr, width = u.bbox.width / dpr;
     const x = (t) => left + Math.min(Math.max(u.valToPos(t, "x"), -2), width + 2);
-    const svg = part.lanes, nodes = [];
+    const svg = part.lanes, nodes = [], lane = lanes();
+    const height = 5 + Object.keys(lane).length * (LANE_HEIGHT + LANE_GAP) - LANE_GAP + 5;
     svg.setAttribute("width", u.width);
+    svg.setAttribute("height", height);
     const narrow = left < 56;
-    nodes.push(label(left - 6, LANE.transfer[0] + 19, narrow ? "link" : "transfer", "end", "v-lane"));
-    nodes.push(label(left - 6, LANE.compute[0] + 19, narrow ? "dec." : "decode", "end", "v-lane"));
-    for (const [y, height] of Object.values(LANE)) nodes.push(rect(left, y - 2, width, height + 4, { class: "v-bed" }));
+    for (const [name, y] of Object.entries(lane)) {
+      nodes.push(label(left - 6, y, narrow ? SHORT[name] : name, "end", "v-lane"), rect(left, y - 2, width, LANE_HEIGHT + 4, { class: "v-bed" }));
+    }
     const end = nowS === null ? endS() : nowS;
+    // a bar in a lane, and words on it where they fit
+    const bar = (name, from, to, attributes, words, room, ink) => {
+      nodes.push(rect(x(from), lane[name], x(to) - x(from) - 0.4, LANE_HEIGHT, attributes));
+      if (words && x(to) - x(from) > room) nodes.push(label((x(from) + x(to)) / 2, lane[name], words, "middle", "v-digit", ink));
+    };
     let free = 0, last = null;
     const order = session.chunks.filter((c) => c.request_s !== null).sort((a, b) => (a.last_byte_s ?? 1e9) - (b.last_byte_s ?? 1e9) || a.request_s - b.request_s);
     for (const chunk of order) {
-      const fill = colour(chunk.level), on = chunk.chunk === selected ? "v-chunk v-on" : "v-chunk";
-      const from = Math.max(chunk.request_s, free), to = chunk.last_byte_s ?? end;
+      const fill = colour(chunk.level), text = chunk.level === "text", on = chunk.chunk === selected ? "v-chunk v-on" : "v-chunk";
+      const look = { fill, class: on, "data-chunk": chunk.chunk };
       if (chunk.first_byte_s !== null || chunk.last_byte_s !== null) {
-        const node = rect(x(from), LANE.transfer[0], x(to) - x(from) - 0.6, LANE.transfer[1], { fill, class: on, "data-chunk": chunk.chunk });
-        if (chunk.last_byte_s === null) node.classList.add("v-open");
-        nodes.push(node);
-        if (x(to) - x(from) > 13) nodes.push(label((x(from) + x(to)) / 2, LANE.transfer[0] + 19, chunk.level === "text" ? "T" : chunk.level, "middle", "v-digit"));
+        const open = chunk.last_byte_s === null ? " v-open" : "";
+        bar("transfer", Math.max(chunk.request_s, free), chunk.last_byte_s ?? end, { ...look, class: on + open }, text ? "T" : String(chunk.level), 13, inkOn(fill));
       }
       if (chunk.last_byte_s !== null) free = chunk.last_byte_s;
+      for (const [from, to] of chunk.copies_s || []) bar("copy", from, to, look);
       if (chunk.decode_start_s !== null) {
         const done = chunk.decode_end_s ?? end;
-        nodes.push(rect(x(chunk.decode_start_s), LANE.compute[0], x(done) - x(chunk.decode_start_s) - 0.3, LANE.compute[1], { fill, class: on + (chunk.level === "text" ? " v-recompute" : ""), "data-chunk": chunk.chunk }));
-        if (chunk.level === "text" && x(done) - x(chunk.decode_start_s) > 84) nodes.push(label((x(chunk.decode_start_s) + x(done)) / 2, LANE.compute[0] + 19, "recompute", "middle", "v-digit"));
+        if (text) bar("compute", chunk.decode_start_s, done, { ...look, class: on + " v-recompute" }, "recompute", 84, inkOn(fill));
+        else bar("decode", chunk.decode_start_s, done, look);
         if (chunk.decode_end_s !== null) last = Math.max(last ?? 0, chunk.decode_end_s);
       }
     }
-    if (session.ttft_s !== null && last !== null && session.ttft_s >= last) {
-      nodes.push(rect(x(last), LANE.compute[0], x(session.ttft_s) - x(last), LANE.compute[1], { class: "v-prefill" }));
-      if (x(session.ttft_s) - x(last) > 42) nodes.push(label((x(last) + x(session.ttft_s)) / 2, LANE.compute[0] + 19, "prefill", "middle", "v-digit"));
-    }
+    if (session.ttft_s !== null && last !== null && session.ttft_s >= last) bar("compute", last, session.ttft_s, { class: "v-prefill" }, "prefill", 42, css("--paper"));
     const mark = (t, klass) => {
       if (t === null || x(t) < left || x(t) > left + width) return;
       const node = document.createElementNS(SVG, "line");
-      for (const [key, value] of Object.entries({ x1: x(t), x2: x(t), y1: 0, y2: LANES_HEIGHT, class: klass })) node.setAttribute(key, value);
+      for (const [key, value] of Object.entries({ x1: x(t), x2: x(t), y1: 0, y2: height, class: klass })) node.setAttribute(key, value);
       nodes.push(node);
     };
     mark(session.deadline_s, "v-deadline");
@@ -213,7 +230,7 @@ function kvViewer(root, look) {
     else if (session.ttft_s !== null) words.push(`first token after ${seconds(session.ttft_s)} of ${number(session.deadline_s)} s: ${session.met ? "met" : "missed"}`);
     if (session.status === "invalid") words.push(`invalid: ${escape(session.why)}`);
     if (session.distortion !== null && session.distortion !== undefined) {
-      words.push(`distortion ${number(session.distortion)}` + (session.oracle_distortion === null || session.oracle_distortion === undefined ? "" : ` (oracle ${number(session.oracle_distortion)})`));
+      words.push(`distortion ${number(session.distortion)}` + (session.oracle_distortion === null || session.oracle_distortion === undefined ? "" : ` (optimum ${number(session.oracle_distortion)})`));
     }
     part.title.innerHTML = words.join(" · ");
   }
@@ -235,24 +252,24 @@ function kvViewer(root, look) {
     const row = (head, levels, filling) => `<tr><th scope="row">${head}</th>` + session.chunks.map((c, i) => {
       const level = levels[i] ?? null;
       const here = filling ? arrived(c) : 1;
-      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${level === null ? "var(--panel)" : colour(level)};--here:${Math.round(100 * here)}%">${level === null ? "" : level === "text" ? "T" : level}</td>`;
+      return `<td data-chunk="${c.chunk}" class="${c.chunk === selected ? "v-on" : ""}" style="--level:${level === null ? "var(--panel)" : colour(level)};color:${level === null ? "inherit" : inkOn(colour(level))};--here:${Math.round(100 * here)}%">${level === null ? "" : level === "text" ? "T" : level}</td>`;
     }).join("") + "</tr>";
-    const oracle = session.oracle_levels && session.oracle_levels.length ? row("oracle", session.oracle_levels) : "";
-    part.strip.innerHTML = `<table aria-label="Level of every chunk"><tbody>${row(escape(session.scheme), session.chunks.map((c) => c.level), true)}${oracle}</tbody></table>`;
+    const optimum = session.oracle_levels && session.oracle_levels.length ? row("optimum", session.oracle_levels) : "";
+    part.strip.innerHTML = `<table aria-label="Level of every chunk"><tbody>${row(escape(session.scheme), session.chunks.map((c) => c.level), true)}${optimum}</tbody></table>`;
   }
 
   function detail() {
     const chunk = session.chunks[selected];
     if (!chunk || chunk.request_s === null) { part.detail.textContent = ""; return; }
-    const oracle = session.oracle_levels && session.oracle_levels[selected] !== undefined ? ` (oracle: ${name(session.oracle_levels[selected])})` : "";
+    const optimum = session.oracle_levels && session.oracle_levels[selected] !== undefined ? ` (optimum: ${name(session.oracle_levels[selected])})` : "";
     const why = reasons(chunk);
-    part.detail.textContent = `Chunk ${chunk.chunk}: ${name(chunk.level)}${oracle}, ${size(chunk.bytes)}; chosen at ${seconds(chunk.request_s)}, ` +
+    part.detail.textContent = `Chunk ${chunk.chunk}: ${name(chunk.level)}${optimum}, ${size(chunk.bytes)}; chosen at ${seconds(chunk.request_s)}, ` +
       `here at ${seconds(chunk.last_byte_s)}, ${chunk.level === "text" ? "recomputed" : "decoded"} at ${seconds(chunk.decode_end_s)}.` + (why ? ` Why: ${why}.` : "");
   }
 
   function table() {
     const rows = session.chunks.map((c, i) => `<tr data-chunk="${c.chunk}"><th scope="row">${c.chunk}<td>${name(c.level)}<td>${session.oracle_levels && session.oracle_levels[i] !== undefined ? name(session.oracle_levels[i]) : "–"}<td>${size(c.bytes)}<td>${seconds(c.request_s)}<td>${seconds(c.first_byte_s)}<td>${seconds(c.last_byte_s)}<td>${seconds(c.decode_start_s)}<td>${seconds(c.decode_end_s)}<td class="v-why">${escape(reasons(c))}</tr>`);
-    part.table.innerHTML = `<table><thead><tr><th scope="col">chunk<th scope="col">level<th scope="col">oracle<th scope="col">size<th scope="col">requested<th scope="col">first byte<th scope="col">last byte<th scope="col">decode from<th scope="col">to<th scope="col">why</tr></thead><tbody>${rows.join("")}</tbody></table>`;
+    part.table.innerHTML = `<table><thead><tr><th scope="col">chunk<th scope="col">level<th scope="col">optimum<th scope="col">size<th scope="col">requested<th scope="col">first byte<th scope="col">last byte<th scope="col">decode from<th scope="col">to<th scope="col">why</tr></thead><tbody>${rows.join("")}</tbody></table>`;
   }
 
   function select(index) {
