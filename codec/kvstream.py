@@ -53,6 +53,8 @@ UNIFORM = Tables(
 """Tables of the further bits of wide columns: table k - 1 has 2^k symbols."""
 SEGMENT_TOKENS = 512
 """A longer chunk's columns are cut into streams of this many tokens, so that a few layers of it fill a GPU."""
+PIECE = 2 * SEGMENT_TOKENS
+"""Tokens of a layer's keys or values that a decoder holds in float32 at a time."""
 _SAMPLE_TOKENS = 3_000
 
 
@@ -231,22 +233,22 @@ class KVStream(Codec):
         patches = self._patches(chunk)
 
         def some(numbers: range, threads: int) -> None:
-            """A segment at a time, so that what a thread holds does not grow with the chunk."""
-            room = np.empty((heads, coded.segment_tokens, dim), np.float32)
+            """A piece at a time, so that what a thread holds does not grow with the chunk."""
+            room = np.empty((heads, min(PIECE, header.tokens), dim), np.float32)
             for number in numbers:
                 layer, side = divmod(number, 2)
                 columns = self._parts[number]
                 mean, basis = self.mean[layer, side], self._basis[layer, side] * step
-                for segment in range(coded.segments):
-                    part = coded.part(segment, columns.start, columns.stop)
-                    first = segment * coded.segment_tokens
-                    coefficients = room[:, : part.tokens]
-                    rans.decode_dequantised(
-                        part, own[columns], self.classes.tables, heads * dim, part.tokens, coefficients,
-                        values=self.classes.values, threads=threads,
-                    )  # fmt: skip
+                for first in range(0, header.tokens, PIECE):
+                    coefficients = room[:, : header.tokens - first]
+                    positions = header.positions[first : first + PIECE]
+                    for at in range(0, len(positions), SEGMENT_TOKENS):
+                        part = coded.part((first + at) // SEGMENT_TOKENS, columns.start, columns.stop)
+                        rans.decode_dequantised(
+                            part, own[columns], self.classes.tables, heads * dim, part.tokens,
+                            coefficients[:, at : at + part.tokens], values=self.classes.values, threads=threads,
+                        )  # fmt: skip
                     patches.apply(coefficients, columns.start, first)
-                    positions = header.positions[first : first + part.tokens]
                     values = synthesise(torch.from_numpy(coefficients), layer, side, mean, basis, self.rope, positions)
                     target.write(layer, side, values.to(target.device), first)
 
