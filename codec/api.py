@@ -6,6 +6,7 @@ that a codec itself is two methods: `_encode` makes sections of a chunk, `_decod
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,15 @@ def check_finite(kv: Tensor, what: str, then: str = "") -> None:
         )
 
 
+def name_and_settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Of a codec's configuration, which may come from anywhere. Raises CodecError."""
+    if isinstance(config, Mapping):
+        name, settings = config.get("codec"), config.get("settings", {})
+        if isinstance(name, str) and isinstance(settings, Mapping):
+            return name, settings
+    raise CodecError("a codec's configuration is an object with 'codec' (a name) and 'settings' (an object)")
+
+
 class Codec(ABC):
     """Encodes chunks of one model's KV cache at several levels; level 0 is the smallest."""
 
@@ -111,11 +121,21 @@ class Codec(ABC):
         return {"codec": self.codec_id, "settings": self.settings(), "profile_sha256": self.profile_sha256}
 
     @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], profile: Profile | None = None) -> Self:
+        """The codec with these of the constructor's settings. Raises CodecError naming those that it has."""
+        known = [name for name in inspect.signature(cls).parameters if name != "profile"]
+        for key in settings:
+            if key not in known:
+                raise CodecError(f"codec {cls.codec_id} has no setting {key!r}; it has {', '.join(known) or 'none'}")
+        return cls(profile=profile, **settings)
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any], profile: Profile | None = None) -> Self:
         """Rebuild a codec. Raises CodecError if the configuration is another codec's or names another profile."""
-        if config.get("codec") != cls.codec_id:
-            raise CodecError(f"configuration is for codec {config.get('codec')!r}, not {cls.codec_id!r}")
-        codec = cls(profile=profile, **config.get("settings", {}))
+        name, settings = name_and_settings(config)
+        if name != cls.codec_id:
+            raise CodecError(f"configuration is for codec {name!r}, not {cls.codec_id!r}")
+        codec = cls.of_settings(settings, profile)
         if config.get("profile_sha256") != codec.profile_sha256:
             raise CodecError(
                 f"configuration needs profile {config.get('profile_sha256')}, given was {codec.profile_sha256}"

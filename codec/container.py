@@ -244,16 +244,19 @@ def as_memoryview(data: bytes | bytearray | memoryview | Tensor) -> memoryview:
     if isinstance(data, bytes | bytearray):
         return memoryview(data)
     if isinstance(data, memoryview):
-        if not data.c_contiguous:
-            raise CodecError("encoded data must be contiguous bytes")
-        return data.cast("B")
+        if data.nbytes == 0:  # the cast takes no view without elements
+            return memoryview(b"")
+        try:
+            return data.cast("B")
+        except TypeError as error:  # not contiguous
+            raise CodecError(f"encoded data must be contiguous bytes: {error}") from error
     import torch
 
     if not isinstance(data, torch.Tensor):
         raise CodecError(f"encoded data must be bytes, a memoryview or a uint8 tensor, not {type(data).__name__}")
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise CodecError(f"encoded data must be a flat uint8 tensor, not {data.dtype} of shape {tuple(data.shape)}")
-    return memoryview(data.detach().cpu().contiguous().numpy()).cast("B")  # type: ignore[arg-type]
+    return as_memoryview(memoryview(data.detach().cpu().contiguous().numpy()))  # type: ignore[arg-type]
 
 
 def _one_view(first: memoryview, second: memoryview) -> memoryview | None:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.api import Codec, Decoder, Level
+from codec.api import LARGEST_MAGNITUDE, Codec, Decoder, Level
 from codec.container import Chunk, Header
 from codec.entropy import escapes, rans
 from codec.entropy.sections import join
@@ -55,6 +55,10 @@ SEGMENT_TOKENS = 512
 """A longer chunk's columns are cut into streams of this many tokens, so that a few layers of it fill a GPU."""
 PIECE = 2 * SEGMENT_TOKENS
 """Tokens of a layer's keys or values that a decoder holds in float32 at a time."""
+MAX_LEVELS = 256
+"""A chunk's header has one byte for its level."""
+LARGEST_COEFFICIENT = float(1 << 16 + MAX_SHIFT)
+"""In steps: a reconstruction value, which is a float16, with all the further bits of a wide column."""
 _SAMPLE_TOKENS = 3_000
 
 
@@ -88,13 +92,19 @@ class KVStream(Codec):
         self._class_of_column = found.tensor("classes", np.uint8, (len(self._steps), columns))
         self._shift_of_column = found.tensor("shifts", np.uint8, self._class_of_column.shape)
         if (
-            len(self._steps) == 0
+            not 1 <= len(self._steps) <= MAX_LEVELS
             or not (self._steps > 0).all()
             or int(self._class_of_column.max()) >= len(frequencies)
             or int(self._shift_of_column.max()) > MAX_SHIFT
             or not self.classes.whole[self._class_of_column[self._shift_of_column > 0]].all()
         ):
             raise CodecError(f"profile {found.sha256[:12]} has impossible steps, classes or shifts; calibrate again")
+        farthest = float(self._basis.abs().sum(dim=4).max()) * float(self._steps.max()) * LARGEST_COEFFICIENT
+        if not farthest + float(self.mean.abs().max()) <= LARGEST_MAGNITUDE:  # so written, infinity is refused too
+            raise CodecError(
+                f"profile {found.sha256[:12]} gives values beyond {LARGEST_MAGNITUDE:g}, which no cache has; "
+                "calibrate again"
+            )
         names = found.metadata.get("levels")
         if not isinstance(names, list) or len(names) != len(self._steps):
             raise CodecError(f"profile {found.sha256[:12]} does not name {len(self._steps)} levels; calibrate again")
@@ -339,6 +349,10 @@ def fit(
         raise CodecError("a profile needs at least one KV sample")
     layers, _, _, heads, dim = kv_samples[0].shape
     mean, covariance = _moments(kv_samples, rope, centre)
+    if not bool(torch.isfinite(covariance).all()):
+        raise CodecError("a KV sample holds NaN, infinities or values whose squares are; look at the model's output")
+    if sensitivity is not None and not bool(torch.isfinite(sensitivity).all()):
+        raise CodecError("the sensitivity holds NaN or infinities; look at the model's gradients")
     basis = torch.empty((layers, 2, heads, dim, dim))
     for index in np.ndindex(layers, 2, heads):
         metric = _metric(sensitivity, index, dim)

@@ -95,7 +95,7 @@ class Profile:
             length = int.from_bytes(data[:8], "little")
             text = json.loads(data[8 : 8 + length])["__metadata__"][_KEY]
             metadata = json.loads(text)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CodecError(f"not a profile: {error}; calibrate again") from error
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise CodecError(f"profile is not of format {FORMAT}; calibrate again")

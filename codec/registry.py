@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -53,20 +52,14 @@ def codec_class(name: str) -> type[Codec]:
 
 def make(name: str, settings: Mapping[str, Setting] | None = None, profile: Profile | None = None) -> Codec:
     """Build a codec from its name and settings. Raises CodecError naming the settings it has."""
-    cls = codec_class(name)
-    given = dict(settings or {})
-    known = [p for p in inspect.signature(cls).parameters if p != "profile"]
-    for key in given:
-        if key not in known:
-            raise CodecError(f"codec {name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
-    return cls(profile=profile, **given)
+    return codec_class(name).of_settings(settings or {}, profile)
 
 
 def from_config(config: Mapping[str, Any], profile: Profile | None = None) -> Codec:
     """Rebuild the codec that `Codec.get_config` described (a manifest's `codec` field)."""
-    name, settings = config.get("codec"), config.get("settings", {})
-    if not isinstance(name, str) or not isinstance(settings, Mapping):
-        raise CodecError("a codec's configuration has 'codec' (a name) and 'settings' (an object)")
+    from codec.api import name_and_settings
+
+    name, settings = name_and_settings(config)
     codec = make(name, settings, profile)
     if config.get("profile_sha256") != codec.profile_sha256:
         raise CodecError(f"codec {name} needs profile {config.get('profile_sha256')}, given was {codec.profile_sha256}")

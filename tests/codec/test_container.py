@@ -103,6 +103,11 @@ def test_messages_say_what_is_wrong() -> None:
         parse(torch.zeros(100))
     with pytest.raises(CodecError, match="not str"):
         parse("text")  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match="contiguous bytes"):
+        parse(memoryview(np.zeros((100, 3), np.uint8).T))
+    for empty in (memoryview(np.empty((0, 3), np.uint8)), memoryview(b""), torch.empty(0, dtype=torch.uint8)):
+        with pytest.raises(CodecError, match="truncated"):
+            parse(empty)
 
 
 @settings(deadline=None)

@@ -130,6 +130,21 @@ class TestKVStream(Conformance):
             with pytest.raises(CodecError):
                 registry.make("kvstream", {}, Profile(tensors, good.metadata))
 
+    @pytest.mark.parametrize(("name", "value"), [("steps", 3e38), ("scale", 3e38), ("scale", 1e28), ("mean", 3e38)])
+    def test_profiles_of_values_that_no_cache_has_are_refused(self, name: str, value: float) -> None:
+        """What they decode to would not be finite."""
+        good = stored("kvstream")
+        tensors = {**good.tensors, name: np.full_like(good.tensors[name], value)}
+        with pytest.raises(CodecError, match="beyond 1e\\+30"):
+            registry.make("kvstream", {}, Profile(tensors, good.metadata))
+
+    def test_levels_fit_into_a_byte(self) -> None:
+        good = stored("kvstream")
+        many = {n: np.repeat(good.tensors[n][:1], 300, axis=0) for n in ("steps", "classes", "shifts")}
+        facts = {**good.metadata, "levels": [str(level) for level in range(300)]}
+        with pytest.raises(CodecError, match="impossible steps"):
+            registry.make("kvstream", {}, Profile({**good.tensors, **many}, facts))
+
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_is_the_models(interleaved: bool) -> None:
@@ -221,3 +236,9 @@ def test_fitting_checks_its_samples() -> None:
         kvstream.fit([])
     with pytest.raises(CodecError, match="different shapes"):
         kvstream.fit([synthetic_kv(2, 20, 2, 8), synthetic_kv(3, 20, 2, 8)])
+    kv = synthetic_kv(2, 20, 2, 8)
+    for factor in (float("nan"), float("inf"), 1e30):
+        with pytest.raises(CodecError, match="a KV sample holds NaN"):
+            kvstream.fit([kv.float() * factor])
+    with pytest.raises(CodecError, match="the sensitivity holds NaN"):
+        kvstream.fit([kv], sensitivity=torch.full((2, 2, 2), torch.nan))

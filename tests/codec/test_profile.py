@@ -44,7 +44,8 @@ def test_bytes_that_are_no_profile(tmp_path: Path) -> None:
     good = Profile({"a": np.ones(4, np.float32)}, {"codec": "x"}).to_bytes()
     plain = safetensors.numpy.save({"a": np.ones(1)})
     wrong = safetensors.numpy.save({"a": np.ones(1)}, {"kvstream": '{"format": 99}'})
-    for data in (b"", b"KVST", good[:-1], good[:20], b"\xff" * 64, plain, wrong):
+    deep = safetensors.numpy.save({"a": np.ones(1)}, {"kvstream": "[" * 100_000})
+    for data in (b"", b"KVST", good[:-1], good[:20], b"\xff" * 64, plain, wrong, deep):
         with pytest.raises(CodecError):
             Profile.from_bytes(data)
     with pytest.raises(CodecError, match="cannot be read"):

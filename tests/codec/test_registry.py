@@ -9,6 +9,7 @@ from codec import registry
 from codec.api import Codec
 from codec.errors import CodecError
 from codec.raw import Raw
+from tests.codec.profiles import stored
 
 
 def test_every_listed_codec_is_one() -> None:
@@ -45,9 +46,14 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configurations() -> None:
     config = registry.make("uniform").get_config()
     assert registry.from_config(config).get_config() == config
-    for wrong in ({}, {"codec": 3}, {"codec": "raw", "settings": 1}):
-        with pytest.raises(CodecError):
-            registry.from_config(wrong)
+    for wrong in ({}, [], None, {"codec": 3}, {"codec": "raw", "settings": 1}, {"codec": "raw", "settings": {3: 1}}):
+        for rebuild in (registry.from_config, Raw.from_config):
+            with pytest.raises(CodecError):
+                rebuild(wrong)  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match="has no setting 'bits'; it has none"):
+        Raw.from_config({"codec": "raw", "settings": {"bits": 3}})
+    with pytest.raises(CodecError, match=r"no entropy coder is called \[\]"):
+        registry.make("cachegen", {"coder": []}, stored("cachegen"))  # type: ignore[dict-item]
     with pytest.raises(CodecError, match="needs profile"):
         registry.from_config({**config, "profile_sha256": "00"})
     with pytest.raises(CodecError, match="configuration is for"):
