@@ -33,7 +33,7 @@ def main(codecs: list[str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     set_threads(None)
-    worker = Worker(Compute(Model.load(prepared.model)), Store(prepared.path, create=False))
+    worker = Worker(Compute(Model.load(prepared.model)), Store(prepared.path, create=False), learns=False)
     shipped.FOLDER.mkdir(exist_ok=True)
     facts = {key: machine.describe()[key] for key in ("processor", "cores", "versions")}
     try:
