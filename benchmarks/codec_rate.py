@@ -41,6 +41,7 @@ from codec.api import Codec
 from codec.artifact import Artifact
 from codec.profile import Profile
 from testbed import calibrate, machine
+from testbed.codec_bench import payload_bytes
 from testbed.llm import Model, bundled_model_path, calculate_kv, mean_kl
 
 SECOND = Path(__file__).parent / "models" / "second"
@@ -128,11 +129,6 @@ def quality(
         "right": right,
         "asked": asked,
     }
-
-
-def payload_bytes(chunk: container.Chunk) -> int:
-    """Bytes without what `artifact` ships beside its symbols and scales (tables, lengths) and without the header."""
-    return sum(len(content) for tag, content in chunk.sections.items() if tag not in ("cdfs", "lens"))
 
 
 def ideal_bits(codec: Codec, part: Tensor, level: int, start: int) -> float:

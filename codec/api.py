@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -106,6 +106,18 @@ class Codec(ABC):
         if self.needs_profile and profile is None:
             raise CodecError(f"codec {self.codec_id} needs a profile of the model: run 'kvstream codec calibrate'")
         self.profile = profile if self.needs_profile else None
+
+    @classmethod
+    def fit(cls, kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any]) -> Profile:
+        """A profile for one model, from caches `[L, 2, T, H, D]` of contexts that begin at position 0.
+
+        What `kvstream codec calibrate` calls for a codec that needs a profile. The samples are computed as they are
+        asked for, once; `metadata` names the model and goes into the profile's, beside `codec`.
+        """
+        raise CodecError(
+            f"codec {cls.codec_id} cannot be calibrated: its class has no method fit(kv_samples, *, metadata), "
+            "which docs/howto/own-codec.md describes"
+        )
 
     @property
     def profile_sha256(self) -> str | None:

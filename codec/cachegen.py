@@ -68,6 +68,10 @@ class CacheGen(Codec):
             for level, scale in enumerate(SCALES)
         ]
 
+    @classmethod
+    def fit(cls, kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any]) -> Profile:
+        return fit(kv_samples, metadata=metadata)
+
     def settings(self) -> dict[str, Setting]:
         return {"coder": self.coder_name}
 

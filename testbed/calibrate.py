@@ -70,14 +70,18 @@ def untracked(items: Sequence[Any], about: str) -> Iterable[Any]:
     return items
 
 
-def profile_of(codec_name: str, model: Model, say: Say = lambda line: None, track: Track = untracked) -> Profile:
-    """The model's profile for a codec: the one that was calibrated before, or a new one."""
+def profile_of(
+    codec_name: str, model: Model, say: Say = lambda line: None, track: Track = untracked, *, fresh: bool = False
+) -> Profile:
+    """The model's profile for a codec: the one that was calibrated before, unless `fresh`, or a new one."""
     name = f"profiles/v{FORMAT}-{codec_name}-{model.fingerprint[:16]}.safetensors"
-    if (known := _known(name)) is not None:
+    if not fresh and (known := _known(name)) is not None:
         return Profile.load(known)
     say(f"calibrating {codec_name} for {model.name}: {FIT_SAMPLES} contexts of {CONTEXT_TOKENS} tokens")
     profile = calibrate(codec_name, model, track)
     write_whole(cache_dir() / name, profile.to_bytes())
+    if (SHIPPED / name).is_file():
+        say(f"{model.name} comes with a profile for {codec_name}, which other commands go on using")
     return profile
 
 
@@ -91,15 +95,13 @@ def known_profile(sha256: str) -> Profile | None:
 
 
 def calibrate(codec_name: str, model: Model, track: Track = untracked) -> Profile:
-    """Fit a codec's profile to a model. Raises SpecError for a codec that has none."""
+    """Fit a codec's profile to a model. Raises SpecError for a codec that has none, CodecError if it has no `fit`."""
+    cls = registry.codec_class(codec_name)
+    if not cls.needs_profile:
+        raise SpecError(f"codec {codec_name} needs no calibration")
     facts = {"model": model.fingerprint, "model_name": model.name}
     fitted = list(samples(model, "fit", FIT_SAMPLES))
-    if codec_name == "cachegen":
-        from codec import cachegen
-
-        shown = track(fitted, "counting symbols")
-        return cachegen.fit((calculate_kv(model, sample.context_ids) for sample in shown), metadata=facts)
-    if codec_name == "kvstream":
+    if codec_name == "kvstream":  # which wants to know more of a model than its caches
         from codec import kvstream
 
         rope = rope_of(model)
@@ -107,7 +109,8 @@ def calibrate(codec_name: str, model: Model, track: Track = untracked) -> Profil
         kv = [calculate_kv(model, sample.context_ids).to("cpu", torch.bfloat16) for sample in shown]
         metric = sensitivity(model, fitted, rope, track)
         return kvstream.fit(kv, rope=rope, sensitivity=metric, metadata=facts)
-    raise SpecError(f"codec {codec_name} needs no calibration")
+    shown = track(fitted, "fitting to caches")
+    return cls.fit((calculate_kv(model, sample.context_ids) for sample in shown), metadata=facts)
 
 
 def sensitivity(model: Model, fitted: Sequence[Sample], rope: Rope | None, track: Track = untracked) -> Tensor:

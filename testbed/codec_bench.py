@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from codec.api import Codec
+from codec.container import Chunk, parse
 from codec.errors import CodecError
 from testbed import calibrate, prepare
 from testbed.llm import Model, Question, calculate_kv, score
@@ -21,8 +23,9 @@ TORCHAC_COLUMNS = 64
 
 
 def measure(model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One row a level: bits per element with everything but the profile counted, mean KL (nats) on held-out text,
-    answers right, and elements a second of encoding and decoding one chunk (median of a few)."""
+    """One row a level: bits per element with everything but the profile counted, and of the payload alone, bytes of the
+    profile, mean KL (nats) on held-out text, answers right, and elements a second of encoding and decoding one chunk on
+    the model's device (median of a few)."""
     (context,) = prepare.find_contexts([CONTEXT])
     tokens = model.encode(context.text.decode())
     exact = calculate_kv(model, tokens)
@@ -35,7 +38,7 @@ def measure(model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callabl
         codec = calibrate.make_codec(text, model, say)
         ladder = calibrate.distortions(model, codec, chunk_tokens, say)
         for index, level in enumerate(codec.levels):
-            bits = _bits(codec, exact, index, chunk_tokens)
+            bits, payload = _bits(codec, exact, index, chunk_tokens)
             encode_s, decode_s = _speed(codec, exact[:, :, :chunk_tokens], index)
             elements = exact[:, :, :chunk_tokens].numel()
             rows.append(
@@ -44,6 +47,9 @@ def measure(model: Model, codecs: Sequence[str], chunk_tokens: int, say: Callabl
                     "level": index,
                     "name": level.name,
                     "bits_per_element": bits,
+                    "payload_bits_per_element": payload,
+                    "profile_bytes": 0 if codec.profile is None else len(codec.profile.to_bytes()),
+                    "cache_dtype": str(exact.dtype).removeprefix("torch."),
                     "distortion": ladder[index],
                     "answers_right": _right(model, codec, exact, index, chunk_tokens, questions),
                     "answers": len(questions),
@@ -63,7 +69,7 @@ def torchac(model: Model, chunk_tokens: int) -> dict[str, float] | None:
     from codec.uniform import quantise
 
     (context,) = prepare.find_contexts([CONTEXT])
-    rows = calculate_kv(model, model.encode(context.text.decode())[:chunk_tokens]).flatten(3)
+    rows = calculate_kv(model, model.encode(context.text.decode())[:chunk_tokens]).flatten(3).cpu()
     symbols = columns_first(quantise(rows, rows.abs().amax(dim=3), 15))[:TORCHAC_COLUMNS]
     cdfs = arithmetic.from_counts(column_counts(symbols, 32))
     own = np.arange(len(symbols))
@@ -79,36 +85,55 @@ def torchac(model: Model, chunk_tokens: int) -> dict[str, float] | None:
 
 
 def text(rows: Sequence[dict[str, Any]], torchac: dict[str, float] | None) -> str:
-    """The rows as an aligned table, torchac's speed below."""
-    heads = f"{'codec':<10} {'level':<14} {'bit/element':>11} {'KL (nats)':>9} {'answers':>7}"
+    """The rows as an aligned table; below it torchac's speed, profiles, and what is to be known of the scales."""
+    heads = f"{'codec':<10} {'level':<14} {'bit/element':>11} {'payload':>7} {'KL (nats)':>9} {'answers':>7}"
     lines = [f"{heads} {'encode':>9} {'decode':>9}"]
     for row in rows:
         answers = f"{row['answers_right']}/{row['answers']}"
         lines.append(
             f"{row['codec']:<10} {row['level']} {row['name']:<12} {row['bits_per_element']:>11.3f} "
-            f"{row['distortion']:>9.2g} {answers:>7} "
+            f"{row['payload_bits_per_element']:>7.3f} {row['distortion']:>9.2g} {answers:>7} "
             f"{row['encode_per_s'] / 1e6:>5.0f} M/s {row['decode_per_s'] / 1e6:>5.0f} M/s"
         )
     speeds = f"{torchac['encode_per_s'] / 1e6:>5.0f} M/s {torchac['decode_per_s'] / 1e6:>5.0f} M/s" if torchac else ""
-    return "\n".join([*lines, f"{'torchac':<10} {'the coder alone, on one core':<46} {speeds or 'not installed'}"])
+    lines.append(f"{'torchac':<10} {'the coder alone, on one core':<54} {speeds or 'not installed'}")
+    profiles = {row["codec"]: f"{row['codec']} {row['profile_bytes']:,} bytes" for row in rows if row["profile_bytes"]}
+    if profiles:
+        lines.append(f"profiles, which travel once and are in no rate: {', '.join(profiles.values())}")
+    if any(row["cache_dtype"] == "float32" for row in rows):
+        lines.append(
+            "the cache is float32, and so are the scales of uniform, artifact and cachegen: bfloat16 halves them"
+        )
+    return "\n".join(lines)
 
 
-def _bits(codec: Codec, kv: Tensor, level: int, chunk_tokens: int) -> float:
-    total = 0
+def payload_bytes(chunk: Chunk) -> int:
+    """Bytes without what `artifact` ships beside its symbols and scales (tables, lengths) and without the header."""
+    return sum(len(content) for tag, content in chunk.sections.items() if tag not in ("cdfs", "lens"))
+
+
+def _bits(codec: Codec, kv: Tensor, level: int, chunk_tokens: int) -> tuple[float, float]:
+    """Bits per element of all chunks, and of their payloads."""
+    total = payload = 0
     for start in range(0, kv.shape[2], chunk_tokens):
         part = kv[:, :, start : start + chunk_tokens]
-        total += len(codec.encode(part, level, positions=range(start, start + part.shape[2])))
-    return total * 8 / kv.numel()
+        data = codec.encode(part, level, positions=range(start, start + part.shape[2]))
+        total += len(data)
+        payload += payload_bytes(parse(data))
+    return total * 8 / kv.numel(), payload * 8 / kv.numel()
 
 
 def _speed(codec: Codec, part: Tensor, level: int) -> tuple[float, float]:
     span = range(part.shape[2])
     data = codec.encode(part, level, positions=span)
-    codec.decode(data)
-    return (
-        _median_s(lambda: codec.encode(part, level, positions=span)),
-        _median_s(lambda: codec.decode(data)),
-    )
+
+    def decode() -> None:
+        codec.decode(data, device=part.device)
+        if part.is_cuda:
+            torch.cuda.synchronize(part.device)
+
+    decode()
+    return _median_s(lambda: codec.encode(part, level, positions=span)), _median_s(decode)
 
 
 def _median_s(work: Callable[[], Any]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed.commands.arguments import output_file
-from testbed.errors import SpecError
+from testbed.errors import MachineError, SpecError
 
 if TYPE_CHECKING:
     from testbed.llm import Model
@@ -49,6 +49,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     calibrate.add_argument("model", help="folder or name of a causal language model, or 'bundled'")
     calibrate.add_argument("--codec", default="kvstream", help="the codec (default: kvstream)")
     calibrate.add_argument("--output", metavar="FILE", type=output_file, help="also write the profile here")
+    calibrate.add_argument("--fresh", action="store_true", help="fit again, also where a profile was kept")
+    _device_argument(calibrate)
     calibrate.add_argument("--json", action="store_true", help="print as JSON")
     calibrate.set_defaults(run=calibrate_command)
 
@@ -56,6 +58,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     bench.add_argument("codecs", nargs="*", default=["kvstream", "cachegen", "artifact", "uniform"])
     bench.add_argument("--model", default="bundled", help="folder or name of a causal language model")
     bench.add_argument("--chunk-tokens", type=int, default=256, help="tokens a chunk (default: 256)")
+    _device_argument(bench)
     bench.add_argument("--figure", metavar="FILE", type=output_file, help="draw rate against distortion: SVG, PNG, PDF")
     bench.add_argument("--json", action="store_true", help="print as JSON")
     bench.set_defaults(run=bench_command)
@@ -73,15 +76,27 @@ def _codec_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
+def _device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="cpu", help="where the model runs and chunks are coded: cpu (default) or cuda"
+    )
+
+
 def _say(line: str) -> None:
     """What the user waits for; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
-def _model(name: str) -> Model:
+def _model(name: str, device: str = "cpu") -> Model:
+    import torch
+
     from testbed.llm import Model
 
-    return Model.load(None if name == "bundled" else name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MachineError(f"--device {device}: torch cannot use it here; leave it out to use the CPU") from error
+    return Model.load(None if name == "bundled" else name, device=device)
 
 
 def list_command(args: argparse.Namespace) -> int:
@@ -184,8 +199,8 @@ def _described(facts: dict[str, Any]) -> str:
 def calibrate_command(args: argparse.Namespace) -> int:
     from testbed import calibrate, progress
 
-    model = _model(args.model)
-    profile = calibrate.profile_of(args.codec, model, _say, progress.track)
+    model = _model(args.model, args.device)
+    profile = calibrate.profile_of(args.codec, model, _say, progress.track, fresh=args.fresh)
     data = profile.to_bytes()
     if args.output:
         args.output.write_bytes(data)
@@ -207,7 +222,7 @@ def bench_command(args: argparse.Namespace) -> int:
 
     if args.figure:
         codec_figures.check_path(args.figure)
-    model = _model(args.model)
+    model = _model(args.model, args.device)
     rows = codec_bench.measure(model, args.codecs, args.chunk_tokens, lambda line: None)
     torchac = codec_bench.torchac(model, args.chunk_tokens)
     body = {"levels": rows, "torchac": torchac}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch, from the extra [run]")
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra [run]")
 
+import numpy as np  # noqa: E402
+
+from codec import registry, uniform  # noqa: E402
+from codec.errors import CodecError  # noqa: E402
+from codec.profile import Profile  # noqa: E402
 from testbed import calibrate  # noqa: E402
 from testbed.errors import SpecError  # noqa: E402
 from testbed.llm import Model, calculate_kv, mean_kl  # noqa: E402
@@ -147,3 +153,36 @@ def test_codecs_without_a_profile_need_no_calibration(tiny_model: Model) -> None
     assert calibrate.make_codec("raw", tiny_model).profile is None
     with pytest.raises(SpecError, match="needs no calibration"):
         calibrate.calibrate("raw", tiny_model)
+
+
+class Scaled(uniform.Uniform):
+    """A plug-in that is fitted to a model: it keeps the largest magnitude that it was shown."""
+
+    codec_id = "scaled"
+    needs_profile = True
+
+    @classmethod
+    def fit(cls, kv_samples: Iterable[torch.Tensor], *, metadata: Mapping[str, Any]) -> Profile:
+        largest = max(float(kv.abs().max()) for kv in kv_samples)
+        return Profile({"largest": np.array([largest], np.float32)}, {**metadata, "codec": cls.codec_id})
+
+
+def test_plug_ins_are_calibrated_by_their_fit(quick: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "codec_class", lambda name: Scaled)
+    codec = calibrate.make_codec("scaled", tiny_model)
+    assert codec.profile is not None
+    assert codec.profile.metadata["model"] == tiny_model.fingerprint
+    assert float(codec.profile.tensors["largest"][0]) > 0
+    monkeypatch.delattr(Scaled, "fit")
+    with pytest.raises(CodecError, match=r"codec scaled cannot be calibrated: its class has no method fit"):
+        calibrate.calibrate("scaled", tiny_model)
+
+
+def test_a_fresh_profile_takes_the_place_of_the_kept_one(quick: Path, tiny_model: Model) -> None:
+    kept = calibrate.profile_of("cachegen", tiny_model)
+    (file,) = (quick / "profiles").iterdir()
+    file.write_bytes(b"another version's")
+    said: list[str] = []
+    assert calibrate.profile_of("cachegen", tiny_model, said.append, fresh=True).sha256 == kept.sha256
+    assert calibrate.profile_of("cachegen", tiny_model).sha256 == kept.sha256
+    assert len(said) == 1

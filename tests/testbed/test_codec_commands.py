@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch, from the extra [run]")
 pytest.importorskip("transformers", reason="needs transformers, from the extra [run]")
 
-from codec import kvstream, registry  # noqa: E402
-from testbed import calibrate, codec_figures, insight  # noqa: E402
+from codec import cachegen, kvstream, registry  # noqa: E402
+from testbed import calibrate, codec_bench, codec_figures, insight  # noqa: E402
 from testbed.cli import main  # noqa: E402
 from testbed.errors import SpecError  # noqa: E402
 from tests.codec.synthetic import synthetic_kv  # noqa: E402
@@ -129,10 +129,34 @@ def test_a_profile_is_told_as_json(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = kvstream.fit([KV], target_bits=(1.2, 2.4))
-    monkeypatch.setattr(calibrate, "profile_of", lambda codec, model, say, track: say("calibrating") or profile)
+    monkeypatch.setattr(calibrate, "profile_of", lambda codec, model, say, track, fresh: say("calibrating") or profile)
     assert main(["codec", "calibrate", str(tiny_folder), "--output", str(tmp_path / "p"), "--json"]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert (found["profile_sha256"], found["file"]) == (profile.sha256, str(tmp_path / "p"))
     assert found["bytes"] == (tmp_path / "p").stat().st_size
     assert said.err == "calibrating\n"
+
+
+def test_bench_tells_all_in_and_payload_rates(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "distortions", lambda model, codec, *_: [0.0] * len(codec.levels))
+    monkeypatch.setattr(codec_bench, "_right", lambda *_: 1)
+    monkeypatch.setattr(codec_bench, "calculate_kv", lambda *_: KV.float())
+    profile = cachegen.fit([KV])
+    monkeypatch.setattr(calibrate, "profile_of", lambda *_: profile)
+    rows = codec_bench.measure(tiny_model, ["cachegen", "artifact"], 100, lambda line: None)
+    for row in rows:
+        # a header and, in artifact, a table of 33 entries a column and a length a column, in each of three chunks
+        beside = row["bits_per_element"] - row["payload_bits_per_element"]
+        tables = (66 + 4) * 8 / 100 if row["codec"] == "artifact" else 0.0
+        assert tables < beside < tables + 0.25
+        assert row["profile_bytes"] == (len(profile.to_bytes()) if row["codec"] == "cachegen" else 0)
+    said = codec_bench.text(rows, None)
+    assert f"profiles, which travel once and are in no rate: cachegen {len(profile.to_bytes()):,} bytes" in said
+    assert "the cache is float32" in said
+
+
+def test_devices_that_are_not_there_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["calibrate", "bundled"], ["bench"]):
+        assert main(["codec", *command, "--device", "meta-physical"]) == 4
+        assert "torch cannot use it here" in capsys.readouterr().err
