@@ -90,8 +90,8 @@ def stages(result: Json) -> str:
     worth = ", ".join(steps).replace("> ", "over ")  # which could begin a line, and a quotation
     return fill(
         f"At no worse quality it is **{gains[0]:.1f} times smaller** than what CacheGen's public code sends, and "
-        f"{gains[1]:.1f} times on a second model. For the same KL, the stages so far take so many times the bits of the "
-        f"whole codec, on the two: {worth}; 1 with a metric within each head.",
+        f"{gains[1]:.1f} times on a second model. For the same KL, the stages so far take so many times the bits of "
+        f"the whole codec, on the two: {worth}; 1 with a metric within each head.",
         120,
     )
 
