@@ -162,6 +162,8 @@ class Codec(ABC):
         1e30 unless the codec is lossless.
         """
         self._check_level(level)
+        if not isinstance(kv, Tensor):
+            raise CodecError(f"what is encoded is a tensor, not {type(kv).__name__}; codec.layouts has views of caches")
         if kv.dim() != 5 or kv.shape[1] != 2 or 0 in kv.shape:
             raise CodecError(f"a KV tensor is [layers, 2, tokens, heads, head_dim], not {tuple(kv.shape)}")
         dtype = str(kv.dtype).removeprefix("torch.")
@@ -198,12 +200,18 @@ class Codec(ABC):
             self._decode(chunk, target)
         return out
 
-    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None) -> Decoder:
+    def decoder(
+        self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None,
+        layers: range | None = None,
+    ) -> Decoder:  # fmt: skip
         """A decoder of one chunk into `out`, to be fed with its bytes as they arrive.
 
         `total_bytes` is the chunk's size where that is known otherwise than from the chunk, from a manifest say: what
-        claims another size is then refused before memory is taken for it.
+        claims another size is then refused before memory is taken for it. `layers` are those that `out` has, where it
+        is a part of the cache, for instance that of one of several GPUs; who decodes in pieces can do that.
         """
+        if layers is not None:
+            raise CodecError(f"codec {self.codec_id} decodes all layers at once on {device}; leave layers out")
         return CollectingDecoder(self, out, device)
 
     def decodes_pieces(self, device: torch.device | str) -> bool:

@@ -264,12 +264,15 @@ class KVStream(Codec):
 
         share_out(some, len(self._parts), header.layers)
 
-    def decoder(self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None) -> Decoder:
+    def decoder(
+        self, out: KVTarget, *, device: torch.device | str = "cpu", total_bytes: int | None = None,
+        layers: range | None = None,
+    ) -> Decoder:  # fmt: skip
         if not self.decodes_pieces(device):
-            return super().decoder(out, device=device, total_bytes=total_bytes)
+            return super().decoder(out, device=device, total_bytes=total_bytes, layers=layers)
         from codec.kvstream_triton import StreamingDecoder
 
-        return StreamingDecoder(self, out, device, total_bytes)
+        return StreamingDecoder(self, out, device, total_bytes, layers)
 
     def decodes_pieces(self, device: torch.device | str) -> bool:
         return torch.device(device).type == "cuda"

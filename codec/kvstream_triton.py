@@ -211,10 +211,16 @@ def _halves(dim: int, rotary: int, interleaved: bool) -> tuple[NDArray[np.int64]
 
 
 class Job:
-    """One chunk's decoding into one target, launched step by step on the current stream."""
+    """One chunk's decoding into one target, launched step by step on the current stream.
 
-    def __init__(self, model: DeviceModel, level: int, positions: range, target: CacheTarget) -> None:
+    `layers` are the target's, where it has not all of the chunk's.
+    """
+
+    def __init__(
+        self, model: DeviceModel, level: int, positions: range, target: CacheTarget, layers: range | None = None
+    ) -> None:
         self.model, self.positions, self.target = model, positions, target
+        self.layers = range(model.layers) if layers is None else layers
         self.level = model.level(level)
         self.damaged = torch.zeros(1, dtype=torch.int32, device=model.device)
         placement = target.placement
@@ -228,17 +234,24 @@ class Job:
             self._values = torch.empty(target.shape, dtype=target.dtype, device=model.device)
             placement = StridedTarget(self._values).placement
         self.placement: Placement = placement
+        self._bases = placement.bases
+        if len(self.layers) < model.layers:  # kernels count layers as the chunk does
+            beside = (2 * self.layers.start, 2 * (model.layers - self.layers.stop))
+            self._bases = torch.nn.functional.pad(placement.bases, beside)
 
     def coefficients(self, streams: DeviceStreams, first_segment: int = 0, segments: int | None = None) -> None:
         """Decode the streams of some segments into the target's places."""
         model, level, placement = self.model, self.level, self.placement
         segments = streams.segments - first_segment if segments is None else segments
-        programs = triton.cdiv(streams.columns, DECODE_LANES)
+        width = model.heads * model.dim
+        first_column, last_column = 2 * self.layers.start * width, 2 * self.layers.stop * width
+        programs = triton.cdiv(last_column - first_column, DECODE_LANES)
         _coefficients[(segments * programs,)](
             streams.payload, streams.offsets, level.tables.rows, level.tables.slots, level.tables.entries, level.unit,
-            self.damaged, placement.bases, self._token_at,
+            self.damaged, self._bases, self._token_at,
             streams.units, streams.columns, streams.tokens, streams.segment_tokens, first_segment,
-            model.heads * model.dim, model.dim, placement.token_stride, placement.head_stride, placement.dim_stride,
+            first_column, last_column, width, model.dim,
+            placement.token_stride, placement.head_stride, placement.dim_stride,
             TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype),
             N_SYMBOLS=level.tables.entries.shape[1], BLOCK=DECODE_LANES,
             num_warps=_DECODE_WARPS, enable_fp_fusion=False,
@@ -260,14 +273,18 @@ class Job:
         model, level, placement = self.model, self.level, self.placement
         model.wait_for_beside()
         bits = self._bits
+        heads = 2 * model.heads
+        first_pair, pairs = self.layers.start * heads, len(self.layers) * heads
+        own = slice(*np.searchsorted(escaped["column"], (first_pair * model.dim, (first_pair + pairs) * model.dim)))
+        escaped = escaped[own]
         first, place, token, value = self._escapes(escaped, bits)
         cosine, sine = self._rotations
         tokens = len(self.positions)
-        _synthesise[(model.layers * 2 * model.heads, triton.cdiv(tokens, SYNTHESIS.block * SYNTHESIS.tiles))](
-            placement.bases, self._token_at, model.basis, level.factor, model.mean, model.dims,
+        _synthesise[(pairs, triton.cdiv(tokens, SYNTHESIS.block * SYNTHESIS.tiles))](
+            self._bases, self._token_at, model.basis, level.factor, model.mean, model.dims,
             cosine, sine, model.rope_of_layer,
             level.wide_index, level.wide_half, bits, first, place, token, value,
-            tokens, model.heads, model.dim, model.half, bits.shape[1],
+            tokens, first_pair, model.heads, model.dim, model.half, bits.shape[1],
             placement.token_stride, placement.head_stride, placement.dim_stride,
             TABLE=placement.token_at is not None, COEFFICIENT=_coefficient_type(self.target.dtype),
             VALUE=_TYPES[self.target.dtype], CONTIGUOUS=model.contiguous,
@@ -278,13 +295,13 @@ class Job:
         if self._bits_damaged is not None:
             self.damaged = torch.maximum(self.damaged, self._bits_damaged)
         if self._values is not None:
-            for layer in range(model.layers):
+            for layer in range(len(self.layers)):
                 for side in (0, 1):
                     self.target.write(layer, side, self._values[layer, side])
 
     @property
     def _token_at(self) -> Tensor:
-        return self.placement.bases if self.placement.token_at is None else self.placement.token_at
+        return self._bases if self.placement.token_at is None else self.placement.token_at
 
     def _escapes(self, escaped: NDArray[Any], bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Escapes by head: where each head's begin, their coefficients, tokens and values in steps. What the streams
@@ -300,7 +317,7 @@ class Job:
         )  # fmt: skip
         first, columns, token, value = (torch.from_numpy(part).to(model.device) for part in parts)
         _clear[(triton.cdiv(len(escaped), 128),)](
-            columns, token, level.wide_index, level.wide_half, bits, placement.bases, self._token_at, len(escaped),
+            columns, token, level.wide_index, level.wide_half, bits, self._bases, self._token_at, len(escaped),
             model.heads * model.dim, model.dim, bits.shape[1],
             placement.token_stride, placement.head_stride, placement.dim_stride,
             TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype), BLOCK=128,
@@ -318,14 +335,24 @@ def _coefficient_type(dtype: torch.dtype) -> Any:
 
 def decode(model: DeviceModel, level: int, positions: range, sections: dict[str, Any], target: CacheTarget) -> None:
     """Decode a chunk's sections `coef`, `fine` and `escs` (parsed), and wait for the device. Raises CodecError."""
-    job = Job(model, level, positions, target)
-    tokens, segment_tokens = len(positions), kvstream.SEGMENT_TOKENS
-    if job.level.fine is not None:
-        job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, tokens, segment_tokens))
-    streams = rans_triton.upload(sections["coef"], job.level.tables, tokens, segment_tokens)
-    job.coefficients(streams)
-    job.values(sections["escs"])
-    shared.raise_if_damaged(job.damaged, streams)
+    with shared.current(model.device):
+        job = Job(model, level, positions, target)
+        tokens, segment_tokens = len(positions), kvstream.SEGMENT_TOKENS
+        if job.level.fine is not None:
+            job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, tokens, segment_tokens))
+        streams = rans_triton.upload(sections["coef"], job.level.tables, tokens, segment_tokens)
+        job.coefficients(streams)
+        job.values(sections["escs"])
+        shared.raise_if_damaged(job.damaged, streams)
+
+
+def _checked(layers: range | None, count: int) -> range:
+    """The layers to decode of a chunk with `count`. Raises CodecError."""
+    if layers is None:
+        return range(count)
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= count:
+        raise CodecError(f"{layers} are not consecutive layers of a model that has {count}")
+    return layers
 
 
 class StreamingDecoder(Decoder):
@@ -336,10 +363,12 @@ class StreamingDecoder(Decoder):
     """
 
     def __init__(
-        self, codec: kvstream.KVStream, out: KVTarget, device: torch.device | str, total_bytes: int | None = None
-    ) -> None:
+        self, codec: kvstream.KVStream, out: KVTarget, device: torch.device | str, total_bytes: int | None = None,
+        layers: range | None = None,
+    ) -> None:  # fmt: skip
         self._codec, self._out = codec, out
         self._model = codec.on_device(torch.device(device))
+        self._layers = _checked(layers, self._model.layers)
         self._target = as_target(out)
         if self._target.device != self._model.device:
             raise CodecError(f"the target lies on {self._target.device}, the decoder works on {self._model.device}")
@@ -358,7 +387,7 @@ class StreamingDecoder(Decoder):
         header = self._arrival.header
         if header is None:
             return
-        with torch.inference_mode():
+        with torch.inference_mode(), shared.current(self._model.device):
             if self._job is None:
                 self._begin(header)
             self._further_bits(header)
@@ -372,17 +401,18 @@ class StreamingDecoder(Decoder):
         if self._job is None or self._streams is None or self.segments_begun < len(self._ends):
             raise CodecError("the chunk ended before its coded coefficients did; fetch it again")
         header = chunk.header
-        with torch.inference_mode():
+        with torch.inference_mode(), shared.current(self._model.device):
             self._further_bits(header)
             self._job.values(escapes.parse(chunk.section("escs"), self._streams.columns, header.tokens))
-        shared.raise_if_damaged(self._job.damaged, self._streams)
+            shared.raise_if_damaged(self._job.damaged, self._streams)
         return self._out
 
     def _begin(self, header: Header) -> None:
         self._codec.check_header(header)
-        if self._target.shape != header.shape:
-            raise CodecError(f"chunk has shape {header.shape}, the target {self._target.shape}")
-        self._job = Job(self._model, header.level, header.positions, self._target)
+        shape = (len(self._layers), *header.shape[1:])
+        if header.layers != self._model.layers or self._target.shape != shape:
+            raise CodecError(f"chunk has shape {header.shape}, the target {self._target.shape} for {self._layers}")
+        self._job = Job(self._model, header.level, header.positions, self._target, self._layers)
         self._at, self._size = self._arrival.section("coef")
         if self._size > _MOST_BYTES_AN_ELEMENT * header.elements + 64:
             raise CodecError(
@@ -446,13 +476,14 @@ def encode(model: DeviceModel, kv: Tensor, level: int, positions: range, segment
 
     Where a value lies on the threshold between two symbols, sums in another order may choose the other one.
     """
-    symbols, fine, escaped = launch_quantise(model, kv, level, positions)
-    found = model.level(level)
-    return {
-        "coef": rans_triton.encode(symbols.T, found.tables, segment_tokens=segment_tokens),
-        "fine": rans_triton.encode(fine.T, found.fine, segment_tokens=segment_tokens) if found.fine else b"",
-        "escs": escaped.tobytes(),
-    }
+    with shared.current(model.device):
+        symbols, fine, escaped = launch_quantise(model, kv, level, positions)
+        found = model.level(level)
+        return {
+            "coef": rans_triton.encode(symbols.T, found.tables, segment_tokens=segment_tokens),
+            "fine": rans_triton.encode(fine.T, found.fine, segment_tokens=segment_tokens) if found.fine else b"",
+            "escs": escaped.tobytes(),
+        }
 
 
 def launch_quantise(
@@ -509,14 +540,15 @@ def _at(token_at, t, mask, token_stride, TABLE: tl.constexpr):
 @triton.jit
 def _coefficients(
     payload, offsets, rows, slots, entries, unit, damaged, bases, token_at,
-    units, columns, tokens, segment_tokens, first_segment,
+    units, columns, tokens, segment_tokens, first_segment, first_column, last_column,
     width, dim, token_stride, head_stride, dim_stride,
     TABLE: tl.constexpr, ELEMENT: tl.constexpr, N_SYMBOLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    programs = tl.cdiv(columns, BLOCK)
+    programs = tl.cdiv(last_column - first_column, BLOCK)
     segment = first_segment + tl.program_id(0) // programs
     # Lanes beyond the last column repeat it and store the same values: no mask in the loop.
-    column = tl.minimum((tl.program_id(0) % programs) * BLOCK + tl.arange(0, BLOCK), columns - 1)
+    column = first_column + (tl.program_id(0) % programs) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.minimum(column, last_column - 1)
     stream = segment * columns + column
     end = tl.minimum(tl.maximum(tl.load(offsets + stream + 1), 0), units)
     at = tl.minimum(tl.maximum(tl.load(offsets + stream), 0), end)
@@ -568,7 +600,7 @@ def _clear(
 def _synthesise(
     bases, token_at, basis, factor, mean, dims, cosine, sine, rope_of_layer,
     wide_index, wide_half, bits, escape_first, escape_place, escape_token, escape_value,
-    tokens, heads, dim, half, wide, token_stride, head_stride, dim_stride,
+    tokens, first_pair, heads, dim, half, wide, token_stride, head_stride, dim_stride,
     TABLE: tl.constexpr, COEFFICIENT: tl.constexpr, VALUE: tl.constexpr, CONTIGUOUS: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, ESCAPES: tl.constexpr,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
@@ -577,7 +609,7 @@ def _synthesise(
 
     WIDE 0: no column has further bits; 1: they fit a float16 together with the high part; 2: they are a term apart.
     """
-    pair = tl.program_id(0)
+    pair = first_pair + tl.program_id(0)
     block = pair // heads
     k = tl.arange(0, DIM)
     j = tl.arange(0, HALF)

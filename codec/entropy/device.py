@@ -10,6 +10,7 @@ data could influence is clamped or masked, and what a kernel finds damaged it re
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,11 @@ class DeviceReconstruction:
     offset: Tensor
     token_scale: Tensor | None
     """float32 `[G, T]`, None for 1."""
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the one that kernels are launched on, which need not be where their tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def upload(

@@ -170,6 +170,38 @@ def test_decodes_as_bytes_arrive(piece: int) -> None:
         assert 1 in begun
 
 
+@pytest.mark.parametrize("only_writes", [False, True])
+def test_decoders_can_share_out_the_layers(only_writes: bool) -> None:
+    """As two GPUs do, each with its part of the cache."""
+    codec, kv = make(3, 2, 16, 16, False)
+    kv[2, 0, 5, 1, 3], kv[1, 1, 12, 0, 0] = 50.0, -45.0
+    for level in range(3):
+        data = codec.encode(kv, level, positions=range(START, START + T))
+        whole = torch.full(kv.shape, torch.nan, device=DEVICE)
+        decode_at_once(codec, data, whole)
+        for layers in (range(1), range(1, 3)):
+            part = torch.full((len(layers), *kv.shape[1:]), torch.nan, device=DEVICE)
+            target = OnlyWrites(as_target(part)) if only_writes else part
+            decoder = kvstream_triton.StreamingDecoder(codec, target, DEVICE, layers=layers)
+            for first in range(0, len(data), 100):
+                decoder.feed(memoryview(data)[first : first + 100])
+            decoder.finish()
+            assert torch.equal(part, whole[layers.start : layers.stop])
+
+
+def test_layers_that_a_model_has_not_are_refused() -> None:
+    codec, kv = make(*SHAPES[0])
+    data = codec.encode(kv, 1, positions=range(T))
+    part = torch.empty((1, *kv.shape[1:]), device=DEVICE)
+    for layers in (range(1, 3), range(0), range(1, -1, -1), range(0, 2, 2)):
+        with pytest.raises(CodecError, match="not consecutive layers of a model that has 2"):
+            kvstream_triton.StreamingDecoder(codec, part, DEVICE, layers=layers)
+    with pytest.raises(CodecError, match="chunk has shape"):
+        kvstream_triton.StreamingDecoder(codec, part, DEVICE).feed(memoryview(data))
+    with pytest.raises(CodecError, match="decodes all layers at once on cpu"):
+        codec.decoder(part, layers=range(1))
+
+
 def decode_at_once(codec: kvstream.KVStream, data: bytes, target: Any) -> None:
     decoder = kvstream_triton.StreamingDecoder(codec, target, DEVICE)
     decoder.feed(memoryview(data))
