@@ -22,6 +22,7 @@ traces = ["constant,rate=30Mbps", "constant,rate=15Mbps"]
 deadlines_s = [3.0]
 links = ["delay=10ms,queue=50ms"]
 most_repeats = 6
+limits = {starved = 0.5, gap_s = 0.2}  # of the machine; what the link did is judged as ever
 
 [[schemes]]
 policy = "fixed,level=lowest"
@@ -80,6 +81,7 @@ traces = ["uniform,low=200Mbps,high=400Mbps,per=chunk,seed=1"]
 deadlines_s = [3.0]
 links = ["queue=50ms"]
 most_repeats = 6
+limits = {starved = 0.5, gap_s = 0.2}
 
 [[schemes]]
 policy = "fixed,level=lowest"
