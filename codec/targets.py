@@ -82,6 +82,8 @@ class StridedTarget(CacheTarget):
     def __init__(self, tensor: Tensor) -> None:
         if tensor.dim() != 5 or tensor.shape[1] != 2:
             raise CodecError(f"a KV tensor is [layers, 2, tokens, heads, head_dim], not {tuple(tensor.shape)}")
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise CodecError("an expanded tensor has one place for many values; decode into one of its own memory")
         self.tensor = tensor
         layers, _, tokens, heads, head_dim = tensor.shape
         self.shape = (layers, 2, tokens, heads, head_dim)

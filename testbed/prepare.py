@@ -24,7 +24,7 @@ from testbed.store import Store, store_evaluation, store_kv
 if TYPE_CHECKING:
     from codec.api import Codec
 
-FORMAT = 2
+FORMAT = 3
 """Counts changes of what is stored, so that old caches are left alone."""
 
 MOST_QUESTIONS = 16

@@ -45,6 +45,8 @@ def test_numbers_that_no_cache_has_are_refused() -> None:
     blocks = [torch.zeros(2, 5, 16, 2, 4, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
     with pytest.raises(CodecError, match="one dtype"):
         PagedTarget(blocks, [0], 0, 10)
+    with pytest.raises(CodecError, match="one place for many values"):
+        StridedTarget(torch.zeros(1, 2, 10, 2, 4).expand(3, 2, 10, 2, 4))
     for other in ([1, 2], {"layers": 3}):
         with pytest.raises(CodecError, match="cannot decode into a"):
             as_target(other)  # type: ignore[arg-type]
