@@ -318,8 +318,12 @@ class Patches:
             unit = 1 << int(self.shift[index])
             further = self.fine[index, first:last] - unit / 2
             coefficients[block, :, place] = coefficients[block, :, place] * unit + further
-        some = np.arange(*np.searchsorted(self.column, (low, high)))
-        some = some[(self.token[some] >= first) & (self.token[some] < last)]
+        begin, end = np.searchsorted(self.column, (low, high))
+        if begin == end:
+            return
+        some = slice(begin, end)
+        if tokens < self.fine.shape[1]:
+            some = begin + np.flatnonzero((self.token[some] >= first) & (self.token[some] < last))
         block, place = np.divmod(self.column[some] - low, dim)
         coefficients[block, self.token[some] - first, place] = self.value[some]
 

@@ -97,6 +97,15 @@ class TestCacheGen(Conformance):
                 assert bool((table[:, : 2 * half + 1] > 0).all())
                 assert not bool(table[:, 2 * half + 1 :].any())
 
+    def test_pieces_that_a_decoder_takes_make_no_difference(
+        self, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = self.encode(codec, synthetic_kv(3, 57, 2, 8, seed=8), 3)
+        whole = codec.decode(data)
+        for piece in (10, 20, 50, 60):
+            monkeypatch.setattr(cachegen, "PIECE", piece)
+            assert torch.equal(codec.decode(data), whole)
+
     def test_unknown_coders_are_named(self) -> None:
         with pytest.raises(CodecError, match="known are"):
             registry.make("cachegen", {"coder": "zip"}, stored("cachegen"))

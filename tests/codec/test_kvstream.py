@@ -47,6 +47,23 @@ class TestKVStream(Conformance):
             data = codec.encode(kv, level, positions=range(1000))
             assert 8 * len(data) / kv.numel() == pytest.approx(float(info.name.removesuffix(" bit")), rel=0.15)
 
+    def test_pieces_that_a_decoder_takes_make_no_difference(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Further bits and escapes are put where they belong in each of them."""
+        samples = [rotated(synthetic_kv(L, 400, 2, 8, seed=1))]
+        codec = kvstream.KVStream(profile=kvstream.fit(samples, rope=ROPE, target_bits=(1.2, 8.0)))
+        kv = rotated(synthetic_kv(L, 1_300, 2, 8, seed=8, dtype=torch.float32))
+        kv[0, 0, 3, 0, 1], kv[1, 1, 511, 1, 2], kv[2, 0, 512, 0, 3], kv[2, 1, 1_299, 1, 0] = 200.0, -150.0, 300.0, 90.0
+        assert codec.columns(1)[1].any()
+        for level in (0, 1):
+            data = codec.encode(kv, level, positions=range(100, 1_400))
+            assert len(container.parse(data).section("escs"))
+            decoded = []
+            for piece in (512, 1_024, 1_536):
+                monkeypatch.setattr(kvstream, "PIECE", piece)
+                decoded.append(codec.decode(data))
+            for other in decoded[:2]:
+                assert torch.allclose(other, decoded[2], rtol=1e-5, atol=1e-5)
+
     def test_bits_go_where_the_sensitivity_is(self) -> None:
         samples = [synthetic_kv(2, 300, 2, 8, seed=seed, dtype=torch.float32) for seed in (1, 2)]
         weights = torch.ones(2, 2, 2)
