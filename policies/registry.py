@@ -88,7 +88,7 @@ def make(name: str, given: Mapping[str, Any] | None = None) -> Policy:
         policy: Policy = cls(**given)
     except PolicyError:
         raise
-    except Exception as error:  # a student's constructor may raise anything
+    except (Exception, SystemExit) as error:  # a student's constructor may raise anything
         raise PolicyError(f"policy {name} cannot be built: {type(error).__name__}: {error}") from error
     return policy
 
@@ -114,7 +114,7 @@ def _from_file(name: str) -> Any:
         sys.modules[module_name] = module  # dataclasses look their module up while the class is made
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise PolicyError(f"policy file {path_text} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):

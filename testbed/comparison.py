@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,9 +40,9 @@ def compare(before: str, after: str) -> dict[str, Any]:
     return summary.summarise(combined, baseline=baseline, pairs=pairs)
 
 
-def text(result: Mapping[str, Any]) -> str:
+def text(result: Mapping[str, Any], width: float = math.inf) -> str:
     """The table, the paired differences of each scheme to itself before and to the baseline, and one line in words."""
-    lines = [summary.text(dict(result)), ""]
+    lines = [summary.text(dict(result), width), ""]
     for name, versus in _differences(result):
         words = f"{name} - {versus['baseline']}: deadlines met {versus['met'] * 100:+.1f} points"
         if versus["met_low"] is not None:

@@ -180,6 +180,8 @@ def from_dict(data: Mapping[str, Any]) -> Experiment:
     for key in data:
         if key not in known:
             raise SpecError(f"no setting is called {key!r}; there are {', '.join(sorted(known))}")
+    if "name" not in data:
+        raise SpecError("name is missing; give a text")
     for key in ("contexts", "traces", "deadlines_s", "schemes"):
         if not data.get(key):
             raise SpecError(f"{key} is missing; give a list")
@@ -233,6 +235,8 @@ def _check(experiment: Experiment) -> None:
             workload.ladder(codec)
     if experiment.chunk_tokens < 1 or experiment.repetitions < 1:
         raise SpecError("chunk_tokens and repetitions are at least 1")
+    if experiment.most_repeats < 0:
+        raise SpecError(f"most_repeats is {experiment.most_repeats}; give 0 or more")
     if not 0 <= experiment.most_invalid <= 1:
         raise SpecError(f"most_invalid is {experiment.most_invalid:g}; give a share from 0 to 1")
     for scheme in experiment.schemes:

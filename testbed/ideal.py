@@ -30,7 +30,16 @@ def round_trip_s(trace: Trace, link: LinkSettings) -> float:
 def left_out(traces: Iterable[Trace], links: Iterable[LinkSettings]) -> str:
     """What they do with these links instead of what happens, as the rest of a sentence; empty where nothing differs."""
     traces = list(traces)
+    links = list(links)
     varying = any(trace.delay_s is not None and np.ptp(trace.delay_s) > 0.0 for trace in traces)
-    lossy = any(link.loss for link in links) or any(trace.loss is not None and trace.loss.any() for trace in traces)
-    words = ["takes varying delays at their mean"] * varying + ["knows no losses"] * lossy
+    unknown = {
+        "losses": any(link.loss for link in links) or any(t.loss is not None and t.loss.any() for t in traces),
+        "cross traffic": any(link.crossed for link in links),
+        "packets out of order": any(link.reorder or not link.jitter_order for link in links),
+        "duplicates": any(link.duplicate for link in links),
+        "a limit of the way back": any(link.up_trace for link in links),
+    }
+    words = ["takes varying delays at their mean"] * (varying or any(link.jitter_s for link in links))
+    if any(unknown.values()):
+        words.append(f"does not know of {', '.join(word for word, there in unknown.items() if there)}")
     return " and ".join(words)

@@ -28,6 +28,9 @@ def check(experiment: Experiment) -> None:
     """
     if not _DEVICE.fullmatch(experiment.device):
         raise SpecError(f"device {experiment.device!r}: use cpu, cuda, or cuda:1 and so on")
+    folder = Path(experiment.model)
+    if (folder.is_absolute() or experiment.model.startswith(".")) and not folder.is_dir():
+        raise SpecError(f"model folder {folder} does not exist")
     for text in experiment.links:
         link = plugs.make_link(text)
         for extra in filter(None, (link.cross_trace, link.up_trace)):

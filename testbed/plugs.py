@@ -23,7 +23,7 @@ def make_policy(text: str) -> Policy:
         policy: Policy = specs.build(cls, spec.settings, f"policy {spec.name}")
     except (SpecError, PolicyError):
         raise
-    except Exception as error:  # a student's constructor may raise anything
+    except (Exception, SystemExit) as error:  # a student's constructor may raise anything
         raise PolicyError(f"policy {spec.name} cannot be built: {type(error).__name__}: {error}") from error
     return policy
 

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_type_hints
 
 from testbed import typed
 from testbed.errors import SpecError
+from testbed.experiment import Experiment
 
 if TYPE_CHECKING:
     import pandas
@@ -37,8 +38,8 @@ _MANIFEST: Final[Json] = {
 }
 """What a reader of `manifest.json` relies on."""
 _ALWAYS: Final = ("experiment", "backend", "schemes")
-_CELL: Final[Json] = {"row": dict, "chunks": list, "link": list}
-"""Not what is in them: large runs have millions of chunks."""
+_CELL: Final[Json] = {"row": dict, "chunks": list[dict], "link": list}
+"""Not what is in the chunks: large runs have millions of them."""
 _INPUTS: Final[Mapping[str, str]] = {
     "traces": "a trace",
     "files": "the file of a policy or a context",
@@ -103,7 +104,8 @@ class Row:
     """What the packets say, where they were recorded (testbed.emulator.analysis)."""
 
 
-_ROW: Final = [f.name for f in fields(Row) if f.default is MISSING]
+_ROW: Final[Json] = get_type_hints(Row)
+_IN_EVERY_ROW: Final = [f.name for f in fields(Row) if f.default is MISSING]
 
 
 class Run:
@@ -145,7 +147,7 @@ class Run:
         file = self.path / "manifest.json"
         with _damage(file, "run it again with --fresh"):
             manifest = _checked(json.loads(file.read_text(encoding="utf-8")), _MANIFEST, _ALWAYS)
-            _checked(manifest["experiment"], {"name": str}, ["name"])
+            _checked(manifest["experiment"], get_type_hints(Experiment) | {"schemes": list[dict]}, ["name"])
             for scheme in manifest["schemes"]:
                 _checked(scheme, {"name": str}, ["name"])
             return manifest
@@ -280,7 +282,7 @@ def _cells(file: Path) -> list[Json]:
         body = _checked(json.loads(file.read_text(encoding="utf-8")), {"cells": list}, ())
         cells: list[Json] = body.get("cells", [body])
         for cell in cells:
-            _checked(_checked(cell, _CELL, _CELL)["row"], {}, _ROW)
+            _checked(_checked(cell, _CELL, _CELL)["row"], _ROW, _IN_EVERY_ROW)
         return cells
 
 

@@ -54,8 +54,6 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool) -> None:
     """Run every session that has no cell yet. Must be called inside a sandbox."""
     progress = Progress(quiet)
     traces = {name: open_trace(name) for name in dict.fromkeys(unit.trace for unit in experiment.units())}
-    for scheme in experiment.schemes:
-        plugs.make_policy(scheme.policy)
     links = {text: plugs.make_link(text) for text in experiment.links}
     limits = replace(fidelity.Limits(), **experiment.limits)
     simplified = ideal.left_out(traces.values(), links.values())

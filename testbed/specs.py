@@ -109,7 +109,8 @@ def coerce(value: str | int | float | bool, hint: Any, what: str, dimension: Dim
     """
     origin = typing.get_origin(hint)
     if origin is Annotated:
-        return coerce(value, hint.__origin__, what, hint.__metadata__[0])
+        own = hint.__metadata__[0]  # which may be anything, in a policy of someone else's
+        return coerce(value, hint.__origin__, what, own if own in typing.get_args(Dimension) else dimension)
     if origin in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if value == "none" and len(options) < len(typing.get_args(hint)):

@@ -297,7 +297,8 @@ def notes(summary: Json) -> list[str]:
             lines.append(f"{entry['scheme']}: {many(entry['failed'], 'session')} failed (counted as missed)")
         if entry["policy_faults"]:
             lines.append(
-                f"{entry['scheme']}: {many(entry['policy_faults'], 'choice')} replaced, the policy's could not be used"
+                f"{entry['scheme']}: {many(entry['policy_faults'], 'choice')} replaced, the policy's could not be used "
+                "(chunks.jsonl has each fault)"
             )
     return lines
 
@@ -306,34 +307,40 @@ def table(summary: Json, width: int = 100) -> Table:
     """For a terminal of `width` columns: where they do not all fit, the ones that one misses least are left out."""
     from rich.table import Table
 
-    lines = [list(HEADINGS), *cells(summary)]
-    widths = {heading: max(len(line[i]) for line in lines) for i, heading in enumerate(HEADINGS)}
-    gone: list[str] = []
-    for group in SPARED:
-        if sum(widths.values()) + GAP * (len(widths) - 1) <= width:
-            break
-        gone += group
-        widths = {heading: size for heading, size in widths.items() if heading not in group}
+    columns, remarks = _fitting(summary, width)
     view = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", caption_justify="left")
     view.add_column("scheme", overflow="fold")
-    for heading in list(widths)[1:]:
-        view.add_column(heading, justify="right", no_wrap=True)
-    for row in lines[1:]:
-        view.add_row(*(cell for heading, cell in zip(HEADINGS, row, strict=True) if heading in widths))
-    narrow = [f"left out on this narrow terminal: {', '.join(gone)}; the report has them"] if gone else []
-    view.caption = "\n".join([*notes(summary), *narrow]) or None
+    for column in columns[1:]:
+        view.add_column(column[0], justify="right", no_wrap=True)
+    for row in list(zip(*columns, strict=True))[1:]:
+        view.add_row(*row)
+    view.caption = "\n".join(remarks) or None
     return view
 
 
-def text(summary: Json) -> str:
-    """The same table for a pipe: aligned columns, no colour, never wrapped."""
-    lines = [list(HEADINGS), *cells(summary)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+def text(summary: Json, width: float = math.inf) -> str:
+    """The same table in plain text: aligned columns, no colour, never wrapped; by default whole, for a pipe."""
+    columns, remarks = _fitting(summary, width)
+    sizes = [max(map(len, column)) for column in columns]
     aligned = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+        (" " * GAP).join(cell.ljust(size) if i == 0 else cell.rjust(size) for i, (cell, size) in enumerate(pairs))
+        for pairs in (list(zip(line, sizes, strict=True)) for line in zip(*columns, strict=True))
     ]
-    return "\n".join([line.rstrip() for line in aligned] + notes(summary))
+    return "\n".join([line.rstrip() for line in aligned] + remarks)
+
+
+def _fitting(summary: Json, width: float) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The table's columns, heading first, that fit, and what must be said under them."""
+    columns = dict(zip(HEADINGS, zip(HEADINGS, *cells(summary), strict=True), strict=True))
+    empty = tuple(heading for heading, column in columns.items() if set(column[1:]) == {"-"})
+    gone: list[str] = []
+    for group in (empty, *SPARED):
+        if sum(max(map(len, column)) for column in columns.values()) + GAP * (len(columns) - 1) <= width:
+            break
+        gone += (heading for heading in group if heading in columns and group is not empty)
+        columns = {heading: column for heading, column in columns.items() if heading not in group}
+    narrow = [f"left out on this narrow terminal: {', '.join(gone)}; the report has them"] if gone else []
+    return list(columns.values()), [*notes(summary), *narrow]
 
 
 def _commonest(reasons: Sequence[str]) -> str:

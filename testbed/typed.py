@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Final, Union, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from testbed.errors import SpecError
 
@@ -20,6 +20,7 @@ _WORDS: Final[Mapping[Any, tuple[str, str]]] = {
     list: ("a list", "lists"),
     dict: ("a table", "tables"),
     type(None): ("nothing", "nothing"),
+    Any: ("anything", "values"),
 }
 _SHOWN: Final = 60
 
@@ -37,7 +38,11 @@ def fits(value: object, hint: Any) -> bool:
     """Whether a value out of TOML or JSON is what an annotation says: a list will do for a tuple, 1 for a float."""
     if type(hint) is type and hint not in (int, float):
         return isinstance(value, hint)
+    if hint is Any:
+        return True
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in inner)
     if origin in (list, tuple):
@@ -51,6 +56,8 @@ def fits(value: object, hint: Any) -> bool:
 def words(hint: Any, several: bool = False) -> str:
     """An annotation for people: `a list of numbers`."""
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
     if origin in (Union, types.UnionType):
         return " or ".join(words(option, several) for option in inner)
     if origin in (list, tuple):

@@ -54,7 +54,7 @@ def generator(function: Callable[P, Trace]) -> Callable[P, Trace]:
             if key in kwargs:
                 other = "chunk" if bound.arguments["per"] == "time" else "time"
                 value = f"{kwargs[key]:g}s" if other == "time" else kwargs[key]
-                raise TraceError(f"{key} is for per={other}: write {name},per={other},{key}={value}, or leave it away")
+                raise TraceError(f"{key} is for per={other}: write per={other},{key}={value}, or leave {key} away")
         full = {key: value for key, value in bound.arguments.items() if key not in idle}
         record = Provenance(source=_spec(name, full), format="generator", licence="Apache-2.0 (generated)")
         return replace(function(*args, **kwargs), name=given, provenance=(record,))

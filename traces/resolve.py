@@ -74,6 +74,8 @@ def open_trace(spec: str | Path) -> Trace:
         raise TraceError(_unknown(head))
     for key, value in rest.items():
         if key not in TRANSFORMS:
+            if head == "histogram" and key in HISTOGRAM_OF:
+                raise TraceError(f"trace {spec!r}: {key} goes with of=NAME_OR_FILE, whose histogram it divides")
             raise TraceError(f"trace {spec!r}: no setting {key!r}; {_settings_of(head)}")
         try:
             trace = TRANSFORMS[key](trace, value)
@@ -127,7 +129,10 @@ def _redrawn(settings: Mapping[str, str]) -> tuple[Trace, dict[str, str]]:
     """`histogram` with the edges and weights of another trace, which stands in the provenance."""
     if given := [key for key in ("edges", "weights") if key in settings]:
         raise TraceError(f"trace histogram: of={settings['of']} brings its own {given[0]}; leave one of the two away")
-    bins = _coerced(settings.get("bins", "20"), int)
+    try:
+        bins = _coerced(settings.get("bins", "20"), int)
+    except TraceError as error:
+        raise TraceError(f"trace histogram: bins: {error}") from None
     source = open_trace(settings["of"])
     edges, weights = (":".join(map(str, column)) for column in histogram_of(source, bins))
     rest = {key: value for key, value in settings.items() if key not in HISTOGRAM_OF}

@@ -19,6 +19,13 @@ def output_file(text: str) -> Path:
     return path
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
 def port(text: str) -> int:
     """A port to listen on; 0 takes any free one."""
     if not text.isdecimal() or int(text) > 65_535:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -272,7 +274,8 @@ def compare_command(args: argparse.Namespace) -> int:
     from testbed import comparison
 
     result = comparison.compare(*args.runs)
-    print(json.dumps(result, indent=1) if args.json else comparison.text(result))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    print(json.dumps(result, indent=1) if args.json else comparison.text(result, width))
     return 0
 
 

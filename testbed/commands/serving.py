@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from testbed.commands.arguments import port
+from testbed.commands.arguments import count, port
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,7 +21,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     store.add_argument("contexts", nargs="+", help="names of shipped contexts, or JSON files")
     store.add_argument("--codec", action="append", help="a codec with settings; repeatable (default: kvstream)")
     store.add_argument("--model", default="bundled", help="folder or name of a causal language model")
-    store.add_argument("--chunk-tokens", type=int, default=256, help="tokens a chunk (default: 256)")
+    store.add_argument("--chunk-tokens", type=count, default=256, help="tokens a chunk (default: 256)")
     store.add_argument("--json", action="store_true", help="print as JSON")
     store.set_defaults(run=store_command)
 

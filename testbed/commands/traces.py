@@ -27,11 +27,13 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     convert.add_argument("output", help="the file to write")
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="format of the file that is read")
     convert.add_argument("--to", default="kvstream", metavar="FORMAT", help="format to write (default: kvstream)")
+    convert.add_argument("--json", action="store_true", help="print what was written as JSON")
     convert.set_defaults(run=convert_command)
 
     generate = commands.add_parser("generate", help="write a generated trace to a file")
     generate.add_argument("trace", help="a generator with settings: markov,low=10Mbps,high=80Mbps,seed=3")
     generate.add_argument("output", help="the file to write, in kvstream's own format")
+    generate.add_argument("--json", action="store_true", help="print what was written as JSON")
     generate.set_defaults(run=convert_command, source_format=None, to="kvstream")
 
     replay = commands.add_parser("replay", help="replay a trace on an emulated link and measure what it did")
@@ -98,6 +100,7 @@ def show_command(args: argparse.Namespace) -> int:
 
 
 def convert_command(args: argparse.Namespace) -> int:
+    from testbed.errors import SpecError
     from traces import formats
     from traces.resolve import open_trace
 
@@ -105,8 +108,12 @@ def convert_command(args: argparse.Namespace) -> int:
         trace = open_trace(args.trace)
     elif Path(args.trace).is_file():  # whose name may hold a comma
         trace = formats.load(args.trace, args.source_format)
-    else:
+    elif Path(args.trace.partition(",")[0]).is_file():
         trace = open_trace(f"{args.trace},format={args.source_format}")
+    else:
+        raise SpecError(
+            f"--from is for files, and {args.trace.partition(',')[0]} is none; leave --from away for a name"
+        )
     formats.save(trace, args.output, args.to)
     if formats.FORMATS[args.to].kind not in (None, trace.kind):
         print(
@@ -114,7 +121,11 @@ def convert_command(args: argparse.Namespace) -> int:
             f"{formats.FORMATS[args.to].kind}",
             file=sys.stderr,
         )
-    print(f"{args.output}: {trace.name}, {len(trace.rates_bps)} rows, format {args.to}")
+    if args.json:
+        facts = {"file": args.output, "name": trace.name, "rows": len(trace.rates_bps), "format": args.to}
+        print(json.dumps(facts | {"sha256": trace.sha256}, indent=1))
+    else:
+        print(f"{args.output}: {trace.name}, {len(trace.rates_bps)} rows, format {args.to}")
     return 0
 
 

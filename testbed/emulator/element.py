@@ -98,12 +98,14 @@ class Lane:
         now = time.monotonic()
         limit = now + early_s
         if self.plain:
+            waiting = len(self.held)
+            first_due = self.held[0][0] if self.held else now
             last = None
             while self.held and self.held[0][0] <= limit:
                 last = self.held.popleft()
             if last is not None:
                 self.queue.accept_up_to(last[1])
-                self._note_late(now - last[0])
+                self._note_late(now - first_due, waiting - len(self.held))  # none of them is later than the first
             return
         verdicts = []
         copies = []
@@ -120,12 +122,12 @@ class Lane:
             self.raw.sendto(copy, (socket.inet_ntoa(copy[16:20]), 0))
             self.counts["duplicated"] += 1
 
-    def _note_late(self, late_s: float) -> None:
+    def _note_late(self, late_s: float, packets: int = 1) -> None:
         for i, bound in enumerate(LATE_BINS_S):
             if late_s <= bound:
-                self.late[i] += 1
+                self.late[i] += packets
                 return
-        self.late[-1] += 1
+        self.late[-1] += packets
 
     def report(self) -> dict[str, Any]:
         return {**self.counts, "late": self.late, "lost_by_kernel": self.queue.lost()}

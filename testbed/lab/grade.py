@@ -168,12 +168,13 @@ def _missed(result: Mapping[str, Any]) -> str:
 
 
 def _regret(result: Mapping[str, Any]) -> str:
-    mine, peer, gap = (summaries.nats(result[f"regret{end}"]) for end in ("", "_buffer_based", "_difference"))
+    mine, peer = (summaries.nats(result[f"regret{end}"]) for end in ("", "_buffer_based"))
     words = f"Regret where met: {mine} nats ({PEER} {peer})"
     if result["regret_difference"] is None:
         return words
     interval = _interval(result["regret_difference_low"], result["regret_difference_high"], "+.2g")
     both = summaries.many(result["regret_difference_n"], "session")
+    gap = summaries.nats(result["regret_difference"], "+")
     return f"{words}; difference {gap}{interval} over the {both} that both met"
 
 

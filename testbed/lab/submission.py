@@ -73,7 +73,7 @@ class Watch:
 
     asked: list[Asked] = field(default_factory=list)
     first_fault: str = ""
-    """Traceback of the first exception."""
+    """Traceback of the first exception, or that an answer was late."""
     _ask: Ask = ask_directly
 
     def __call__(self, policy: Policy, obs: Observation) -> Choice:
@@ -83,8 +83,8 @@ class Watch:
         try:
             choice = self._ask(policy, obs)
         except Exception as error:
-            if not isinstance(error, PolicyError):  # which says all there is to say: the policy was late
-                self.first_fault = self.first_fault or traceback.format_exc(limit=-3)
+            late = isinstance(error, PolicyError)  # which says all there is to say
+            self.first_fault = self.first_fault or (str(error) if late else traceback.format_exc(limit=-3))
             self.asked.append(Asked(obs, 0, {}, time.perf_counter() - began))
             raise
         seconds = time.perf_counter() - began

@@ -77,7 +77,7 @@ _CODECS: Final[Mapping[str, Style]] = {
 def scheme_style(row: Mapping[str, Any]) -> Style:
     """The look of a row's scheme (its `scheme`, `policy`, `codec`, `depth` and `overlap`).
 
-    Settings of a policy turn its marker, unless the scheme goes by the policy's plain name.
+    Settings of a policy turn its marker and change its dash, unless the scheme goes by the policy's plain name.
     """
     name, _, settings = row["policy"].partition(",")
     level = settings.removeprefix("level=")
@@ -86,7 +86,9 @@ def scheme_style(row: Mapping[str, Any]) -> Style:
     label = row["scheme"].removesuffix("-no-overlap").removesuffix("-depth1")
     turn, dash = _of_codec(row.get("codec", "kvstream"))
     if settings and label != name:
-        turn += 1 + zlib.crc32(settings.encode()) % 4
+        number = sum(settings.encode())  # no hash: neighbouring values, as people try them, never look the same
+        turn += 1 + number % (len(_MARKERS) - 1)
+        dash = (0, (1.5 + number % 7, 1.0, 5.0 + turn % 4, 1.0))
     colour, marker = _POLICIES.get(name) or _unknown(name)
     turned = _STARS[turn % len(_STARS)] if marker == "*" else _MARKERS[(_MARKERS.index(marker) + turn) % len(_MARKERS)]
     style = Style(colour, turned, dash)

@@ -40,7 +40,9 @@ def schemes(summary: Json, material: Material) -> str:
             str(entry["n"]),
             _interval_bar(entry, scheme_style(rows[0]).colour),
             _met_against(entry["versus"]),
-            f"{number(entry['ttft_p50_s'])} <small>" + " / ".join(number(entry[f"ttft_{p}_s"]) for p in ("p95", "p99")),
+            f"{number(entry['ttft_p50_s'])} <small>"
+            + " / ".join(number(entry[f"ttft_{p}_s"]) for p in ("p95", "p99"))
+            + "</small>",
             nats(entry["distortion"]) + _interval(entry["distortion_low"], entry["distortion_high"]),
             _distortion_against(entry["versus"]),
             nats(entry["measured_kl"]),

@@ -120,12 +120,12 @@ def test_what_was_done_to_packets_is_the_difference_of_two_reports():
 
 
 def test_a_session_s_record_has_what_was_done_to_its_packets(scenario):
-    done = scenario("replay", rows=[[0.5, 20]], length_s=0.5, link="delay=5ms,loss=1%,impair=nfqueue")
+    done = scenario("replay", rows=[[0.5, 20]], length_s=0.5, link="delay=5ms,loss=5%,impair=nfqueue")
     told = done["verdict"]["impairments"]
     assert told == done["record"]["impairments"]
     assert told["packets"] > 100
     assert told["lost_by_kernel"] == 0
-    assert told["dropped"] < 0.1 * told["packets"]
+    assert 0 < told["dropped"] < 0.2 * told["packets"]
 
 
 class WithNetem:

@@ -106,3 +106,13 @@ def test_names_import_no_policy() -> None:
     code = "import sys; from policies import registry; registry.names(); print('policies.optimum' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "body", ["sys.exit()", "class P:\n    def __init__(self): sys.exit()\n    def choose(self, obs): ..."]
+)
+def test_a_policy_that_ends_the_program_is_refused(tmp_path, body):
+    file = tmp_path / "mine.py"
+    file.write_text(f"import sys\n\n{body}\n")
+    with pytest.raises(PolicyError, match="SystemExit"):
+        registry.make(f"{file}:P")

@@ -28,9 +28,11 @@ def test_goodput_is_that_of_the_link_s_packets():
     ("traces", "link", "says"),
     [
         ([PLAIN, STEADY], LinkSettings(), ""),
-        ([PLAIN], LinkSettings(loss=0.01), "knows no losses"),
+        ([PLAIN], LinkSettings(loss=0.01), "does not know of losses"),
         ([CHUNKS], LinkSettings(), "takes varying delays at their mean"),
-        ([PLAIN, FAR], LinkSettings(), "takes varying delays at their mean and knows no losses"),
+        ([PLAIN, FAR], LinkSettings(), "takes varying delays at their mean and does not know of losses"),
+        ([PLAIN], LinkSettings(delay_s=0.01, jitter_s=0.001), "takes varying delays at their mean"),
+        ([PLAIN], LinkSettings(cross_flows=2, duplicate=0.01), "does not know of cross traffic, duplicates"),
     ],
 )
 def test_what_is_left_out_is_said(traces, link, says):

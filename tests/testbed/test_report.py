@@ -174,6 +174,16 @@ def test_no_two_schemes_of_our_experiments_look_the_same(file: Path, look: Calla
     assert len({look(scheme_style(row)) for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize("look", [as_line, as_point])
+@pytest.mark.parametrize(
+    "settings",
+    [("fixed,level=0", "fixed,level=1", "fixed,level=2", "fixed,level=3"), ("mpc", "mpc,horizon=1", "mpc,horizon=3"),
+     ("./my_policy.py:MyPolicy", "./my_policy.py:MyPolicy,safety=0.6")],
+)  # fmt: skip
+def test_settings_of_one_policy_can_be_told_apart(settings: tuple[str, ...], look: Callable[[Style], object]) -> None:
+    assert len({look(scheme_style(row_of(policy, scheme=policy))) for policy in settings}) == len(settings)
+
+
 def test_a_look_depends_on_names_and_not_on_their_order() -> None:
     row = row_of("./mine.py:Mine")
     assert scheme_style(row) == scheme_style(dict(row))

@@ -76,6 +76,10 @@ def test_a_run_does_not_go_on_from_other_inputs(tmp_path, key, words):
         ('{"experiment": 1, "backend": "b", "schemes": []}', "experiment is 1; give a table"),
         ('{"experiment": {"name": "e"}, "backend": "b", "schemes": [1]}', "it holds no table"),
         ('{"experiment": {"name": "e"}, "backend": "b", "schemes": [], "levels": 1}', "levels is 1; give a table"),
+        (
+            '{"experiment": {"name": "e", "deadlines_s": 3}, "backend": "b", "schemes": []}',
+            "deadlines_s is 3; give",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_said_in_one_line(tmp_path, content, why):
@@ -83,6 +87,22 @@ def test_a_damaged_manifest_is_said_in_one_line(tmp_path, content, why):
     with pytest.raises(SpecError, match=rf"manifest\.json is damaged \({why}.*; run it again with --fresh") as caught:
         _ = Run.open(tmp_path).manifest
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"row": {"met": "yes"}}, {"row": {"distortion": "x"}}, {"row": {"fidelity": None}}, {"row": {"status": "fine"}},
+     {"chunks": [1]}],
+)  # fmt: skip
+def test_a_cell_with_a_value_of_another_type_is_damaged(tmp_path, change):
+    run = Run(tmp_path / "r")
+    run.create(manifest())
+    run.save(row(), [], [])
+    [cell] = run.cells.iterdir()
+    body = json.loads(cell.read_text())
+    cell.write_text(json.dumps(body | change | {"row": body["row"] | change.get("row", {})}))
+    with pytest.raises(SpecError, match=r"is damaged \(.*; give "):
+        run.rows()
 
 
 @pytest.mark.parametrize("content", ["", "\x00", "[]", "{}", '{"row": {}, "chunks": [], "link": []}', '{"cells": [1]}'])

@@ -47,7 +47,7 @@ def test_a_trace_s_delays_and_losses_are_taken_as_far_as_said(tmp_path, capsys):
     )
     run = Run(tmp_path / "far")
     simulated.run_simulated(made, run, quiet=False)
-    says = "takes varying delays at their mean and knows no losses"
+    says = "takes varying delays at their mean and does not know of losses"
     assert f"it {says}" in capsys.readouterr().out.splitlines()[0]
     assert run.manifest["simplified"] == f"the simulator {says}"
     ttft_s = {(row["trace"], row["link"]): row["ttft_s"] for row in run.rows()}

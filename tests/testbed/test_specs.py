@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -22,6 +22,7 @@ class Example:
     room_s: float = 0.1
     room_bytes: int | None = None
     share: Fraction = 0.5
+    gain: Annotated[float, "as large as it likes"] = 1.0
     any_unit: float = 0.0
     s: float = 0.0
 
@@ -38,6 +39,10 @@ def test_settings_take_the_types_and_units_of_their_fields():
         Example, specs.parse_settings("horizon=5,delay=20ms,loss=0.1%,level=highest,eager=on,cap=3Mbps"), "example"
     )
     assert built == Example(5, 0.02, pytest.approx(0.001), "highest", True, "", 3e6)
+
+
+def test_an_annotation_of_someone_else_is_none_of_ours():
+    assert specs.build(Example, {"gain": "0.7"}, "example").gain == 0.7
 
 
 def test_the_unit_says_which_of_two_fields_is_meant():

@@ -152,6 +152,14 @@ def test_a_narrow_terminal_does_without_some_columns_and_says_so(tmp_path: Path,
     assert (f"left out on this narrow terminal: {gone}" in " ".join(map(str.rstrip, lines))) == bool(gone)
 
 
+def test_a_column_that_says_nothing_is_left_out_first() -> None:
+    rows = [row("fast", unit, True) | {"answers": None, "answers_right": None} for unit in range(9)]
+    whole, narrow = text(summarise(rows)), text(summarise(rows), 80)
+    assert "answers" in whole.splitlines()[0]
+    assert "answers" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
+
+
 def test_a_long_name_is_folded_and_no_number_cropped() -> None:
     lines = shown(summarise([row("a-name-" * 9, unit, True) for unit in range(9)]), 80)
     assert "…" not in lines

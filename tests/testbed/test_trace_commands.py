@@ -68,4 +68,4 @@ def test_a_format_goes_with_part_and_transforms(tmp_path, capsys):
     printed(capsys, "convert", f"{log},part=1", str(out), "--from", "cachegen")
     assert formats.load(out).chunk_rate(0) == pytest.approx(2e9 * 1514 / 1448)
     assert cli.main(["trace", "convert", "steady", str(out), "--from", "csv"]) == 2
-    assert "no setting 'format'" in capsys.readouterr().err
+    assert "--from is for files" in capsys.readouterr().err
