@@ -90,7 +90,8 @@ def one(number: int, seed: int) -> Killed:
         if process.poll() is None and victims:
             pid = draw.choice(victims)
             with contextlib.suppress(OSError):  # it may end by itself at this very moment
-                victim = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                victim = words.replace(sys.executable, "python").replace(str(ROOT), ".")[:200]
                 os.kill(pid, signal.SIGKILL)
         status = ended(process)
         end_s = time.monotonic()
