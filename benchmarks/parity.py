@@ -53,12 +53,10 @@ DEPTHS = (1, 2)
 QUEUE = "queue_bytes=2000000"
 SMALL = (
     ("0ms", "constant,rate=40Mbps", 2),
-    ("0ms", "step-down-up,scale_mean=40Mbps", 1),
     ("0ms", "uniform,low=5Mbps,high=75Mbps,per=chunk,seed=7", 1),
     ("10ms", "uniform,low=5Mbps,high=75Mbps,hold=0.2s,seed=7", 2),
     ("10ms", "wifi,scale_mean=50Mbps", 1),
     ("10ms", "uniform,low=5Mbps,high=75Mbps,per=chunk,seed=7", 2),
-    ("40ms", "step-down-up,scale_mean=40Mbps", 2),
     ("40ms", "constant,rate=40Mbps", 1),
 )
 FLOOR_S, MEDIAN, P95 = 0.005, 0.03, 0.08
@@ -219,7 +217,7 @@ def line_of(unit: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="8 units")
+    parser.add_argument("--small", action="store_true", help="6 units")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     from testbed.emulator import sandbox

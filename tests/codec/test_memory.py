@@ -19,10 +19,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 @pytest.mark.parametrize(
     ("shape", "threads", "names"),
     [
-        ("deep", 1, ["raw", "uniform", "fp8"]),
-        ("deep", 16, ["artifact"]),  # each thread holds buffers of its own
-        ("deep", 16, ["cachegen"]),
-        ("deep", 16, ["kvstream"]),
+        ("deep", 16, [*registry.CODECS]),  # each thread holds buffers of its own
         ("small", 2, [*registry.CODECS]),
     ],
 )
