@@ -97,7 +97,7 @@
     const here = session.chunks.filter((c) => c.last_byte_s !== null), done = here.filter((c) => c.decode_end_s !== null);
     $("g-chunks").textContent = `${here.length} of ${session.chunks.length}`;
     const oldest = Math.min(...here.filter((c) => c.decode_end_s === null).map((c) => c.last_byte_s));
-    $("g-lag").textContent = here.length === done.length ? "none" : `${here.length - done.length} of them, ${Math.max(0, (now - oldest) * 1000).toFixed(0)} ms`;
+    $("g-lag").textContent = here.length === done.length ? "none" : `${here.length - done.length} ${here.length - done.length === 1 ? "chunk" : "chunks"}, ${Math.max(0, (now - oldest) * 1000).toFixed(0)} ms`;
   }
 
   function draw(session, now, follow, span = null) {
