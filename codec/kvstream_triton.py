@@ -5,7 +5,7 @@ the values will take: as float16 where the target's elements have 16 bits, which
 are float16 and the high parts of wide columns are seven bits times a power of two. The second takes a tile of tokens
 of one head at a time, multiplies it with the head's basis on the matrix units (float16 operands, float32 sums), adds
 the further bits of wide columns and escapes as terms of their own, then scale, mean and RoPE in float32, and writes
-the values over the coefficients. So no second copy of the cache exists, whatever the target's layout.
+the values over the coefficients. Both go segment by segment, so that little is left to do after a chunk's last byte. So no second copy of the cache exists, whatever the target's layout.
 
 A head's dimensions are kept as two halves, the first and the second of each rotary pair, so that rotating them is
 elementwise. Importing this module imports Triton; its kernels also run in Triton's interpreter (`entropy.device`).
@@ -58,12 +58,12 @@ class Tiling:
 
 
 SYNTHESIS = Tiling(block=64, tiles=4, warps=8, stages=1)
+SPAN = SYNTHESIS.block * SYNTHESIS.tiles
+"""Tokens of a head whose values one program makes."""
 ANALYSIS = Tiling(block=64, tiles=4, warps=8, stages=1)
 _MOST_BYTES_AN_ELEMENT = 8
 """A symbol takes a word at most; a stream of one symbol, two more and its length."""
 _ESCAPES_A_CHUNK = 4_096
-_EXACT_SHIFT = 4
-"""127 * 2^4 + 2^3 < 2^11: with so many further bits every coefficient is an integer that float16 has."""
 """Escapes that the encoder makes room for at first."""
 
 
@@ -78,16 +78,34 @@ class DeviceLevel:
     """int32 `[C]`."""
     factor: Tensor
     """float32 `[L * 2 * H]`: what products with the stored basis are to be multiplied with."""
-    wide: int
-    """0: no column is wide; 1: whole coefficients fit float16 exactly; 2: they do not."""
     wide_half: Tensor
-    """int32 `[W]`: what is taken off its further bits."""
+    """int32 `[W]`: what is taken off a wide column's further bits."""
+    wide_place: Tensor
+    """int32 `[W]`: which coefficient of its head it is."""
+    wide_first: Tensor
+    """int32 `[L * 2 * H + 1]`: where each head's wide columns begin."""
     wide_index: Tensor
     """int32 `[C]`: which of the wide columns a column is; -1 for the others."""
     fine: DeviceTables | None
     """Tables of the further bits, None where no column is wide."""
     symbols: DeviceReconstruction | None
     """That further bits are taken as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Escapes:
+    """A chunk's escapes, in the order of the tiles that they lie in: head by head, `SYNTHESIS.block` tokens each."""
+
+    first: Tensor
+    """int32 `[tiles + 1]`: where each tile's begin."""
+    column: Tensor
+    """int32 `[E]`."""
+    place: Tensor
+    """int32 `[E]`: which coefficient of its head it is."""
+    token: Tensor
+    """int32 `[E]`."""
+    value: Tensor
+    """float32 `[E]`, in steps."""
 
 
 class DeviceModel:
@@ -150,8 +168,9 @@ class DeviceModel:
             unit=copy(np.exp2(shift), np.float32),
             shift=copy(shift, np.int32),
             factor=(codec.scale.flatten() * codec.step(level)).to(device),
-            wide=0 if not len(wide) else 1 if int(shift.max()) <= _EXACT_SHIFT else 2,
             wide_half=copy((1 << shift[some].astype(np.int32)) >> 1, np.int32),
+            wide_place=copy(some % self.dim, np.int32),
+            wide_first=copy(np.searchsorted(wide, np.arange(0, len(own) + 1, self.dim)), np.int32),
             wide_index=copy(index, np.int32),
             fine=fine,
             symbols=rans_triton.reconstruction(fine, 1) if fine else None,
@@ -228,6 +247,7 @@ class Job:
         with model.beside():
             self._rotations = model.rotations(positions)
         self._bits_damaged: Tensor | None = None
+        self._escapes: Escapes | None = None
         self._values: Tensor | None = None
         if placement is None:
             # A target that only takes finished values: they are made beside it.
@@ -268,32 +288,64 @@ class Job:
             assert how is not None
             self._bits_damaged = rans_triton.launch_decode(streams, tables, how, self._bits)
 
-    def values(self, escaped: NDArray[Any]) -> None:
-        """Turn the coefficients into values, once those of all segments and the further bits are there."""
+    def escapes(self, escaped: NDArray[Any]) -> None:
+        """Copy escapes (`escapes.RECORD`, in order) of the target's layers to the device, by tiles of `values`."""
+        model = self.model
+        width = 2 * model.heads * model.dim
+        own = np.searchsorted(escaped["column"], (self.layers.start * width, self.layers.stop * width))
+        escaped = escaped[slice(*own)]
+        if not len(escaped):
+            return
+        tiles = triton.cdiv(len(self.positions), SYNTHESIS.block)
+        column = escaped["column"].astype(np.int64)
+        tile = column // model.dim * tiles + escaped["token"] // SYNTHESIS.block
+        order = np.argsort(tile, kind="stable")
+        first = np.searchsorted(tile[order], np.arange(model.layers * 2 * model.heads * tiles + 1))
+        value = escaped["value"].astype(np.float32).view(np.int32)
+        parts = [first, *(part[order] for part in (column, column % model.dim, escaped["token"], value))]
+        both = torch.from_numpy(np.concatenate([part.astype(np.int32) for part in parts])).to(model.device)
+        begins, *others = both.split([len(part) for part in parts])
+        self._escapes = Escapes(begins, others[0], others[1], others[2], others[3].view(torch.float32))
+
+    def values(self, first: int, last: int) -> None:
+        """Turn the coefficients of tokens `[first, last)` into values, once they, the further bits and the escapes are
+        there. `first` is a multiple of SPAN; so is `last`, unless it is the chunk's."""
         model, level, placement = self.model, self.level, self.placement
         model.wait_for_beside()
-        bits = self._bits
+        bits, found = self._bits, self._escapes
+        if found is not None:
+            _clear[(triton.cdiv(len(found.column), 128),)](
+                found.column, found.token, level.wide_index, level.wide_half, bits, self._bases, self._token_at,
+                len(found.column), first, last, model.heads * model.dim, model.dim, bits.shape[1],
+                placement.token_stride, placement.head_stride, placement.dim_stride,
+                TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype), BLOCK=128,
+            )  # fmt: skip
+        none = level.wide_index
+        begins, place, token, value = (
+            (none, none, none, level.factor) if found is None else (found.first, found.place, found.token, found.value)
+        )
         heads = 2 * model.heads
-        first_pair, pairs = self.layers.start * heads, len(self.layers) * heads
-        own = slice(*np.searchsorted(escaped["column"], (first_pair * model.dim, (first_pair + pairs) * model.dim)))
-        escaped = escaped[own]
-        first, place, token, value = self._escapes(escaped, bits)
         cosine, sine = self._rotations
         tokens = len(self.positions)
-        _synthesise[(pairs, triton.cdiv(tokens, SYNTHESIS.block * SYNTHESIS.tiles))](
+        _synthesise[(len(self.layers) * heads, triton.cdiv(last - first, SPAN))](
             self._bases, self._token_at, model.basis, level.factor, model.mean, model.dims,
             cosine, sine, model.rope_of_layer,
-            level.wide_index, level.wide_half, bits, first, place, token, value,
-            tokens, first_pair, model.heads, model.dim, model.half, bits.shape[1],
+            level.wide_first, level.wide_place, level.wide_half, bits, begins, place, token, value,
+            tokens, first, last, self.layers.start * heads, model.heads, model.dim, model.half, bits.shape[1],
             placement.token_stride, placement.head_stride, placement.dim_stride,
             TABLE=placement.token_at is not None, COEFFICIENT=_coefficient_type(self.target.dtype),
             VALUE=_TYPES[self.target.dtype], CONTIGUOUS=model.contiguous,
             ALIGNED=placement.aligned and model.half * self.target.dtype.itemsize % 16 == 0,
-            WIDE=level.wide, ESCAPES=len(escaped) > 0, DIM=model.dim_block, HALF=model.half_block,
+            WIDE=level.fine is not None, ESCAPES=found is not None, DIM=model.dim_block, HALF=model.half_block,
             BLOCK=SYNTHESIS.block, TILES=SYNTHESIS.tiles, num_warps=SYNTHESIS.warps, num_stages=SYNTHESIS.stages,
         )  # fmt: skip
+
+    def finish(self, streams: DeviceStreams) -> None:
+        """Wait for the device, and give a target that only takes finished values what it is due. Raises CodecError."""
+        damaged = self.damaged
         if self._bits_damaged is not None:
-            self.damaged = torch.maximum(self.damaged, self._bits_damaged)
+            damaged = torch.maximum(damaged, self._bits_damaged)
+        shared.raise_if_damaged(damaged, streams)
         if self._values is not None:
             for layer in range(len(self.layers)):
                 for side in (0, 1):
@@ -302,27 +354,6 @@ class Job:
     @property
     def _token_at(self) -> Tensor:
         return self._bases if self.placement.token_at is None else self.placement.token_at
-
-    def _escapes(self, escaped: NDArray[Any], bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Escapes by head: where each head's begin, their coefficients, tokens and values in steps. What the streams
-        hold in their places is cleared."""
-        model, level, placement = self.model, self.level, self.placement
-        if not len(escaped):
-            return level.wide_index, level.wide_index, level.wide_index, level.factor
-        column = escaped["column"].astype(np.int64)
-        heads = np.arange(model.layers * 2 * model.heads + 1) * model.dim
-        parts = (
-            np.searchsorted(column, heads).astype(np.int32), column.astype(np.int32),
-            escaped["token"].astype(np.int32), escaped["value"].astype(np.float32),
-        )  # fmt: skip
-        first, columns, token, value = (torch.from_numpy(part).to(model.device) for part in parts)
-        _clear[(triton.cdiv(len(escaped), 128),)](
-            columns, token, level.wide_index, level.wide_half, bits, self._bases, self._token_at, len(escaped),
-            model.heads * model.dim, model.dim, bits.shape[1],
-            placement.token_stride, placement.head_stride, placement.dim_stride,
-            TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype), BLOCK=128,
-        )  # fmt: skip
-        return first, columns % model.dim, token, value
 
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -340,10 +371,11 @@ def decode(model: DeviceModel, level: int, positions: range, sections: dict[str,
         tokens, segment_tokens = len(positions), kvstream.SEGMENT_TOKENS
         if job.level.fine is not None:
             job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, tokens, segment_tokens))
+        job.escapes(sections["escs"])
         streams = rans_triton.upload(sections["coef"], job.level.tables, tokens, segment_tokens)
         job.coefficients(streams)
-        job.values(sections["escs"])
-        shared.raise_if_damaged(job.damaged, streams)
+        job.values(0, tokens)
+        job.finish(streams)
 
 
 def _checked(layers: range | None, count: int) -> range:
@@ -378,7 +410,8 @@ class StreamingDecoder(Decoder):
         self._streams: DeviceStreams | None = None
         self._ends: list[int] = []
         self.segments_begun = 0
-        self._has_bits = False
+        self._has_bits = self._has_escapes = False
+        self.tokens_done = 0
         self._at = self._size = self._copied = 0
 
     def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
@@ -390,11 +423,11 @@ class StreamingDecoder(Decoder):
         with torch.inference_mode(), shared.current(self._model.device):
             if self._job is None:
                 self._begin(header)
-            self._further_bits(header)
+            self._exceptions(header)
             self._copy(before, view, on_device)
             if self._streams is None:
                 self._parse_lengths(header)
-            self._launch()
+            self._launch(header)
 
     def finish(self) -> KVTarget:
         chunk = self._codec.check(self._arrival.finish())
@@ -402,9 +435,8 @@ class StreamingDecoder(Decoder):
             raise CodecError("the chunk ended before its coded coefficients did; fetch it again")
         header = chunk.header
         with torch.inference_mode(), shared.current(self._model.device):
-            self._further_bits(header)
-            self._job.values(escapes.parse(chunk.section("escs"), self._streams.columns, header.tokens))
-            shared.raise_if_damaged(self._job.damaged, self._streams)
+            self._transform(header)
+            self._job.finish(self._streams)
         return self._out
 
     def _begin(self, header: Header) -> None:
@@ -421,15 +453,22 @@ class StreamingDecoder(Decoder):
         # Whole words, and one of zeros behind them: kernels read ahead.
         self._coef = torch.zeros(self._size // 4 * 4 + 8, dtype=torch.uint8, device=self._model.device)
 
-    def _further_bits(self, header: Header) -> None:
-        """Start on the further bits of wide columns as soon as they are there."""
+    def _exceptions(self, header: Header) -> None:
+        """Start on the further bits of wide columns and on the escapes as soon as they are there."""
         assert self._job is not None
         tables = self._job.level.fine
-        at, size = self._arrival.section("fine")
-        if tables is not None and not self._has_bits and at + size <= self._arrival.received:
+        if not self._has_bits and (part := self._whole("fine")) is not None:
             self._has_bits = True
-            part = self._arrival.part(at, size)
-            self._job.further_bits(rans_triton.upload(part, tables, header.tokens, kvstream.SEGMENT_TOKENS))
+            if tables is not None:
+                self._job.further_bits(rans_triton.upload(part, tables, header.tokens, kvstream.SEGMENT_TOKENS))
+        if not self._has_escapes and (part := self._whole("escs")) is not None:
+            self._has_escapes = True
+            self._job.escapes(escapes.parse(part, self._job.level.tables.columns, header.tokens))
+
+    def _whole(self, tag: str) -> memoryview | None:
+        """A section, once all of it is there."""
+        at, size = self._arrival.section(tag)
+        return self._arrival.part(at, size) if at + size <= self._arrival.received else None
 
     def _copy(self, before: int, view: memoryview, on_device: Tensor | None) -> None:
         """What of these bytes belongs to the coded coefficients goes to its place on the device."""
@@ -459,7 +498,7 @@ class StreamingDecoder(Decoder):
         self._ends = (layout.units_at + 2 * offsets[columns::columns]).tolist()
         self._streams = shared.on_device(self._coef, layout, columns, header.tokens)
 
-    def _launch(self) -> None:
+    def _launch(self, header: Header) -> None:
         """Decode the segments that are there and were not decoded yet."""
         if self._streams is None or self._job is None:
             return
@@ -469,6 +508,19 @@ class StreamingDecoder(Decoder):
         if ready > self.segments_begun:
             self._job.coefficients(self._streams, self.segments_begun, ready - self.segments_begun)
             self.segments_begun = ready
+            self._transform(header)
+
+    def _transform(self, header: Header) -> None:
+        """Make values of the tokens whose coefficients are there, if all that they need is."""
+        assert self._job is not None
+        assert self._streams is not None
+        if not (self._has_bits and self._has_escapes):
+            return
+        tokens = self.segments_begun * self._streams.segment_tokens
+        tokens = header.tokens if tokens >= header.tokens else tokens // SPAN * SPAN
+        if tokens > self.tokens_done:
+            self._job.values(self.tokens_done, tokens)
+            self.tokens_done = tokens
 
 
 def encode(model: DeviceModel, kv: Tensor, level: int, positions: range, segment_tokens: int) -> dict[str, Any]:
@@ -480,9 +532,9 @@ def encode(model: DeviceModel, kv: Tensor, level: int, positions: range, segment
         symbols, fine, escaped = launch_quantise(model, kv, level, positions)
         found = model.level(level)
         return {
-            "coef": rans_triton.encode(symbols.T, found.tables, segment_tokens=segment_tokens),
-            "fine": rans_triton.encode(fine.T, found.fine, segment_tokens=segment_tokens) if found.fine else b"",
             "escs": escaped.tobytes(),
+            "fine": rans_triton.encode(fine.T, found.fine, segment_tokens=segment_tokens) if found.fine else b"",
+            "coef": rans_triton.encode(symbols.T, found.tables, segment_tokens=segment_tokens),
         }
 
 
@@ -564,11 +616,16 @@ def _coefficients(
     if not TABLE:
         to += first.to(tl.int64) * token_stride
     state, ahead, at = begin(payload, at, end)
+    if TABLE:
+        following = tl.load(token_at + first)
     for t in range(first, last):
+        if TABLE:  # a token ahead, so that no store waits for where it goes
+            here = following
+            following = tl.load(token_at + tl.minimum(t + 1, last - 1))
         _, entry, state, ahead, at = advance(state, ahead, at, end, payload, slots, entries)
         value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) * factor
         if TABLE:
-            tl.store(to + tl.load(token_at + t), value.to(ELEMENT))
+            tl.store(to + here, value.to(ELEMENT))
         else:
             tl.store(to, value.to(ELEMENT))
             to += token_stride
@@ -579,35 +636,36 @@ def _coefficients(
 
 @triton.jit
 def _clear(
-    column, token, wide_index, wide_half, bits, bases, token_at, n, width, dim, wide, token_stride, head_stride,
-    dim_stride, TABLE: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr,
+    column, token, wide_index, wide_half, bits, bases, token_at, n, first, last, width, dim, wide,
+    token_stride, head_stride, dim_stride, TABLE: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zero the coefficients in the places of escapes: the high part in the target, the further bits apart."""
+    """Zero the coefficients in the places of escapes among tokens `[first, last)`: the high part in the target, the
+    further bits apart."""
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    some = e < n
-    c = tl.load(column + e, mask=some, other=0)
-    t = tl.load(token + e, mask=some, other=0)
+    c = tl.load(column + e, mask=e < n, other=0)
+    t = tl.load(token + e, mask=e < n, other=-1)
+    some = (t >= first) & (t < last)
     place = c % width
     to = tl.load(bases + c // width).to(tl.pointer_type(ELEMENT)) + _at(token_at, t, some, token_stride, TABLE)
     to += (place // dim).to(tl.int64) * head_stride + (place % dim).to(tl.int64) * dim_stride
     tl.store(to, tl.zeros([BLOCK], ELEMENT), mask=some)
     index = tl.load(wide_index + c, mask=some, other=-1)
-    has = index >= 0
+    has = some & (index >= 0)
     tl.store(bits + t.to(tl.int64) * wide + index, tl.load(wide_half + index, mask=has).to(tl.uint8), mask=has)
 
 
 @triton.jit
 def _synthesise(
     bases, token_at, basis, factor, mean, dims, cosine, sine, rope_of_layer,
-    wide_index, wide_half, bits, escape_first, escape_place, escape_token, escape_value,
-    tokens, first_pair, heads, dim, half, wide, token_stride, head_stride, dim_stride,
+    wide_first, wide_place, wide_half, bits, escape_first, escape_place, escape_token, escape_value,
+    tokens, first_token, last_token, first_pair, heads, dim, half, wide, token_stride, head_stride, dim_stride,
     TABLE: tl.constexpr, COEFFICIENT: tl.constexpr, VALUE: tl.constexpr, CONTIGUOUS: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, ESCAPES: tl.constexpr,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Values from coefficients, in place, of one head's keys or values: `TILES` tiles of `BLOCK` tokens.
 
-    WIDE 0: no column has further bits; 1: they fit a float16 together with the high part; 2: they are a term apart.
+    Further bits of wide columns are a product of their own, with 16 rows of the basis at a time: a head has few.
     """
     pair = first_pair + tl.program_id(0)
     block = pair // heads
@@ -634,30 +692,36 @@ def _synthesise(
     scale = tl.load(factor + pair)
     mean_a = tl.load(mean + pair * (2 * HALF) + j)[None, :]
     mean_b = tl.load(mean + pair * (2 * HALF) + HALF + j)[None, :]
-    if WIDE > 0:
-        index = tl.load(wide_index + pair * dim + k, mask=k < dim, other=-1)
-        centre = tl.load(wide_half + index, mask=index >= 0, other=0)
+    if WIDE:
+        wide_begin = tl.load(wide_first + pair)
+        wide_end = tl.load(wide_first + pair + 1)
     for tile in range(TILES):
-        t = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
-        there = t < tokens
+        begin = first_token + (tl.program_id(1) * TILES + tile) * BLOCK
+        t = begin + tl.arange(0, BLOCK)
+        there = t < last_token
         at = _at(token_at, t, there, token_stride, TABLE)
         if ALIGNED:
             at = tl.multiple_of(at, 8)
         c = tl.load(source + at[:, None] + k[None, :] * dim_stride, mask=there[:, None] & (k < dim)[None, :],
                     other=0.0).to(tl.float16)  # fmt: skip
-        if WIDE > 0:
-            extra = there[:, None] & (index >= 0)[None, :]
-            low = tl.load(bits + t[:, None].to(tl.int64) * wide + index[None, :], mask=extra, other=0).to(tl.int32)
-            low = tl.where(extra, low - centre[None, :], 0).to(tl.float16)
-            if WIDE == 1:
-                c = c + low
         a = tl.dot(c, basis_a)
         b = tl.dot(c, basis_b)
-        if WIDE == 2:
-            a = tl.dot(low, basis_a, a)
-            b = tl.dot(low, basis_b, b)
+        if WIDE:
+            for some in range(wide_begin, wide_end, 16):
+                index = some + tl.arange(0, 16)
+                own = index < wide_end
+                place = tl.load(wide_place + index, mask=own, other=0)
+                centre = tl.load(wide_half + index, mask=own, other=0)
+                low = tl.load(bits + t[:, None].to(tl.int64) * wide + index[None, :],
+                              mask=there[:, None] & own[None, :], other=0)  # fmt: skip
+                low = tl.where(own[None, :], low.to(tl.int32) - centre[None, :], 0).to(tl.float16)
+                a = tl.dot(low, tl.load(rows + place[:, None] * HALF), a)
+                b = tl.dot(low, tl.load(rows + (DIM + place[:, None]) * HALF), b)
         if ESCAPES:
-            for e in range(tl.load(escape_first + pair), tl.load(escape_first + pair + 1)):
+            tile_number = pair * tl.cdiv(tokens, BLOCK) + begin // BLOCK
+            own_first = tl.load(escape_first + tile_number, mask=begin < last_token, other=0)
+            own_last = tl.load(escape_first + tile_number + 1, mask=begin < last_token, other=0)
+            for e in range(own_first, own_last):
                 place = tl.load(escape_place + e)
                 hit = tl.where(t == tl.load(escape_token + e), tl.load(escape_value + e), 0.0)[:, None]
                 a += hit * tl.load(rows + place * HALF).to(tl.float32)

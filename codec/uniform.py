@@ -63,8 +63,9 @@ class FP8(Codec):
         largest = torch.finfo(torch.float8_e4m3fn).max
         scales, data = [], []
         for layer in kv:
-            scale = layer.abs().amax(dim=(1, 3)).float() / largest
-            scaled = layer.float() / torch.where(scale > 0, scale, 1.0)[:, None, :, None]
+            # on the CPU: a GPU multiplies by the reciprocal of a number, which is not the same to the bit
+            scale = layer.abs().amax(dim=(1, 3)).float().cpu() / largest
+            scaled = layer.float() / torch.where(scale > 0, scale, 1.0)[:, None, :, None].to(layer.device)
             scales.append(scale)
             data.append(as_bytes(scaled.clamp_(-largest, largest).to(torch.float8_e4m3fn)))
         return {"scal": as_bytes(torch.stack(scales)), "data": b"".join(data)}

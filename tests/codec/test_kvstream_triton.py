@@ -36,7 +36,7 @@ SHAPES = [
 
 
 def make(layers: int, heads: int, dim: int, rotary: int, interleaved: bool) -> tuple[kvstream.KVStream, Any]:
-    """A codec with levels that have no wide columns, some, and some too wide for one float16; a cache with spikes."""
+    """A codec with levels that have no wide columns, some, and more than a product takes; a cache with spikes."""
     draw = torch.Generator().manual_seed(dim + rotary)
     shape = (layers, 2, 300, heads, dim)
     mixing = torch.randn((layers, 2, heads, dim, dim), generator=draw) * torch.logspace(1, -1.5, dim)
@@ -109,7 +109,9 @@ def test_encodes_as_the_cpu_does(case: tuple[kvstream.KVStream, Any], level: int
 def test_levels_are_of_all_kinds(case: tuple[kvstream.KVStream, Any]) -> None:
     codec, kv = case
     model = codec.on_device(DEVICE)
-    assert {model.level(level).wide for level in (0, 2)} == {0, 2}
+    assert model.level(0).fine is None
+    assert model.level(2).fine is not None
+    assert int(model.level(2).wide_first.diff().max()) >= (17 if codec.shape[2] > 16 else 12)
     data = codec.encode(kv, 1, positions=range(START, START + T))
     assert len(codec._open(data).section("escs")) > 0
 
@@ -149,25 +151,38 @@ class OnlyWrites(CacheTarget):
         self.inner.write(layer, kv, values, first)
 
 
-@pytest.mark.parametrize("piece", [7, 64, 1 << 20])
-def test_decodes_as_bytes_arrive(piece: int) -> None:
+@pytest.mark.parametrize(("piece", "level"), [(7, 1), (64, 2), (1 << 20, 1)])
+def test_decodes_as_bytes_arrive(piece: int, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvstream_triton, "SYNTHESIS", kvstream_triton.Tiling(block=16, tiles=1, warps=4, stages=1))
+    monkeypatch.setattr(kvstream_triton, "SPAN", 16)
     codec, kv = make(*SHAPES[0])
-    data = codec.encode(kv, 1, positions=range(START, START + T))
+    data = codec.encode(kv, level, positions=range(START, START + T))
     wanted = codec.decode(data, torch.empty(kv.shape))
     out = torch.full(kv.shape, torch.nan, device=DEVICE)
     decoder = kvstream_triton.StreamingDecoder(codec, out, DEVICE)
-    begun = []
+    begun, done = [], []
     for first in range(0, len(data), piece):
         part = memoryview(data)[first : first + piece]
         held = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(DEVICE) if first % 2 else None
         decoder.feed(part, held)
         begun.append(decoder.segments_begun)
+        done.append(decoder.tokens_done)
     assert decoder.finish() is out
     assert_close(out, wanted)
     assert begun == sorted(begun)
     assert begun[-1] == 3
     if piece < 100:
         assert 1 in begun
+    assert set(done) == ({0, 16, T} if piece < 100 else {T})
+
+
+def test_sections_in_another_order_are_decoded_at_the_end() -> None:
+    codec, kv = make(*SHAPES[0])
+    chunk = codec._open(codec.encode(kv, 2, positions=range(START, START + T)))
+    data = container.pack(chunk.header, {tag: chunk.section(tag) for tag in ("coef", "fine", "escs")})
+    out = torch.full(kv.shape, torch.nan, device=DEVICE)
+    decode_at_once(codec, data, out)
+    assert_close(out, codec.decode(data, torch.empty(kv.shape)))
 
 
 @pytest.mark.parametrize("only_writes", [False, True])
