@@ -23,7 +23,7 @@ from torch import Tensor
 from codec import container, kvstream_triton
 from codec.container import Header
 from codec.entropy import device as shared
-from codec.entropy import escapes, rans_triton, sections
+from codec.entropy import rans_triton, sections
 from codec.kvstream import SEGMENT_TOKENS, KVStream
 from codec.profile import Profile
 from codec.targets import PagedTarget, StridedTarget
@@ -81,9 +81,8 @@ def made_chunk(codec: KVStream, model: kvstream_triton.DeviceModel, level: int, 
         drawn = torch.rand((tokens, len(shift)), device=model.device) * (1 << shift)
         fine = rans_triton.encode(drawn.to(torch.uint8).T, found.fine, segment_tokens=SEGMENT_TOKENS)
     header = Header("kvstream", level, START, layers, tokens, heads, dim, "float16", codec.profile_sha256)
-    return container.pack(header, {
-        "coef": rans_triton.encode(symbols.T, found.tables, segment_tokens=SEGMENT_TOKENS), "fine": fine, "escs": b"",
-    })  # fmt: skip
+    coefficients = rans_triton.encode(symbols.T, found.tables, segment_tokens=SEGMENT_TOKENS)
+    return container.pack(header, {"escs": b"", "fine": fine, "coef": coefficients})
 
 
 def packed_lengths(
@@ -109,19 +108,18 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
         found = model.level(level)
         streams = rans_triton.upload(chunk.section("coef"), found.tables, tokens)
         fine = rans_triton.upload(chunk.section("fine"), found.fine, tokens) if found.fine else None
-        nothing = escapes.parse(b"", len(found.tables.rows), tokens)
         groups = packed_lengths(chunk.section("coef"), len(found.tables.rows), tokens, 2, device)
         facts = {"bits": 8 * len(data) / wanted.numel(), "level": name.name, "segment_tokens": SEGMENT_TOKENS}
 
         def work(target: Any, level: int = level, streams: Any = streams, fine: Any = fine,
-                 groups: Any = groups, nothing: Any = nothing) -> Callable[[], Any]:  # fmt: skip
+                 groups: Any = groups) -> Callable[[], Any]:  # fmt: skip
             def once() -> kvstream_triton.Job:
                 shared.stream_offsets(groups[0], groups[1], groups[2])
                 job = kvstream_triton.Job(model, level, range(START, START + tokens), target)
                 if fine is not None:
                     job.further_bits(fine)
                 job.coefficients(streams)
-                job.values(nothing)
+                job.values(0, tokens)
                 return job
 
             return once
@@ -137,7 +135,7 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
                 job = decode()
                 table.add("  launched from Python each time", decode, **facts)
                 table.add("  of it rANS + dequantisation", lambda j=job, s=streams: j.coefficients(s), **facts)
-                table.add("  of it the transform", lambda j=job, n=nothing: j.values(n), **facts)
+                table.add("  of it the transform", lambda j=job: j.values(0, tokens), **facts)
         paged = [torch.zeros((2, -(-tokens // 16) + 3, 16, heads, dim), dtype=torch.float16, device=device)
                  for _ in range(layers)]  # fmt: skip
         order = torch.randperm(-(-tokens // 16) + 3, generator=torch.Generator().manual_seed(1))[: -(-tokens // 16)]

@@ -5,10 +5,12 @@ the values will take: as float16 where the target's elements have 16 bits, which
 are float16 and the high parts of wide columns are seven bits times a power of two. The second takes a tile of tokens
 of one head at a time, multiplies it with the head's basis on the matrix units (float16 operands, float32 sums), adds
 the further bits of wide columns and escapes as terms of their own, then scale, mean and RoPE in float32, and writes
-the values over the coefficients. Both go segment by segment, so that little is left to do after a chunk's last byte. So no second copy of the cache exists, whatever the target's layout.
+the values over the coefficients. So no second copy of the cache exists, whatever the target's layout. Both go segment
+by segment, so that little is left to do after a chunk's last byte.
 
 A head's dimensions are kept as two halves, the first and the second of each rotary pair, so that rotating them is
 elementwise. Importing this module imports Triton; its kernels also run in Triton's interpreter (`entropy.device`).
+Kernels are not specialised on what differs from chunk to chunk: each such variant would be compiled in mid-session.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -247,7 +249,9 @@ class Job:
         with model.beside():
             self._rotations = model.rotations(positions)
         self._bits_damaged: Tensor | None = None
-        self._escapes: Escapes | None = None
+        tiles = triton.cdiv(len(positions), SYNTHESIS.block)
+        none = torch.zeros(model.layers * 2 * model.heads * tiles + 1, dtype=torch.int32, device=model.device)
+        self._escapes = Escapes(none, none[:0], none[:0], none[:0], none[:0].view(torch.float32))
         self._values: Tensor | None = None
         if placement is None:
             # A target that only takes finished values: they are made beside it.
@@ -294,18 +298,8 @@ class Job:
         width = 2 * model.heads * model.dim
         own = np.searchsorted(escaped["column"], (self.layers.start * width, self.layers.stop * width))
         escaped = escaped[slice(*own)]
-        if not len(escaped):
-            return
-        tiles = triton.cdiv(len(self.positions), SYNTHESIS.block)
-        column = escaped["column"].astype(np.int64)
-        tile = column // model.dim * tiles + escaped["token"] // SYNTHESIS.block
-        order = np.argsort(tile, kind="stable")
-        first = np.searchsorted(tile[order], np.arange(model.layers * 2 * model.heads * tiles + 1))
-        value = escaped["value"].astype(np.float32).view(np.int32)
-        parts = [first, *(part[order] for part in (column, column % model.dim, escaped["token"], value))]
-        both = torch.from_numpy(np.concatenate([part.astype(np.int32) for part in parts])).to(model.device)
-        begins, *others = both.split([len(part) for part in parts])
-        self._escapes = Escapes(begins, others[0], others[1], others[2], others[3].view(torch.float32))
+        if len(escaped):
+            self._escapes = _by_tile(escaped, model, len(self.positions))
 
     def values(self, first: int, last: int) -> None:
         """Turn the coefficients of tokens `[first, last)` into values, once they, the further bits and the escapes are
@@ -313,30 +307,27 @@ class Job:
         model, level, placement = self.model, self.level, self.placement
         model.wait_for_beside()
         bits, found = self._bits, self._escapes
-        if found is not None:
+        if len(found.column):
             _clear[(triton.cdiv(len(found.column), 128),)](
                 found.column, found.token, level.wide_index, level.wide_half, bits, self._bases, self._token_at,
                 len(found.column), first, last, model.heads * model.dim, model.dim, bits.shape[1],
                 placement.token_stride, placement.head_stride, placement.dim_stride,
                 TABLE=placement.token_at is not None, ELEMENT=_coefficient_type(self.target.dtype), BLOCK=128,
             )  # fmt: skip
-        none = level.wide_index
-        begins, place, token, value = (
-            (none, none, none, level.factor) if found is None else (found.first, found.place, found.token, found.value)
-        )
         heads = 2 * model.heads
         cosine, sine = self._rotations
         tokens = len(self.positions)
         _synthesise[(len(self.layers) * heads, triton.cdiv(last - first, SPAN))](
             self._bases, self._token_at, model.basis, level.factor, model.mean, model.dims,
             cosine, sine, model.rope_of_layer,
-            level.wide_first, level.wide_place, level.wide_half, bits, begins, place, token, value,
-            tokens, first, last, self.layers.start * heads, model.heads, model.dim, model.half, bits.shape[1],
+            level.wide_first, level.wide_place, level.wide_half, bits,
+            found.first, found.place, found.token, found.value,
+            tokens, first, last, self.layers.start * heads, model.heads, bits.shape[1],
             placement.token_stride, placement.head_stride, placement.dim_stride,
             TABLE=placement.token_at is not None, COEFFICIENT=_coefficient_type(self.target.dtype),
             VALUE=_TYPES[self.target.dtype], CONTIGUOUS=model.contiguous,
             ALIGNED=placement.aligned and model.half * self.target.dtype.itemsize % 16 == 0,
-            WIDE=level.fine is not None, ESCAPES=found is not None, DIM=model.dim_block, HALF=model.half_block,
+            WIDE=level.fine is not None, D=model.dim, DIM=model.dim_block, HALF=model.half_block,
             BLOCK=SYNTHESIS.block, TILES=SYNTHESIS.tiles, num_warps=SYNTHESIS.warps, num_stages=SYNTHESIS.stages,
         )  # fmt: skip
 
@@ -354,6 +345,19 @@ class Job:
     @property
     def _token_at(self) -> Tensor:
         return self._bases if self.placement.token_at is None else self.placement.token_at
+
+
+def _by_tile(escaped: NDArray[Any], model: DeviceModel, tokens: int) -> Escapes:
+    tiles = triton.cdiv(tokens, SYNTHESIS.block)
+    column = escaped["column"].astype(np.int64)
+    tile = column // model.dim * tiles + escaped["token"] // SYNTHESIS.block
+    order = np.argsort(tile, kind="stable")
+    first = np.searchsorted(tile[order], np.arange(model.layers * 2 * model.heads * tiles + 1))
+    value = escaped["value"].astype(np.float32).view(np.int32)
+    parts = [first, *(part[order] for part in (column, column % model.dim, escaped["token"], value))]
+    both = torch.from_numpy(np.concatenate([part.astype(np.int32) for part in parts])).to(model.device)
+    begins, columns, places, token, values = both.split([len(part) for part in parts])
+    return Escapes(begins, columns, places, token, values.view(torch.float32))
 
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -558,9 +562,9 @@ def launch_quantise(
             kv, high, low, scale, found.factor, model.mean, model.dims, cosine, sine, model.rope_of_layer,
             found.tables.rows, found.shift, found.wide_index, thresholds, support,
             symbols, fine, count, places, steps,
-            tokens, model.heads, model.dim, model.half, columns, fine.shape[1], room, *kv.stride(),
-            THRESHOLDS=thresholds.shape[1], MIDDLE=MIDDLE, WIDE=found.fine is not None,
-            DIM=model.dim_block, HALF=model.half_block, BLOCK=ANALYSIS.block, TILES=ANALYSIS.tiles,
+            tokens, model.heads, columns, fine.shape[1], room, *kv.stride(),
+            THRESHOLDS=thresholds.shape[1], MIDDLE=MIDDLE, WIDE=found.fine is not None, CONTIGUOUS=model.contiguous,
+            D=model.dim, DIM=model.dim_block, HALF=model.half_block, BLOCK=ANALYSIS.block, TILES=ANALYSIS.tiles,
             num_warps=ANALYSIS.warps, num_stages=ANALYSIS.stages,
         )  # fmt: skip
         n = int(count.item())
@@ -589,7 +593,7 @@ def _at(token_at, t, mask, token_stride, TABLE: tl.constexpr):
         return t.to(tl.int64) * token_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["payload", "units", "tokens", "segment_tokens", "first_segment"])
 def _coefficients(
     payload, offsets, rows, slots, entries, unit, damaged, bases, token_at,
     units, columns, tokens, segment_tokens, first_segment, first_column, last_column,
@@ -634,7 +638,7 @@ def _coefficients(
         tl.atomic_max(damaged, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column", "token", "n", "first", "last", "wide"])
 def _clear(
     column, token, wide_index, wide_half, bits, bases, token_at, n, first, last, width, dim, wide,
     token_stride, head_stride, dim_stride, TABLE: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -654,13 +658,18 @@ def _clear(
     tl.store(bits + t.to(tl.int64) * wide + index, tl.load(wide_half + index, mask=has).to(tl.uint8), mask=has)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "escape_first", "escape_place", "escape_token", "escape_value", "tokens", "first_token", "last_token",
+        "first_pair", "wide",
+    ]
+)  # fmt: skip
 def _synthesise(
     bases, token_at, basis, factor, mean, dims, cosine, sine, rope_of_layer,
     wide_first, wide_place, wide_half, bits, escape_first, escape_place, escape_token, escape_value,
-    tokens, first_token, last_token, first_pair, heads, dim, half, wide, token_stride, head_stride, dim_stride,
+    tokens, first_token, last_token, first_pair, heads, wide, token_stride, head_stride, dim_stride,
     TABLE: tl.constexpr, COEFFICIENT: tl.constexpr, VALUE: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDE: tl.constexpr, ESCAPES: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Values from coefficients, in place, of one head's keys or values: `TILES` tiles of `BLOCK` tokens.
@@ -671,39 +680,36 @@ def _synthesise(
     block = pair // heads
     k = tl.arange(0, DIM)
     j = tl.arange(0, HALF)
+    r = tl.arange(0, BLOCK)
     base = tl.load(bases + block)
     offset = (pair % heads).to(tl.int64) * head_stride
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
-        offset = tl.multiple_of(offset, 8)
-    source = base.to(tl.pointer_type(COEFFICIENT)) + offset
-    to = base.to(tl.pointer_type(VALUE)) + offset
     if CONTIGUOUS:
         first = j
-        second = half + j
-        if ALIGNED:
-            second = tl.max_contiguous(tl.multiple_of(second, 8), HALF)
+        second = D // 2 + j
     else:
-        first = tl.load(dims + j, mask=j < half, other=0)
-        second = tl.load(dims + half + j, mask=j < half, other=0)
+        first = tl.load(dims + j, mask=j < D // 2, other=0)
+        second = tl.load(dims + D // 2 + j, mask=j < D // 2, other=0)
     rows = basis + pair.to(tl.int64) * (2 * DIM * HALF) + j[None, :]
     basis_a = tl.load(rows + k[:, None] * HALF)
     basis_b = tl.load(rows + (DIM + k[:, None]) * HALF)
     scale = tl.load(factor + pair)
     mean_a = tl.load(mean + pair * (2 * HALF) + j)[None, :]
     mean_b = tl.load(mean + pair * (2 * HALF) + HALF + j)[None, :]
+    angle = r[:, None] * HALF + j[None, :]
     if WIDE:
         wide_begin = tl.load(wide_first + pair)
         wide_end = tl.load(wide_first + pair + 1)
     for tile in range(TILES):
         begin = first_token + (tl.program_id(1) * TILES + tile) * BLOCK
-        t = begin + tl.arange(0, BLOCK)
-        there = t < last_token
-        at = _at(token_at, t, there, token_stride, TABLE)
-        if ALIGNED:
-            at = tl.multiple_of(at, 8)
-        c = tl.load(source + at[:, None] + k[None, :] * dim_stride, mask=there[:, None] & (k < dim)[None, :],
-                    other=0.0).to(tl.float16)  # fmt: skip
+        there = r < last_token - begin
+        if TABLE:
+            at = offset + tl.load(token_at + begin + r, mask=there, other=0)
+        else:
+            at = offset + begin.to(tl.int64) * token_stride + r.to(tl.int64) * token_stride
+        places = base.to(tl.pointer_type(COEFFICIENT)) + at[:, None] + k[None, :] * dim_stride
+        if ALIGNED:  # what is loaded is an address: that vectors may be loaded from it has to be said
+            places = tl.max_contiguous(tl.multiple_of(places, [16, 16]), [1, DIM])
+        c = tl.load(places, mask=there[:, None] & (k < D)[None, :], other=0.0).to(tl.float16)
         a = tl.dot(c, basis_a)
         b = tl.dot(c, basis_b)
         if WIDE:
@@ -712,27 +718,25 @@ def _synthesise(
                 own = index < wide_end
                 place = tl.load(wide_place + index, mask=own, other=0)
                 centre = tl.load(wide_half + index, mask=own, other=0)
-                low = tl.load(bits + t[:, None].to(tl.int64) * wide + index[None, :],
+                low = tl.load(bits + begin.to(tl.int64) * wide + r[:, None] * wide + index[None, :],
                               mask=there[:, None] & own[None, :], other=0)  # fmt: skip
                 low = tl.where(own[None, :], low.to(tl.int32) - centre[None, :], 0).to(tl.float16)
                 a = tl.dot(low, tl.load(rows + place[:, None] * HALF), a)
                 b = tl.dot(low, tl.load(rows + (DIM + place[:, None]) * HALF), b)
-        if ESCAPES:
-            tile_number = pair * tl.cdiv(tokens, BLOCK) + begin // BLOCK
-            own_first = tl.load(escape_first + tile_number, mask=begin < last_token, other=0)
-            own_last = tl.load(escape_first + tile_number + 1, mask=begin < last_token, other=0)
-            for e in range(own_first, own_last):
-                place = tl.load(escape_place + e)
-                hit = tl.where(t == tl.load(escape_token + e), tl.load(escape_value + e), 0.0)[:, None]
-                a += hit * tl.load(rows + place * HALF).to(tl.float32)
-                b += hit * tl.load(rows + (DIM + place) * HALF).to(tl.float32)
+        number = pair * tl.cdiv(tokens, BLOCK) + begin // BLOCK
+        escape = tl.load(escape_first + number, mask=begin < last_token, other=0)
+        last = tl.load(escape_first + number + 1, mask=begin < last_token, other=0)
+        for e in range(escape, last):
+            place = tl.load(escape_place + e)
+            hit = tl.where(r == tl.load(escape_token + e) - begin, tl.load(escape_value + e), 0.0)[:, None]
+            a += hit * tl.load(rows + place * HALF).to(tl.float32)
+            b += hit * tl.load(rows + (DIM + place) * HALF).to(tl.float32)
         a = a * scale + mean_a
         b = b * scale + mean_b
         if block % 2 == 0:
-            row = (tl.load(rope_of_layer + block // 2) * tokens + t).to(tl.int64) * HALF
-            angle = row[:, None] + j[None, :]
-            cos = tl.load(cosine + angle, mask=there[:, None], other=1.0)
-            sin = tl.load(sine + angle, mask=there[:, None], other=0.0)
+            row = (tl.load(rope_of_layer + block // 2) * tokens + begin).to(tl.int64) * HALF
+            cos = tl.load(cosine + row + angle, mask=there[:, None], other=1.0)
+            sin = tl.load(sine + row + angle, mask=there[:, None], other=0.0)
             x = a * cos - b * sin
             b = b * cos + a * sin
             a = x
@@ -741,9 +745,15 @@ def _synthesise(
             b = tl.minimum(tl.maximum(b, -65504.0), 65504.0)
         # Every warp has read its coefficients before any of them is overwritten.
         tl.debug_barrier()
-        stored = there[:, None] & (j < half)[None, :]
-        tl.store(to + at[:, None] + first[None, :] * dim_stride, a.to(VALUE), mask=stored)
-        tl.store(to + at[:, None] + second[None, :] * dim_stride, b.to(VALUE), mask=stored)
+        stored = there[:, None] & (j < D // 2)[None, :]
+        to = base.to(tl.pointer_type(VALUE)) + at[:, None]
+        to_a = to + first[None, :] * dim_stride
+        to_b = to + second[None, :] * dim_stride
+        if ALIGNED and CONTIGUOUS:
+            to_a = tl.max_contiguous(tl.multiple_of(to_a, [16, 16]), [1, HALF])
+            to_b = tl.max_contiguous(tl.multiple_of(to_b, [16, 16]), [1, HALF])
+        tl.store(to_a, a.to(VALUE), mask=stored)
+        tl.store(to_b, b.to(VALUE), mask=stored)
 
 
 @triton.jit
@@ -751,9 +761,9 @@ def _analyse(
     kv, high_part, low_part, inverse_scale, factor, mean, dims, cosine, sine, rope_of_layer,
     rows, shifts, wide_index, thresholds, support,
     symbols, fine, count, places, steps,
-    tokens, heads, dim, half, columns, wide, room,
+    tokens, heads, columns, wide, room,
     layer_stride, side_stride, token_stride, head_stride, dim_stride,
-    THRESHOLDS: tl.constexpr, MIDDLE: tl.constexpr, WIDE: tl.constexpr,
+    THRESHOLDS: tl.constexpr, MIDDLE: tl.constexpr, WIDE: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Symbols of one head's keys or values: `TILES` tiles of `BLOCK` tokens.
@@ -765,9 +775,13 @@ def _analyse(
     block = pair // heads
     k = tl.arange(0, DIM)
     j = tl.arange(0, HALF)
-    real = k < dim
-    first = tl.load(dims + j, mask=j < half, other=0)
-    second = tl.load(dims + half + j, mask=j < half, other=0)
+    real = k < D
+    if CONTIGUOUS:
+        first = j
+        second = D // 2 + j
+    else:
+        first = tl.load(dims + j, mask=j < D // 2, other=0)
+        second = tl.load(dims + D // 2 + j, mask=j < D // 2, other=0)
     source = kv + (block // 2).to(tl.int64) * layer_stride + (block % 2).to(tl.int64) * side_stride
     source += (pair % heads).to(tl.int64) * head_stride
     matrix = pair.to(tl.int64) * (2 * DIM * HALF) + j[:, None] * DIM + k[None, :]
@@ -779,13 +793,13 @@ def _analyse(
     mean_b = tl.load(mean + pair * (2 * HALF) + HALF + j)[None, :]
     per_step = 1.0 / tl.load(factor + pair)
     scale = tl.load(inverse_scale + pair)
-    column = pair * dim + k
+    column = pair * D + k
     own = tl.load(rows + column, mask=real, other=0)
     largest = tl.load(support + own)[None, :]
     for tile in range(TILES):
         t = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         there = t < tokens
-        inside = there[:, None] & (j < half)[None, :]
+        inside = there[:, None] & (j < D // 2)[None, :]
         here = source + t[:, None].to(tl.int64) * token_stride
         a = tl.load(here + first[None, :] * dim_stride, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(here + second[None, :] * dim_stride, mask=inside, other=0.0).to(tl.float32)

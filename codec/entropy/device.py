@@ -171,7 +171,7 @@ def symbols_on_device(symbols: Tensor, segment_tokens: int | None) -> int:
     return sections.segment_length(symbols.shape[1], segment_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["deltas", "lengths", "n", "n_groups"])
 def _unpack_lengths(groups, deltas, lengths, n, n_groups):
     """One group of 32 streams a program; `groups` int32 `[3, G]`: shortest, width, first word of its deltas."""
     group = tl.program_id(0)

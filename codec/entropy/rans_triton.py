@@ -187,7 +187,7 @@ def advance(state, ahead, at, end, payload, slots, entries):
     return symbol, entry, state, ahead, at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["payload", "units", "columns", "tokens", "segment_tokens"])
 def _decode(
     payload, offsets, rows, slots, entries, damaged,
     values, scale, offset, token_scale, out,
