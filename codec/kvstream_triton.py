@@ -59,7 +59,7 @@ class Tiling:
     stages: int
 
 
-SYNTHESIS = Tiling(block=64, tiles=4, warps=8, stages=1)
+SYNTHESIS = Tiling(block=64, tiles=4, warps=4, stages=1)
 SPAN = SYNTHESIS.block * SYNTHESIS.tiles
 """Tokens of a head whose values one program makes."""
 ANALYSIS = Tiling(block=64, tiles=4, warps=8, stages=1)
@@ -243,15 +243,16 @@ class Job:
         self.model, self.positions, self.target = model, positions, target
         self.layers = range(model.layers) if layers is None else layers
         self.level = model.level(level)
-        self.damaged = torch.zeros(1, dtype=torch.int32, device=model.device)
         placement = target.placement
         self._bits = model.no_bits
         with model.beside():
             self._rotations = model.rotations(positions)
         self._bits_damaged: Tensor | None = None
         tiles = triton.cdiv(len(positions), SYNTHESIS.block)
-        none = torch.zeros(model.layers * 2 * model.heads * tiles + 1, dtype=torch.int32, device=model.device)
-        self._escapes = Escapes(none, none[:0], none[:0], none[:0], none[:0].view(torch.float32))
+        zeros = torch.zeros(model.layers * 2 * model.heads * tiles + 2, dtype=torch.int32, device=model.device)
+        none = zeros[:0]
+        self.damaged = zeros[:1]
+        self._escapes = Escapes(zeros[1:], none, none, none, none.view(torch.float32))
         self._values: Tensor | None = None
         if placement is None:
             # A target that only takes finished values: they are made beside it.
@@ -622,10 +623,10 @@ def _coefficients(
     state, ahead, at = begin(payload, at, end)
     if TABLE:
         following = tl.load(token_at + first)
-    for t in range(first, last):
+    for t in tl.range(first, last, loop_unroll_factor=4):
         if TABLE:  # a token ahead, so that no store waits for where it goes
             here = following
-            following = tl.load(token_at + tl.minimum(t + 1, last - 1))
+            following = tl.load(token_at + t + 1)
         _, entry, state, ahead, at = advance(state, ahead, at, end, payload, slots, entries)
         value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) * factor
         if TABLE:
@@ -656,6 +657,26 @@ def _clear(
     index = tl.load(wide_index + c, mask=some, other=-1)
     has = some & (index >= 0)
     tl.store(bits + t.to(tl.int64) * wide + index, tl.load(wide_half + index, mask=has).to(tl.uint8), mask=has)
+
+
+@triton.jit
+def _coefficient_tile(
+    base, token_at, begin, last_token, offset, token_stride, dim_stride,
+    TABLE: tl.constexpr, COEFFICIENT: tl.constexpr, ALIGNED: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a tile's tokens, and their coefficients as float16."""
+    r = tl.arange(0, BLOCK)
+    k = tl.arange(0, DIM)
+    there = r < last_token - begin
+    if TABLE:
+        at = offset + tl.load(token_at + begin + r, mask=there, other=0)
+    else:
+        at = offset + begin.to(tl.int64) * token_stride + r.to(tl.int64) * token_stride
+    places = base.to(tl.pointer_type(COEFFICIENT)) + at[:, None] + k[None, :] * dim_stride
+    if ALIGNED:  # what is loaded is an address: that vectors may be loaded from it has to be said
+        places = tl.max_contiguous(tl.multiple_of(places, [16, 16]), [1, DIM])
+    return at, tl.load(places, mask=there[:, None] & (k < D)[None, :], other=0.0).to(tl.float16)
 
 
 @triton.jit(
@@ -699,17 +720,19 @@ def _synthesise(
     if WIDE:
         wide_begin = tl.load(wide_first + pair)
         wide_end = tl.load(wide_first + pair + 1)
+    next_at, following = _coefficient_tile(
+        base, token_at, first_token + tl.program_id(1) * TILES * BLOCK, last_token, offset, token_stride, dim_stride,
+        TABLE, COEFFICIENT, ALIGNED, D, DIM, BLOCK,
+    )  # fmt: skip
     for tile in range(TILES):
         begin = first_token + (tl.program_id(1) * TILES + tile) * BLOCK
         there = r < last_token - begin
-        if TABLE:
-            at = offset + tl.load(token_at + begin + r, mask=there, other=0)
-        else:
-            at = offset + begin.to(tl.int64) * token_stride + r.to(tl.int64) * token_stride
-        places = base.to(tl.pointer_type(COEFFICIENT)) + at[:, None] + k[None, :] * dim_stride
-        if ALIGNED:  # what is loaded is an address: that vectors may be loaded from it has to be said
-            places = tl.max_contiguous(tl.multiple_of(places, [16, 16]), [1, DIM])
-        c = tl.load(places, mask=there[:, None] & (k < D)[None, :], other=0.0).to(tl.float16)
+        at, c = next_at, following
+        # a tile ahead, so that this one's products do not wait for memory
+        next_at, following = _coefficient_tile(
+            base, token_at, begin + BLOCK, last_token, offset, token_stride, dim_stride,
+            TABLE, COEFFICIENT, ALIGNED, D, DIM, BLOCK,
+        )  # fmt: skip
         a = tl.dot(c, basis_a)
         b = tl.dot(c, basis_b)
         if WIDE:

@@ -32,7 +32,7 @@ class Placement:
     bases: Tensor
     """int64 `[L * 2]`, addresses, on the target's device."""
     token_at: Tensor | None
-    """int64 `[T]`, on the target's device."""
+    """int64 `[T + 1]`, on the target's device; what is behind the last is not used, but may be read."""
     token_stride: int
     head_stride: int
     dim_stride: int
@@ -188,7 +188,7 @@ class PagedTarget(CacheTarget):
         if len({view.stride() for view in views}) > 1:
             return None
         block_stride, slot_stride, *_ = views[0].stride()
-        token_at = self._block * block_stride + self._slot * slot_stride
+        token_at = torch.nn.functional.pad(self._block * block_stride + self._slot * slot_stride, (0, 1))
         return Placement.of(views[0][0], [view.data_ptr() for view in views], token_at)
 
 

@@ -93,9 +93,9 @@ def on_device(section: Tensor, layout: Layout, columns: int, tokens: int) -> Dev
 
 def stream_offsets(groups: Tensor, deltas: Tensor, streams: int) -> Tensor:
     """int32 `[N + 1]` from packed lengths: `groups` int32 `[3, G]` (shortest, width, first word in `deltas`)."""
-    offsets = torch.zeros(streams + 1, dtype=torch.int32, device=groups.device)
-    _unpack_lengths[(groups.shape[1],)](groups, deltas, offsets[1:], streams, groups.shape[1], num_warps=1)
-    return torch.cumsum(offsets, 0, dtype=torch.int32)
+    lengths = torch.empty(streams + 1, dtype=torch.int32, device=groups.device)
+    _unpack_lengths[(groups.shape[1],)](groups, deltas, lengths, streams, groups.shape[1], num_warps=1)
+    return torch.cumsum(lengths, 0, dtype=torch.int32)
 
 
 def reconstruction(
@@ -171,9 +171,10 @@ def symbols_on_device(symbols: Tensor, segment_tokens: int | None) -> int:
     return sections.segment_length(symbols.shape[1], segment_tokens)
 
 
-@triton.jit(do_not_specialize=["deltas", "lengths", "n", "n_groups"])
+@triton.jit(do_not_specialize=["deltas", "n", "n_groups"])
 def _unpack_lengths(groups, deltas, lengths, n, n_groups):
-    """One group of 32 streams a program; `groups` int32 `[3, G]`: shortest, width, first word of its deltas."""
+    """`lengths` int32 `[N + 1]`, a zero first. One group of 32 streams a program; `groups` int32 `[3, G]`: shortest,
+    width, first word of its deltas."""
     group = tl.program_id(0)
     lane = tl.arange(0, 32)
     shortest = tl.load(groups + group)
@@ -185,7 +186,8 @@ def _unpack_lengths(groups, deltas, lengths, n, n_groups):
     both = (low | (high << 32)) >> (bit & 31).to(tl.uint64)
     delta = both.to(tl.int32) & ((1 << width) - 1)
     stream = group * 32 + lane
-    tl.store(lengths + stream, shortest + delta, mask=stream < n)
+    tl.store(lengths + 1 + stream, shortest + delta, mask=stream < n)
+    tl.store(lengths, 0, mask=group == 0)
 
 
 @triton.jit
