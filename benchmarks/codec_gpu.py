@@ -6,7 +6,8 @@
 from coded bytes in device memory to float16 in device memory: for decoding, unpacking of the streams' lengths, bounds
 checks and dequantisation included. Beside it: what only dequantises (uint8 to float16), what only fills, and, where it
 is installed, nvCOMP's ANS, which does not dequantise (nvidia-nvcomp-cu13 and nvidia-libnvcomp-cu13 of one version).
-Symbols are drawn from the tables; every output is checked. `--small` shrinks all of it: a look at the script, no
+Symbols are drawn from the tables; every output is checked. With two GPUs `kvstream` also shares a chunk's layers out to
+them; `--kvstream` leaves out the coders on their own. `--small` shrinks all of it: a look at the script, no
 measurement; with TRITON_INTERPRET=1 it runs without a GPU.
 """
 
@@ -146,23 +147,15 @@ def nvcomp_row(table: Table, symbols: Tensor) -> str | None:
     return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
-    parser.add_argument("--out", type=Path, help="where to write the results as JSON")
-    arguments = parser.parse_args()
-    blocks, per_block, tokens = (1, 64, 8) if arguments.small else (64, 1024, 1536)
-    segments = (4, 8) if arguments.small else SEGMENTS
-    reference_segment = 4 if arguments.small else REFERENCE_SEGMENT
+def coders(table: Table, small: bool, shape: tuple[int, int, int]) -> str | None:
+    """Both coders, and nvCOMP's, on their own; returns why there is none of nvCOMP's."""
+    blocks, per_block, tokens = shape
     columns = blocks * per_block
-    torch.manual_seed(0)
+    segments = (4, 8) if small else SEGMENTS
+    reference_segment = 4 if small else REFERENCE_SEGMENT
     rng = np.random.default_rng(0)
     tables = laplace_family(cut=0)
     slots = torch.from_numpy(tables.slots).to(DEVICE)
-    table = Table(columns * tokens)
-    name = torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else "no GPU: Triton's interpreter, not a measurement"
-    print(f"{name}; {blocks} x {per_block} channels x {tokens} tokens, {2 * table.elements / 1e6:.0f} MB of float16")
-
     out = torch.empty((tokens, columns), dtype=torch.float16, device=DEVICE)
     table.add("float16 fill", lambda: out.fill_(1.0))
     symbols = draw(slots, torch.from_numpy(rows_for(2.4, columns, per_block, rng).astype(np.int64)).to(DEVICE), tokens)
@@ -170,7 +163,7 @@ def main() -> None:
     table.add("uint8 to float16 dequantisation",
               lambda: _dequantise[grid](symbols, out, 0.5, -8.0, symbols.numel(), BLOCK=4096))  # fmt: skip
 
-    for bits in (2.4,) if arguments.small else (2.4, 1.7, 1.2):
+    for bits in (2.4,) if small else (2.4, 1.7, 1.2):
         rows = rows_for(bits, columns, per_block, rng)
         symbols = draw(slots, torch.from_numpy(rows.astype(np.int64)).to(DEVICE), tokens)
         model = rans_triton.to_device(tables, rows, DEVICE)
@@ -200,14 +193,29 @@ def main() -> None:
         ("32 shared CDFs", arithmetic.from_tables(tables), rows[shuffled]),
     ):
         model_ac = arithmetic_triton.to_device(cdfs, cdf_rows, DEVICE)
-        for segment in (256, reference_segment) if not arguments.small else (reference_segment,):
+        for segment in (256, reference_segment) if not small else (reference_segment,):
             data = arithmetic_triton.encode(symbols.T, model_ac, segment_tokens=segment)
             decode_row(table, f"arithmetic decode + dequantisation, {title}", arithmetic_triton, model_ac, data,
                        symbols, 1, per_block=per_block, segment_tokens=segment)  # fmt: skip
         table.add(f"arithmetic encode, {title}", lambda m=model_ac: arithmetic_triton.launch_encode(
             symbols.T, m, reference_segment), segment_tokens=reference_segment)  # fmt: skip
+    return nvcomp_row(table, symbols)
 
-    missing = nvcomp_row(table, symbols)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
+    parser.add_argument("--kvstream", action="store_true", help="only the whole codec, not the coders")
+    parser.add_argument("--out", type=Path, help="where to write the results as JSON")
+    arguments = parser.parse_args()
+    blocks, per_block, tokens = (1, 64, 8) if arguments.small else (64, 1024, 1536)
+    columns = blocks * per_block
+    torch.manual_seed(0)
+    table = Table(columns * tokens)
+    name = torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else "no GPU: Triton's interpreter, not a measurement"
+    print(f"{name}; {blocks} x {per_block} channels x {tokens} tokens, {2 * table.elements / 1e6:.0f} MB of float16")
+
+    missing = None if arguments.kvstream else coders(table, arguments.small, (blocks, per_block, tokens))
     gpu_chunk.rows(table, blocks // 2 or 1, *((8, 128) if not arguments.small else (2, 32)), tokens, DEVICE)
     if missing:
         print(f"nvCOMP left out: {missing}")

@@ -26,7 +26,7 @@ from codec.entropy import device as shared
 from codec.entropy import rans_triton, sections
 from codec.kvstream import SEGMENT_TOKENS, KVStream
 from codec.profile import Profile
-from codec.targets import PagedTarget, StridedTarget
+from codec.targets import LayeredTarget, PagedTarget, StridedTarget
 
 SHIPPED = Path(__file__).parents[1] / "testbed/calibration/shipped/profiles"
 BITS = (1.2, 2.4, 3.6)
@@ -146,11 +146,57 @@ def rows(table: Any, layers: int, heads: int, dim: int, tokens: int, device: tor
         table.add("kvstream decode to paged float16", decode, graph=True, **facts)
         del taken, paged
 
+        if torch.cuda.device_count() > 1:
+            shared_out(table, codec, data, wanted, facts)
+
         kv = codec.decode(data, torch.empty(wanted.shape, dtype=torch.float16, device=device), device=device)
         assert isinstance(kv, Tensor)
         end_to_end(table, codec, data, kv, facts)
         table.add("kvstream encode, all stages, to coded words in device memory",
                   lambda k=kv, n=level: coded(model, k, n, tokens), **facts)  # fmt: skip
+
+
+def shared_out(table: Any, codec: KVStream, data: bytes, wanted: Tensor, facts: dict[str, Any]) -> None:
+    """The layers shared out to one GPU, then to two: wall clock of graphs that are started together."""
+    chunk = codec.check(container.parse(data))
+    tokens, level = chunk.header.tokens, chunk.header.level
+    for gpus in (1, 2):
+        out = [
+            torch.full((len(wanted) // gpus, *wanted.shape[1:]), torch.nan, dtype=torch.float16, device=f"cuda:{index}")
+            for index in range(gpus)
+        ]
+        target = LayeredTarget([StridedTarget(part) for part in out])
+        codec.decode(data, target, device=target.device)
+        check(torch.cat([part.cpu() for part in out]), wanted)
+        graphs = []
+        for share in kvstream_triton.shares(codec, target):
+            device, found = share.model.device, share.model.level(level)
+            with torch.cuda.device(device):
+                streams = rans_triton.upload(chunk.section("coef"), found.tables, tokens)
+                fine = rans_triton.upload(chunk.section("fine"), found.fine, tokens) if found.fine else None
+                groups = packed_lengths(chunk.section("coef"), len(found.tables.rows), tokens, 2, device)
+                graph = torch.cuda.CUDAGraph()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    shared.stream_offsets(*groups)
+                    job = share.begin(chunk.header)
+                    if fine is not None:
+                        job.further_bits(fine)
+                    job.coefficients(streams)
+                    job.values(0, tokens)
+                graphs.append((device, graph, streams, job))
+        times = []
+        for _ in range(50):
+            start = time.perf_counter()
+            for device, graph, *_ in graphs:
+                with torch.cuda.device(device):
+                    graph.replay()
+            for device, *_ in graphs:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        check(torch.cat([part.cpu() for part in out]), wanted)
+        name = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+        table.wall(f"kvstream decode, layers on {name}, wall clock", sorted(times)[len(times) // 2], **facts)
 
 
 def coded(model: kvstream_triton.DeviceModel, kv: Tensor, level: int, tokens: int) -> Any:

@@ -59,6 +59,9 @@ def main() -> None:
     parser.add_argument("--model", default="random:mistral-7b", help="folder of real weights, or random:NAME")
     parser.add_argument("--rates", type=float, nargs="*", default=[1, 3, 10, 25], metavar="GBPS")
     parser.add_argument("--sessions", type=int, default=5, help="of each row (default: 5)")
+    parser.add_argument(
+        "--pages-on", nargs="+", default=[], metavar="DEVICE", help="decode into pages, the layers shared out"
+    )
     parser.add_argument("--small", action="store_true", help="a small model and context: does the script run?")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw the session kept in --out, as a picture")
@@ -90,7 +93,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(json.dumps(found["decoding"]), flush=True)
     rates = [rate * 1e9 for rate in arguments.rates]
     model = "bundled" if arguments.small else arguments.model
-    with Bench(store, model, device, [*rates, UNSHAPED_BPS], folder) as bench:
+    with Bench(store, model, device, arguments.pages_on, [*rates, UNSHAPED_BPS], folder) as bench:
         found["model"] = bench.ready
         found["costs"] = bench.costs
         found["shaper"] = bench.shaper.settings
@@ -182,8 +185,11 @@ def decoding(store: Store, device: str) -> dict[str, Any]:
 class Bench:
     """A link, a sender and a receiver, warm."""
 
-    def __init__(self, store: Store, model: str, device: str, rates: Sequence[float], folder: Path) -> None:
+    def __init__(
+        self, store: Store, model: str, device: str, pages_on: Sequence[str], rates: Sequence[float], folder: Path
+    ) -> None:
         self._store, self._model, self._device, self._folder = store, model, device, folder
+        self._pages = ["--pages-on", *pages_on] if pages_on else []
         self._traces = {rate: Trace(f"{rate / 1e9:g} Gbit/s", [1.0], [rate]) for rate in rates}
         self._stack = ExitStack()
 
@@ -197,7 +203,7 @@ class Bench:
             dtype = self._store.manifest(lookalike.context_of("kvstream")).kv.dtype
             self._receiver = self._start(
                 stack, network.receiver, "testbed.receiver",
-                "--model", self._model, "--device", self._device, "--dtype", dtype,
+                "--model", self._model, "--device", self._device, "--dtype", dtype, *self._pages,
             )  # fmt: skip
             self.ready = self._receiver.ready
             contexts = [lookalike.context_of(codec) for codec in ("kvstream", "uniform")]

@@ -231,10 +231,9 @@ class KVStream(Codec):
         if target.device.type == "cuda":
             from codec import kvstream_triton
 
-            model = self.on_device(target.device)
             escaped = escapes.parse(chunk.section("escs"), self._class_of_column.shape[1], header.tokens)
             parts = {"coef": chunk.section("coef"), "fine": chunk.section("fine"), "escs": escaped}
-            kvstream_triton.decode(model, header.level, header.positions, parts, target)
+            kvstream_triton.decode(self, header, parts, target)
             return
         _, heads, dim = self.shape
         step = float(self._steps[header.level])

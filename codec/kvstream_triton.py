@@ -19,7 +19,7 @@ Kernels are not specialised on what differs from chunk to chunk: each such varia
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,7 +42,7 @@ from codec.entropy.rans_triton import DeviceTables, advance, begin
 from codec.errors import CodecError
 from codec.quantize import HALF as MIDDLE
 from codec.quantize import LARGEST_ESCAPE
-from codec.targets import CacheTarget, KVTarget, Placement, StridedTarget, as_target
+from codec.targets import CacheTarget, KVTarget, LayeredTarget, Placement, StridedTarget, as_target
 
 DECODE_LANES = 128
 _DECODE_WARPS = 4
@@ -369,18 +369,37 @@ def _coefficient_type(dtype: torch.dtype) -> Any:
     return tl.float32 if dtype == torch.float32 else tl.float16
 
 
-def decode(model: DeviceModel, level: int, positions: range, sections: dict[str, Any], target: CacheTarget) -> None:
-    """Decode a chunk's sections `coef`, `fine` and `escs` (parsed), and wait for the device. Raises CodecError."""
-    with shared.current(model.device):
-        job = Job(model, level, positions, target)
-        tokens, segment_tokens = len(positions), kvstream.SEGMENT_TOKENS
-        if job.level.fine is not None:
-            job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, tokens, segment_tokens))
-        job.escapes(sections["escs"])
-        streams = rans_triton.upload(sections["coef"], job.level.tables, tokens, segment_tokens)
-        job.coefficients(streams)
-        job.values(0, tokens)
-        job.finish(streams)
+@dataclass(eq=False)
+class Share:
+    """What one device does of a chunk: some of its layers, into a target of its own."""
+
+    model: DeviceModel
+    target: CacheTarget
+    layers: range
+    job: Job | None = None
+    coef: Tensor | None = None
+    """Room for the section `coef`, uint8."""
+    streams: DeviceStreams | None = None
+
+    def begin(self, header: Header) -> Job:
+        """Raises CodecError where the chunk does not fit the target."""
+        shape = (len(self.layers), *header.shape[1:])
+        if header.layers != self.model.layers or self.target.shape != shape:
+            raise CodecError(f"chunk has shape {header.shape}, the target {self.target.shape} for {self.layers}")
+        self.job = Job(self.model, header.level, header.positions, self.target, self.layers)
+        return self.job
+
+    def current(self) -> AbstractContextManager[object]:
+        return shared.current(self.model.device)
+
+
+def shares(codec: kvstream.KVStream, target: CacheTarget, layers: range | None = None) -> list[Share]:
+    """One for each part of a `LayeredTarget`, else one. Raises CodecError for layers that the model has not."""
+    if not isinstance(target, LayeredTarget):
+        return [Share(codec.on_device(target.device), target, _checked(layers, codec.shape[0]))]
+    if layers is not None:
+        raise CodecError("a target of several parts says itself which layers each takes")
+    return [Share(codec.on_device(part.device), part, own) for part, own in target.shares()]
 
 
 def _checked(layers: range | None, count: int) -> range:
@@ -392,11 +411,30 @@ def _checked(layers: range | None, count: int) -> range:
     return layers
 
 
-class StreamingDecoder(Decoder):
-    """Decodes a chunk's segments as they arrive; what is left after its last byte is one segment and the transform.
+def decode(codec: kvstream.KVStream, header: Header, sections: dict[str, Any], target: CacheTarget) -> None:
+    """Decode a chunk's sections `coef`, `fine` and `escs` (parsed), and wait for the device. Raises CodecError."""
+    tokens, segment_tokens = header.tokens, kvstream.SEGMENT_TOKENS
+    begun = shares(codec, target)
+    for share in begun:
+        with share.current():
+            job = share.begin(header)
+            if job.level.fine is not None:
+                job.further_bits(rans_triton.upload(sections["fine"], job.level.fine, tokens, segment_tokens))
+            job.escapes(sections["escs"])
+            share.streams = rans_triton.upload(sections["coef"], job.level.tables, tokens, segment_tokens)
+            job.coefficients(share.streams)
+            job.values(0, tokens)
+    for share in begun:
+        assert share.job is not None
+        assert share.streams is not None
+        share.job.finish(share.streams)
 
-    Checksums are computed on the host as bytes come; a stream that was decoded before its section proved damaged has
-    been decoded within bounds, and the chunk fails in `finish`.
+
+class StreamingDecoder(Decoder):
+    """Decodes a chunk's segments as they arrive; what is left after its last byte is one segment and its transform.
+
+    Each device of a `LayeredTarget` decodes its own layers. Checksums are computed on the host as bytes come; a stream
+    that was decoded before its section proved damaged has been decoded within bounds, and the chunk fails in `finish`.
     """
 
     def __init__(
@@ -404,20 +442,16 @@ class StreamingDecoder(Decoder):
         layers: range | None = None,
     ) -> None:  # fmt: skip
         self._codec, self._out = codec, out
-        self._model = codec.on_device(torch.device(device))
-        self._layers = _checked(layers, self._model.layers)
-        self._target = as_target(out)
-        if self._target.device != self._model.device:
-            raise CodecError(f"the target lies on {self._target.device}, the decoder works on {self._model.device}")
+        target, device = as_target(out), torch.empty(0, device=device).device
+        if target.device != device:
+            raise CodecError(f"the target lies on {target.device}, the decoder works on {device}")
+        self._shares = shares(codec, target, layers)
         self._arrival = Arrival(total_bytes)
-        self._job: Job | None = None
-        self._coef: Tensor | None = None
-        self._streams: DeviceStreams | None = None
         self._ends: list[int] = []
-        self.segments_begun = 0
         self._has_bits = self._has_escapes = False
-        self.tokens_done = 0
         self._at = self._size = self._copied = 0
+        self.segments_begun = 0
+        self.tokens_done = 0
 
     def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
         before = self._arrival.received
@@ -425,50 +459,66 @@ class StreamingDecoder(Decoder):
         header = self._arrival.header
         if header is None:
             return
-        with torch.inference_mode(), shared.current(self._model.device):
-            if self._job is None:
+        with torch.inference_mode():
+            if self._shares[-1].job is None:
                 self._begin(header)
             self._exceptions(header)
             self._copy(before, view, on_device)
-            if self._streams is None:
+            if not self._ends:
                 self._parse_lengths(header)
             self._launch(header)
 
     def finish(self) -> KVTarget:
         chunk = self._codec.check(self._arrival.finish())
-        if self._job is None or self._streams is None or self.segments_begun < len(self._ends):
+        if not self._ends or self.segments_begun < len(self._ends):
             raise CodecError("the chunk ended before its coded coefficients did; fetch it again")
-        header = chunk.header
-        with torch.inference_mode(), shared.current(self._model.device):
-            self._transform(header)
-            self._job.finish(self._streams)
+        with torch.inference_mode():
+            self._transform(chunk.header)
+            for share in self._shares:
+                assert share.job is not None
+                assert share.streams is not None
+                with share.current():
+                    share.job.finish(share.streams)
         return self._out
 
     def _begin(self, header: Header) -> None:
         self._codec.check_header(header)
-        shape = (len(self._layers), *header.shape[1:])
-        if header.layers != self._model.layers or self._target.shape != shape:
-            raise CodecError(f"chunk has shape {header.shape}, the target {self._target.shape} for {self._layers}")
-        self._job = Job(self._model, header.level, header.positions, self._target, self._layers)
         self._at, self._size = self._arrival.section("coef")
         if self._size > _MOST_BYTES_AN_ELEMENT * header.elements + 64:
             raise CodecError(
                 f"section 'coef' claims {self._size} bytes for {header.elements} elements; fetch the chunk again"
             )
-        # Whole words, and one of zeros behind them: kernels read ahead.
-        self._coef = torch.zeros(self._size // 4 * 4 + 8, dtype=torch.uint8, device=self._model.device)
+        for share in self._shares:
+            with share.current():
+                share.begin(header)
+                # Whole words, and one of zeros behind them: kernels read ahead.
+                share.coef = torch.zeros(self._size // 4 * 4 + 8, dtype=torch.uint8, device=share.model.device)
+
+    def _jobs(self) -> Iterator[Job]:
+        """The shares' jobs, each with its device current."""
+        for share in self._shares:
+            assert share.job is not None
+            with share.current():
+                yield share.job
 
     def _exceptions(self, header: Header) -> None:
         """Start on the further bits of wide columns and on the escapes as soon as they are there."""
-        assert self._job is not None
-        tables = self._job.level.fine
+        tokens = header.tokens
         if not self._has_bits and (part := self._whole("fine")) is not None:
             self._has_bits = True
-            if tables is not None:
-                self._job.further_bits(rans_triton.upload(part, tables, header.tokens, kvstream.SEGMENT_TOKENS))
+            for job in self._jobs():
+                if job.level.fine is not None:
+                    job.further_bits(rans_triton.upload(part, job.level.fine, tokens, kvstream.SEGMENT_TOKENS))
         if not self._has_escapes and (part := self._whole("escs")) is not None:
             self._has_escapes = True
-            self._job.escapes(escapes.parse(part, self._job.level.tables.columns, header.tokens))
+            escaped = escapes.parse(part, self._columns, tokens)
+            for job in self._jobs():
+                job.escapes(escaped)
+
+    @property
+    def _columns(self) -> int:
+        layers, heads, dim = self._codec.shape
+        return layers * 2 * heads * dim
 
     def _whole(self, tag: str) -> memoryview | None:
         """A section, once all of it is there."""
@@ -477,7 +527,6 @@ class StreamingDecoder(Decoder):
 
     def _copy(self, before: int, view: memoryview, on_device: Tensor | None) -> None:
         """What of these bytes belongs to the coded coefficients goes to its place on the device."""
-        assert self._coef is not None
         first, last = max(self._at, before), min(self._at + self._size, before + len(view))
         if first >= last:
             return
@@ -486,45 +535,48 @@ class StreamingDecoder(Decoder):
             source = torch.from_numpy(np.array(view[part]))
         else:
             source = on_device[part]
-        self._coef[first - self._at : last - self._at].copy_(source, non_blocking=True)
+        for share in self._shares:
+            assert share.coef is not None
+            with share.current():
+                share.coef[first - self._at : last - self._at].copy_(source, non_blocking=True)
         self._copied = last - self._at
 
     def _parse_lengths(self, header: Header) -> None:
         """Once they are there: where every stream lies, and where each segment ends."""
-        assert self._coef is not None
-        assert self._job is not None
         beginning = self._arrival.part(self._at, self._copied)
-        columns = self._job.level.tables.columns
+        columns = self._columns
         needed = sections.lengths_bytes(beginning, columns, header.tokens, kvstream.SEGMENT_TOKENS)
         if needed is None or needed > self._copied:
             return
         layout = sections.layout(beginning, columns, header.tokens, 2, kvstream.SEGMENT_TOKENS, self._size)
         offsets = sections.stream_offsets(layout)
+        for share in self._shares:
+            assert share.coef is not None
+            with share.current():
+                share.streams = shared.on_device(share.coef, layout, columns, header.tokens)
         self._ends = (layout.units_at + 2 * offsets[columns::columns]).tolist()
-        self._streams = shared.on_device(self._coef, layout, columns, header.tokens)
 
     def _launch(self, header: Header) -> None:
         """Decode the segments that are there and were not decoded yet."""
-        if self._streams is None or self._job is None:
-            return
         ready = self.segments_begun
         while ready < len(self._ends) and self._ends[ready] <= self._copied:
             ready += 1
         if ready > self.segments_begun:
-            self._job.coefficients(self._streams, self.segments_begun, ready - self.segments_begun)
+            for share, job in zip(self._shares, self._jobs(), strict=True):
+                assert share.streams is not None
+                job.coefficients(share.streams, self.segments_begun, ready - self.segments_begun)
             self.segments_begun = ready
             self._transform(header)
 
     def _transform(self, header: Header) -> None:
         """Make values of the tokens whose coefficients are there, if all that they need is."""
-        assert self._job is not None
-        assert self._streams is not None
         if not (self._has_bits and self._has_escapes):
             return
-        tokens = self.segments_begun * self._streams.segment_tokens
+        tokens = self.segments_begun * min(kvstream.SEGMENT_TOKENS, header.tokens)
         tokens = header.tokens if tokens >= header.tokens else tokens // SPAN * SPAN
         if tokens > self.tokens_done:
-            self._job.values(self.tokens_done, tokens)
+            for job in self._jobs():
+                job.values(self.tokens_done, tokens)
             self.tokens_done = tokens
 
 

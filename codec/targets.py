@@ -192,6 +192,36 @@ class PagedTarget(CacheTarget):
         return Placement.of(views[0][0], [view.data_ptr() for view in views], token_at)
 
 
+class LayeredTarget(CacheTarget):
+    """Targets one behind the other, each with some of the layers; they may lie on different devices.
+
+    So a model that is split over several GPUs takes a chunk: each GPU decodes its own layers.
+    """
+
+    def __init__(self, parts: Sequence[CacheTarget]) -> None:
+        if not parts:
+            raise CodecError("a target of several parts has at least one")
+        if len({(part.shape[1:], part.dtype) for part in parts}) > 1:
+            raise CodecError("the parts of a target differ in tokens, heads, head_dim or dtype")
+        self.parts = tuple(parts)
+        first = parts[0]
+        layers = sum(part.shape[0] for part in parts)
+        self.shape = (layers, *first.shape[1:])
+        self.dtype, self.device = first.dtype, first.device
+
+    def shares(self) -> list[tuple[CacheTarget, range]]:
+        """Each part and its layers."""
+        found, start = [], 0
+        for part in self.parts:
+            found.append((part, range(start, start + part.shape[0])))
+            start += part.shape[0]
+        return found
+
+    def write(self, layer: int, kv: int, values: Tensor, first: int = 0) -> None:
+        part, own = next((part, own) for part, own in self.shares() if layer in own)
+        part.write(layer - own.start, kv, values.to(part.device), first)
+
+
 def as_target(out: KVTarget) -> CacheTarget:
     """The target itself, or a tensor or Hugging Face cache wrapped as one. Raises CodecError for anything else."""
     if isinstance(out, CacheTarget):

@@ -65,10 +65,10 @@ class Step:
 class Compute:
     """One model, its cache, and the codecs in use. Every method runs in the caller's thread unless submitted."""
 
-    def __init__(self, model: Model, *, places: int | None = None, paged: bool = False) -> None:
+    def __init__(self, model: Model, *, places: int | None = None, pages_on: Sequence[torch.device | str] = ()) -> None:
         """`places` bounds the encodings that are held at a time; by default PLACES on a CUDA device, all on a CPU.
-        `paged` decodes into the blocks of a `PagedCache`, as for an engine; our model, which attends to one piece of
-        memory, then gets each chunk by a copy.
+        `pages_on` devices, the model's first, chunks are decoded into the blocks of a `PagedCache`, each its share of
+        the layers, as for an engine; our model, which attends to one piece of memory, then gets each chunk by a copy.
         """
         self.model = model
         self.lanes = lanes_of(model.device)
@@ -79,7 +79,10 @@ class Compute:
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str | None], Codec] = {}
         self._cache: KVCache | None = None
-        self._is_paged = paged
+        try:
+            self._pages_on = [torch.device(name) for name in pages_on]
+        except RuntimeError as error:
+            raise SpecError(f"pages on {', '.join(map(str, pages_on))}: {error}") from error
         self._pages: PagedCache | None = None
         self._captured: dict[tuple[int, int], CapturedPrefill] = {}
         self._manifest: Manifest | None = None
@@ -112,7 +115,7 @@ class Compute:
         if self._cache is None or self._cache.capacity < tokens:
             self._captured.clear()
             self._cache = self.model.new_cache(tokens)
-            self._pages = PagedCache(self.model.kv, tokens, self.model.device) if self._is_paged else None
+            self._pages = PagedCache(self.model.kv, tokens, self._pages_on) if self._pages_on else None
         self._poison()
 
     def capture(self, context_tokens: int, prompt_tokens: int) -> None:

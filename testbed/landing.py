@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PIECE_BYTES: Final = 1 << 22
 """A chunk is copied and decoded in pieces of about this size, 100 us of copying: what a chunk's segments come to at the
 paper's scale, so that smaller ones would only cost the host more."""
+FIRST_PIECE_BYTES: Final = 1 << 19
+"""The first is smaller: it tells where the streams lie, and finding that out takes as long as everything after it."""
 ALIGNMENT: Final = 64
 """Places begin at such addresses, so that decoders read their words without copying."""
 
@@ -98,7 +100,8 @@ class Landing:
     def landed(self, inflow: Inflow, received: int) -> bool:
         """`received` bytes of a chunk are here in all: copy what is new. Returns whether there is a new piece."""
         inflow.received = received
-        if received - inflow.copied < PIECE_BYTES and not inflow.is_complete:
+        piece = PIECE_BYTES if inflow.copies else min(FIRST_PIECE_BYTES, PIECE_BYTES)
+        if received - inflow.copied < piece and not inflow.is_complete:
             return False
         span = slice(inflow.copied, received)
         begin = self._lanes.mark("copy")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from codec.targets import DTYPES, PagedTarget
+from codec.targets import DTYPES, CacheTarget, LayeredTarget, PagedTarget
 from testbed.manifest import KVShape
 
 BLOCK_TOKENS: Final = 16
@@ -15,26 +17,37 @@ BLOCK_TOKENS: Final = 16
 
 
 class PagedCache:
-    """Room for `capacity` tokens of one sequence, in vLLM's layout: per layer `[2, blocks, BLOCK_TOKENS, H, D]`."""
+    """Room for `capacity` tokens of one sequence, in vLLM's layout: per layer `[2, blocks, BLOCK_TOKENS, H, D]`.
 
-    def __init__(self, shape: KVShape, capacity: int, device: torch.device) -> None:
+    With several devices each holds some of the layers, as a model does that is split over them.
+    """
+
+    def __init__(self, shape: KVShape, capacity: int, devices: Sequence[torch.device]) -> None:
         self.capacity = capacity
         blocks = -(-capacity // BLOCK_TOKENS)
         size = (2, blocks, BLOCK_TOKENS, shape.heads, shape.head_dim)
-        self.layers = [torch.zeros(size, dtype=DTYPES[shape.dtype], device=device) for _ in range(shape.layers)]
+        self.parts = [
+            [torch.zeros(size, dtype=DTYPES[shape.dtype], device=device) for _ in part]
+            for device, part in zip(devices, np.array_split(range(shape.layers), len(devices)), strict=True)
+        ]
+        """Layers by device."""
         self.table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
-        self._table = self.table.to(device)
 
-    def target(self, start: int, stop: int) -> PagedTarget:
+    @property
+    def layers(self) -> list[Tensor]:
+        return [pages for part in self.parts for pages in part]
+
+    def target(self, start: int, stop: int) -> CacheTarget:
         """Where tokens [start, stop) are decoded to."""
-        return PagedTarget(self.layers, self.table, start, stop - start)
+        targets = [PagedTarget(part, self.table, start, stop - start) for part in self.parts]
+        return targets[0] if len(targets) == 1 else LayeredTarget(targets)
 
     def copy_to(self, view: Tensor, start: int) -> None:
         """Tokens from `start` on as `[L, 2, T, H, D]`: what attention reads that knows no pages."""
-        at = torch.arange(start, start + view.shape[2], device=view.device)
-        block, slot = self._table[at // BLOCK_TOKENS], at % BLOCK_TOKENS
+        at = torch.arange(start, start + view.shape[2])
+        block, slot = self.table[at // BLOCK_TOKENS], at % BLOCK_TOKENS
         for layer, pages in enumerate(self.layers):
-            view[layer].copy_(pages[:, block, slot])
+            view[layer].copy_(pages[:, block.to(pages.device), slot.to(pages.device)])
 
     def poison(self) -> None:
         """As `KVCache.poison`."""

@@ -309,6 +309,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workload", help="a synthetic workload instead of a model: compute takes its profile's times")
     parser.add_argument("--store", type=Path, required=True, help="questions, references and chunks to measure on")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--pages-on", nargs="+", default=[], metavar="DEVICE",
+        help="decode into paged blocks, each device its share of the layers; --device first",
+    )  # fmt: skip
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; default: half the cores")
     options = parser.parse_args(arguments)
@@ -326,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
             who = {"model": "", "name": profiled.workload.name}
         else:
             model = Model.load(options.model, device=options.device, dtype=options.dtype)
-            worker = Worker(Compute(model), store, learns=model.device.type == "cpu")
+            worker = Worker(Compute(model, pages_on=options.pages_on), store, learns=model.device.type == "cpu")
             who = {"model": model.fingerprint, "name": model.name}
     except REFUSALS as error:
         print(f"receiver: {error}", file=sys.stderr)

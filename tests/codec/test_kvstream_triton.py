@@ -19,7 +19,7 @@ from codec import container, kvstream, kvstream_triton  # noqa: E402
 from codec.api import Codec  # noqa: E402
 from codec.entropy import escapes, rans  # noqa: E402
 from codec.errors import CodecError  # noqa: E402
-from codec.targets import CacheTarget, HuggingFaceTarget, PagedTarget, as_target  # noqa: E402
+from codec.targets import CacheTarget, HuggingFaceTarget, LayeredTarget, PagedTarget, as_target  # noqa: E402
 from codec.transform import Rope  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,7 @@ def on_device(codec: kvstream.KVStream, data: bytes, target: CacheTarget) -> Non
     header = chunk.header
     parts = {tag: chunk.section(tag) for tag in ("coef", "fine")}
     parts["escs"] = escapes.parse(chunk.section("escs"), len(codec.columns(header.level)[0]), header.tokens)
-    kvstream_triton.decode(codec.on_device(DEVICE), header.level, header.positions, parts, target)
+    kvstream_triton.decode(codec, header, parts, target)
 
 
 def assert_close(out: Any, wanted: Any) -> None:
@@ -204,6 +204,24 @@ def test_decoders_can_share_out_the_layers(only_writes: bool) -> None:
             assert torch.equal(part, whole[layers.start : layers.stop])
 
 
+def test_a_target_of_several_parts_is_decoded_by_parts() -> None:
+    codec, kv = make(3, 2, 16, 16, False)
+    kv[2, 0, 5, 1, 3] = 50.0
+    data = codec.encode(kv, 2, positions=range(START, START + T))
+    whole = torch.full(kv.shape, torch.nan, device=DEVICE)
+    decode_at_once(codec, data, whole)
+    parts = [torch.full((n, *kv.shape[1:]), torch.nan, device=DEVICE) for n in (1, 2)]
+    target = LayeredTarget([as_target(part) for part in parts])
+    decode_at_once(codec, data, target)
+    assert torch.equal(torch.cat(parts), whole)
+    for part in parts:
+        part.fill_(torch.nan)
+    on_device(codec, data, target)
+    assert torch.equal(torch.cat(parts), whole)
+    with pytest.raises(CodecError, match="says itself which layers"):
+        kvstream_triton.StreamingDecoder(codec, target, DEVICE, layers=range(3))
+
+
 def test_layers_that_a_model_has_not_are_refused() -> None:
     codec, kv = make(*SHAPES[0])
     data = codec.encode(kv, 1, positions=range(T))
@@ -229,7 +247,7 @@ def test_an_announced_size_is_held_to_before_memory_is_taken() -> None:
     decoder = kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE, len(data) - 1)
     with pytest.raises(CodecError, match="were announced"):
         decoder.feed(memoryview(data)[:300])
-    assert decoder._coef is None
+    assert decoder._shares[0].coef is None
 
 
 def test_a_target_elsewhere_is_refused() -> None:
@@ -308,9 +326,7 @@ def test_streams_of_other_tables_are_found_out() -> None:
     parts: dict[str, Any] = {"coef": low.section("coef"), "fine": high.section("fine"),
                              "escs": escapes.parse(b"", 32, T)}  # fmt: skip
     with pytest.raises(CodecError, match="is damaged or belongs to other tables"):
-        kvstream_triton.decode(
-            codec.on_device(DEVICE), 1, range(T), parts, as_target(torch.empty(kv.shape, device=DEVICE))
-        )
+        kvstream_triton.decode(codec, high.header, parts, as_target(torch.empty(kv.shape, device=DEVICE)))
 
 
 def test_a_cuda_target_goes_through_the_kernels() -> None:

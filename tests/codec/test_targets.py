@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from codec.errors import CodecError
-from codec.targets import HuggingFaceTarget, LMCacheTarget, PagedTarget, StridedTarget, as_target
+from codec.targets import HuggingFaceTarget, LayeredTarget, LMCacheTarget, PagedTarget, StridedTarget, as_target
 
 
 def test_misfits_are_refused() -> None:
@@ -56,3 +57,20 @@ def test_float16_saturates() -> None:
     tensor = torch.zeros(1, 2, 1, 1, 2, dtype=torch.float16)
     StridedTarget(tensor).write(0, 1, torch.tensor([[[1e6, -1e6]]]))
     assert tensor[0, 1].flatten().tolist() == [65504.0, -65504.0]
+
+
+def test_parts_of_a_target_take_their_own_layers() -> None:
+    parts = [torch.full((n, 2, 5, 2, 4), torch.nan) for n in (2, 1)]
+    target = LayeredTarget([as_target(part) for part in parts])
+    assert target.shape == (3, 2, 5, 2, 4)
+    values = torch.randn(3, 2, 5, 2, 4)
+    for layer, side in np.ndindex(3, 2):
+        target.write(layer, side, values[layer, side])
+    assert torch.equal(torch.cat(parts), values)
+    assert [own for _, own in target.shares()] == [range(2), range(2, 3)]
+
+
+@pytest.mark.parametrize("shapes", [[], [(1, 2, 5, 2, 4), (1, 2, 6, 2, 4)]])
+def test_parts_that_do_not_fit_each_other_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(CodecError, match="parts"):
+        LayeredTarget([as_target(torch.empty(shape)) for shape in shapes])

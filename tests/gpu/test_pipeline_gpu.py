@@ -59,8 +59,12 @@ def test_text_is_recomputed_beside(kitchen: Kitchen) -> None:
     torch.testing.assert_close(kitchen.arrived(), exact, atol=2e-2, rtol=2e-2)
 
 
-def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen) -> None:
-    paged = replace(kitchen, compute=Compute(kitchen.model, paged=True))
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen, gpus: int) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} CUDA devices")
+    devices = [torch.device("cuda", index) for index in range(gpus)]
+    paged = replace(kitchen, compute=Compute(kitchen.model, pages_on=devices))
     try:
         paged.compute.reserve(pipeline.TOKENS + 64)
         paged.run(Plan(LEVEL))

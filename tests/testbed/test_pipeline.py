@@ -128,8 +128,9 @@ def test_damage_is_fetched_again_and_then_fails_the_session(
     kitchen.check((LEVEL,) * N_CHUNKS)
 
 
-def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen) -> None:
-    paged = replace(kitchen, compute=Compute(kitchen.model, paged=True))
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen, parts: int) -> None:
+    paged = replace(kitchen, compute=Compute(kitchen.model, pages_on=[kitchen.model.device] * parts))
     try:
         paged.compute.reserve(pipeline.TOKENS + 64)
         paged.run(Plan((LEVEL, TEXT, LEVEL, TEXT, LEVEL, LEVEL)))
