@@ -177,7 +177,7 @@ def shared_out(table: Any, codec: KVStream, data: bytes, wanted: Tensor, facts: 
                 groups = packed_lengths(chunk.section("coef"), len(found.tables.rows), tokens, 2, device)
                 graph = torch.cuda.CUDAGraph()
                 torch.cuda.synchronize()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
                     shared.stream_offsets(*groups)
                     job = share.begin(chunk.header)
                     if fine is not None:
