@@ -1,6 +1,6 @@
 """A connection that wakes its reader not for every packet but for a good part at once, while bytes come fast.
 
-A wake-up costs an event loop some 20 us, and twice it waits for the interpreter lock where a thread beside it computes,
+A wake-up costs an event loop some 10 us, and twice it waits for the interpreter lock where a thread beside it computes,
 so what bounds the rate of one connection is how many bytes a wake-up brings. SO_RCVLOWAT says how many are worth one.
 It is set for no more than comes within PATIENCE_S at the rate just seen; slower links are seen packet by packet. When a
 fast one falls silent, after PATIENCE_S every byte is worth a wake-up again: a mark can delay, but not hang.
