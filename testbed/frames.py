@@ -26,8 +26,6 @@ READ_BYTES: Final = 1 << 20
 """Most bytes of one read: a dozen frames, whose headers are then closed up in memory. A read for each frame's header
 and one for its payload cost more than that. A frame larger than FRAME_BYTES is read for itself, with the header behind
 it: then nothing has to be moved."""
-WORTH_BYTES: Final = 1 << 18
-"""So much of a large frame is worth a wake-up while bytes come fast. Waiting for more of it gained nothing."""
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
@@ -176,7 +174,7 @@ class Frames(asyncio.BufferedProtocol):
         if not self._rest or self._size <= FRAME_BYTES or self._handler is None:
             return 0
         place = self._handler.place()
-        return 0 if place is None else min(self._rest + HEADER_BYTES, len(place), WORTH_BYTES)
+        return 0 if place is None else min(self._rest + HEADER_BYTES, len(place))
 
     def _take(self, data: memoryview) -> None:
         """Bytes that are not in their place; they may lie in the handler's memory, behind it."""

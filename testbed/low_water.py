@@ -2,8 +2,9 @@
 
 A wake-up costs an event loop some 10 us, and twice it waits for the interpreter lock where a thread beside it computes,
 so what bounds the rate of one connection is how many bytes a wake-up brings. SO_RCVLOWAT says how many are worth one.
-It is set for no more than comes within PATIENCE_S at the rate just seen; slower links are seen packet by packet. When a
-fast one falls silent, after PATIENCE_S every byte is worth a wake-up again: a mark can delay, but not hang.
+It is set where WORTH_BYTES come within PATIENCE_S at the rate just seen, from 2 Gbit/s on; slower links are seen packet
+by packet. When a fast one falls silent, after PATIENCE_S every byte is worth a wake-up again: a mark can delay, but not
+hang.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import socket
 from typing import Final
 
 PATIENCE_S: Final = 0.001
+WORTH_BYTES: Final = 1 << 18
+"""So much is worth a wake-up while bytes come fast. Waiting for more gained nothing."""
 
 
 class LowWater:
@@ -36,7 +39,7 @@ class LowWater:
         if (passed_s := self._read_s - self._since_s) >= PATIENCE_S:
             self._soon = self._bytes * PATIENCE_S / passed_s
             self._since_s, self._bytes = self._read_s, 0
-        self._set(awaited if 0 < awaited <= self._soon else 1)
+        self._set(min(awaited, WORTH_BYTES) if awaited and self._soon >= WORTH_BYTES else 1)
         if self._mark > 1 and self._timer is None:
             self._timer = self._loop.call_later(PATIENCE_S, self._look)
 
