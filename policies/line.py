@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.errors import PolicyError
-from traces.fluid import FRAME_BYTES, FRAMES_AN_ANSWER, MIN_FRAME_BYTES
+from traces.fluid import (
+    FRAME_BYTES,
+    FRAMES_A_LARGE_ANSWER,
+    FRAMES_AN_ANSWER,
+    LARGE_FRAME_BYTES,
+    MIN_FRAME_BYTES,
+)
 from traces.trace import Trace
 
 Floats = NDArray[np.float64]
@@ -19,8 +25,10 @@ Floats = NDArray[np.float64]
 def news_bits(bits: Floats | float) -> Floats:
     """Bits of an answer's first frame (`traces.fluid.frame_bytes`): with depth 2 the next chunk is requested when it is
     here, at the earliest."""
-    frame = np.clip(np.floor(np.asarray(bits) / (8.0 * FRAMES_AN_ANSWER)), MIN_FRAME_BYTES, FRAME_BYTES)
-    found: Floats = np.minimum(bits, 8.0 * frame)
+    size = np.asarray(bits) / 8.0
+    small = np.clip(np.floor(size / FRAMES_AN_ANSWER), MIN_FRAME_BYTES, FRAME_BYTES)
+    large = np.minimum(np.floor(size / FRAMES_A_LARGE_ANSWER), LARGE_FRAME_BYTES)
+    found: Floats = np.minimum(bits, 8.0 * np.maximum(small, large))
     return found
 
 

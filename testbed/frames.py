@@ -15,6 +15,8 @@ from typing import Any, Final, Protocol
 import aiohttp
 
 from testbed.errors import SpecError
+from testbed.low_water import LowWater
+from testbed.wire import FRAME_BYTES
 
 MAX_TEXT_BYTES: Final = 4096
 HEADER_BYTES: Final = 10
@@ -22,7 +24,8 @@ HEADER_BYTES: Final = 10
 SINK_BYTES: Final = 1 << 16
 READ_BYTES: Final = 1 << 20
 """Most bytes of one read: a dozen frames, whose headers are then closed up in memory. A read for each frame's header
-and one for its payload cost more than that."""
+and one for its payload cost more than that. A frame larger than FRAME_BYTES is read for itself, with the header behind
+it: then nothing has to be moved."""
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
@@ -69,12 +72,15 @@ class Frames(asyncio.BufferedProtocol):
         self._have = 0
         """Bytes of a header that are here."""
         self._opcode = 0
+        self._size = 0
+        """Payload bytes of the frame."""
         self._rest = 0
-        """Payload bytes of the frame that are still to come."""
+        """Those that are still to come."""
         self._message = bytearray()
         self._target: memoryview | None = None
         """The handler's place that is read into."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._low_water = LowWater(self._transport.get_extra_info("socket"))
         self._transport.set_protocol(self)
 
     async def serve(self, handler: Handler) -> None:
@@ -104,6 +110,7 @@ class Frames(asyncio.BufferedProtocol):
         """Let aiohttp have the connection again. Returns False where it could not make sense of what comes next."""
         whole = self._error is None and self._rest == self._have == 0
         if whole:
+            self._low_water.close()
             self._transport.set_protocol(self._before)
         return whole
 
@@ -122,8 +129,10 @@ class Frames(asyncio.BufferedProtocol):
             return self._head[self._have :]
         if self._opcode == BINARY and self._handler is not None:
             self._target = self._handler.place()
+        if self._target is None:
+            return self._sink[: self._rest]
         # what is left of an answer on its way is more than its place, by its frames' headers: this reads no further
-        return self._sink[: self._rest] if self._target is None else self._target[:READ_BYTES]
+        return self._target[: self._rest + HEADER_BYTES if self._size > FRAME_BYTES else READ_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._error is not None:
@@ -139,6 +148,7 @@ class Frames(asyncio.BufferedProtocol):
                 self._rest -= landed
                 self._handler.on_landed(landed)
                 self._take(data[landed:])
+            self._low_water.after_read(nbytes, self._awaited())
         except Exception as error:
             self.fail(error)
 
@@ -146,6 +156,7 @@ class Frames(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._low_water.close()
         self.fail(error if isinstance(error, OSError) else ConnectionError("the connection is gone"))
         self._before.connection_lost(error)
 
@@ -156,6 +167,14 @@ class Frames(asyncio.BufferedProtocol):
         self._before.resume_writing()
 
     # --- frames
+
+    def _awaited(self) -> int:
+        """How much is best read at once: of the rest of a large frame that somebody wants, and the header behind it. A
+        sender that ends an answer finishes the frame and says so, in more than a header's bytes."""
+        if not self._rest or self._size <= FRAME_BYTES or self._handler is None:
+            return 0
+        place = self._handler.place()
+        return 0 if place is None else min(self._rest + HEADER_BYTES, len(place))
 
     def _take(self, data: memoryview) -> None:
         """Bytes that are not in their place; they may lie in the handler's memory, behind it."""
@@ -185,7 +204,7 @@ class Frames(asyncio.BufferedProtocol):
         if self._have < length:
             return None
         size = second if length == 2 else int.from_bytes(self._head[2:length], "big")
-        self._opcode, self._rest = first & 0x0F, size
+        self._opcode, self._size, self._rest = first & 0x0F, size, size
         self._message.clear()
         if self._opcode == BINARY:
             if self._handler is None:

@@ -55,7 +55,7 @@ IDLE_S = 600.0
 STALL_S = 60.0
 """A client that takes no byte for so long is let go."""
 CLOSE_S = 1.0
-_ZEROS = memoryview(bytes(wire.FRAME_BYTES))
+_ZEROS = memoryview(bytes(wire.LARGE_FRAME_BYTES))
 
 
 @dataclass
@@ -290,7 +290,8 @@ class Stream:
         if req not in self._cancelled:
             await self._send(wire.pack_answer(wire.Answer(req, total, offset, sha256)))
         step = wire.frame_bytes(total)
-        _commit_little(self._socket, 2 * step)
+        # two frames, so that the link has one while the next is made; of a large one half lasts as long
+        _commit_little(self._socket, max(step, min(2 * step, 2 * wire.FRAME_BYTES)))
         while offset < total and req not in self._cancelled:
             stop = min(offset + step, total)
             await self._send(_ZEROS[: stop - offset] if data is None else data[offset:stop])

@@ -26,6 +26,7 @@ from policies.api import TEXT, LevelOrText
 from testbed.errors import SpecError
 from testbed.manifest import MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_LEVELS
 from traces.fluid import FRAME_BYTES as FRAME_BYTES  # offered here too: frames are part of the wire
+from traces.fluid import LARGE_FRAME_BYTES as LARGE_FRAME_BYTES
 from traces.fluid import MIN_FRAME_BYTES as MIN_FRAME_BYTES
 from traces.fluid import frame_bytes as frame_bytes
 

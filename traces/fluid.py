@@ -19,14 +19,19 @@ from traces.trace import Trace
 FRAME_BYTES: Final = 65_536
 MIN_FRAME_BYTES: Final = 4_096
 FRAMES_AN_ANSWER: Final = 8
+LARGE_FRAME_BYTES: Final = 524288
+FRAMES_A_LARGE_ANSWER: Final = 32
 
 
 def frame_bytes(total_bytes: int) -> int:
-    """Size of the frames in which a receiver learns of an answer's bytes: an eighth of it, within 4 to 64 KiB.
+    """Size of the frames in which a receiver learns of an answer's bytes: an eighth of it, within 4 to 64 KiB, and of
+    more than 2 MiB a thirty-second, up to 512 KiB.
 
-    A frame is seen when it is complete, so a slow link needs small ones for a rate to be known before the chunk is.
+    A frame is seen when it is complete, so a slow link needs small ones for a rate to be known before the chunk is. On
+    a fast one each frame costs both ends time, and what is large for either is a matter of the answer's size.
     """
-    return min(FRAME_BYTES, max(MIN_FRAME_BYTES, total_bytes // FRAMES_AN_ANSWER))
+    small = min(FRAME_BYTES, max(MIN_FRAME_BYTES, total_bytes // FRAMES_AN_ANSWER))
+    return max(small, min(LARGE_FRAME_BYTES, total_bytes // FRAMES_A_LARGE_ANSWER))
 
 
 class FluidLink:

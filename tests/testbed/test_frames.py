@@ -18,6 +18,10 @@ from testbed.frames import HEADER_BYTES, Closed, Frames
 class Transport:
     def __init__(self) -> None:
         self.protocol: Any = SimpleNamespace(connection_lost=lambda error: None)
+        self.socket = SimpleNamespace(setsockopt=lambda *option: None)
+
+    def get_extra_info(self, name: str) -> Any:
+        return self.socket
 
     def get_protocol(self) -> Any:
         return self.protocol
@@ -96,7 +100,9 @@ def error_of(frames: Frames) -> BaseException | None:
 
 @settings(max_examples=60)
 @given(
-    sizes=st.lists(st.one_of(st.integers(1, 40), st.integers(100, 140), st.integers(65_500, 65_600)), max_size=6),
+    sizes=st.lists(
+        st.one_of(st.integers(1, 40), st.integers(100, 140), st.integers(65_500, 65_600), st.just(300_000)), max_size=6
+    ),
     most=st.sampled_from([1, 2, 7, HEADER_BYTES, 1000, 70_000, None]),
     seed=st.integers(0, 1000),
     wanted=st.booleans(),

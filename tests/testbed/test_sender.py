@@ -188,7 +188,7 @@ async def read_answer(stream: Any) -> tuple[wire.Answer | wire.Cancelled, bytes]
         message = await stream.receive()
         if message.type is WSMsgType.TEXT:
             return wire.parse_answer(message.data), data
-        assert len(message.data) <= wire.FRAME_BYTES
+        assert len(message.data) <= wire.LARGE_FRAME_BYTES
         data += message.data
     return answer, data
 
@@ -406,10 +406,13 @@ def test_answers_are_understood_as_meant(req: int, size: int, data: st.DataObjec
 
 
 @given(st.integers(0, wire.MAX_CHUNK_BYTES))
-def test_frames_are_an_eighth_of_an_answer_within_bounds(total: int) -> None:
+def test_frames_are_a_small_part_of_an_answer_within_bounds(total: int) -> None:
     step = wire.frame_bytes(total)
-    assert wire.MIN_FRAME_BYTES <= step <= wire.FRAME_BYTES
+    assert wire.MIN_FRAME_BYTES <= step <= wire.LARGE_FRAME_BYTES
     assert step <= max(wire.MIN_FRAME_BYTES, total // 8)
+    assert step <= max(wire.FRAME_BYTES, total // 32)
+    if total <= 1 << 21:
+        assert step == min(wire.FRAME_BYTES, max(wire.MIN_FRAME_BYTES, total // 8))
 
 
 # --- the process
