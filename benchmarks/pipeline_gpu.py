@@ -106,6 +106,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for rate in rates:
             row("kvstream", "kvstream", fixed, rate, arguments.sessions)
         row("kvstream, no link to speak of", "kvstream", fixed, UNSHAPED_BPS, arguments.sessions)
+        for rate in (rates[-1], UNSHAPED_BPS):
+            row("kvstream, two connections", "kvstream", fixed, rate, arguments.sessions, connections=2)
         three = 3e9 if 3e9 in rates else rates[0]
         few = max(1, arguments.sessions // 2)
         row("8 bit", "uniform", f"fixed,level={EIGHT_BIT}", three, few)
@@ -197,9 +199,12 @@ class Bench:
         with ExitStack() as stack:
             self.network = network = stack.enter_context(Network(LinkSettings(), traces=list(self._traces.values())))
             self.shaper = stack.enter_context(Shaper(network))
-            self._sender = self._start(
-                stack, network.sender, "testbed.sender", "--host", "0.0.0.0", "--port", str(PORT), "--sandbox"
-            )
+            self._senders = [
+                self._start(
+                    stack, network.sender, "testbed.sender", "--host", "0.0.0.0", "--port", str(port), "--sandbox"
+                )
+                for port in (PORT, PORT + 1)
+            ]
             dtype = self._store.manifest(lookalike.context_of("kvstream")).kv.dtype
             self._receiver = self._start(
                 stack, network.receiver, "testbed.receiver",
@@ -219,7 +224,7 @@ class Bench:
             module,
             lambda argv, **settings: self.network.popen(host, argv, **settings),
             ["-m", module, "--store", str(self._store.path), *options],
-            self._folder / f"{module}.log",
+            self._folder / f"{'-'.join([module, *options[-2:-1]])}.log",
         )
         stack.callback(process.close)
         return process
@@ -240,14 +245,18 @@ class Bench:
         print(f"{name}: {json.dumps(numbers)}", flush=True)
         return found
 
-    def session(self, codec: str, policy: str, rate: float, *, keep: bool, **settings: Any) -> dict[str, Any]:
+    def session(
+        self, codec: str, policy: str, rate: float, *, keep: bool, connections: int = 1, **settings: Any
+    ) -> dict[str, Any]:
         trace = self._traces[rate]
         time.sleep(SETTLE_S)
         zero_s = time.monotonic() + (LEAD_S if not settings.get("load") else 3 * LEAD_S)
         self.shaper.arm(trace, zero_s, 60.0)
+        url, *others = [f"http://{self.network.sender_ip}:{PORT + number}" for number in range(connections)]
         command = {
             "cmd": "session",
-            "url": f"http://{self.network.sender_ip}:{PORT}",
+            "url": url,
+            "others": others,
             "context": lookalike.context_of(codec),
             "policy": policy,
             "deadline_s": DEADLINE_S,
@@ -256,9 +265,10 @@ class Bench:
             "evaluate": False,
             **settings,
         }
-        before = [cpu_s(process.pid) for process in (self._sender, self._receiver)]
+        processes = [*self._senders[:connections], self._receiver]
+        before = [cpu_s(process.pid) for process in processes]
         answer = self._receiver.ask(command, 120.0)
-        after = [cpu_s(process.pid) for process in (self._sender, self._receiver)]
+        *sent_s, received_s = [cpu_s(process.pid) - start for process, start in zip(processes, before, strict=True)]
         if answer["status"] != "ok":
             self.shaper.finish()
             return {"failed": answer["error"]}
@@ -267,7 +277,7 @@ class Bench:
         verdict = fidelity.judge(measured, trace)
         costs = self.costs[lookalike.context_of(codec)]
         found = numbers(record, answer, costs["prefill_s"], verdict.delivered_bytes, rate)
-        found |= {"sender_thread_s": after[0] - before[0], "network_thread_s": after[1] - before[1]}
+        found |= {"sender_thread_s": max(sent_s), "network_thread_s": received_s}
         found |= {"fidelity_ok": verdict.ok, "fidelity": list(verdict.reasons), "starved": verdict.starved}
         found |= {f"gemv_{key}": value for key, value in answer.get("load", {}).items()}
         return found | ({"record": record, "link": measured.rows()} if keep else {})
