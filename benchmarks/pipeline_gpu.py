@@ -39,6 +39,7 @@ from testbed.llm import Model
 from testbed.process import Process
 from testbed.runner import LEAD_S, PADDING_BYTES, PORT
 from testbed.store import Store
+from testbed.synthetic import decode_bytes_per_s
 from traces.trace import Trace
 
 PROMPT_TOKENS = 32
@@ -64,10 +65,12 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true", help="a small model and context: does the script run?")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw the session kept in --out, as a picture")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="only draw what --out holds, as pictures")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(json.loads(arguments.out.read_text()), arguments.draw)
+        found = json.loads(arguments.out.read_text())
+        draw_session(found, arguments.draw / "gpu-timeline.png")
+        draw_interference(found, arguments.draw / "gpu-interference.png")
         return
     if not sandbox.inside():
         sys.exit(sandbox.run([sys.executable, *sys.argv]))
@@ -321,7 +324,7 @@ def numbers(
     }
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw_session(found: dict[str, Any], path: Path) -> None:
     """The kept session as the report draws it: link, copies, decoding and the model over time."""
     from testbed.report.figures import theme
     from testbed.report.material import Material
@@ -343,6 +346,34 @@ def draw(found: dict[str, Any], path: Path) -> None:
     with theme():
         figure = timeline(Material({}, {}, {}, cell))
         assert figure is not None
+        figure.savefig(path, dpi=160)
+
+
+def draw_interference(found: dict[str, Any], path: Path) -> None:
+    """How much longer a GEMV loop takes while a stream decodes beside it, against the part of that time that decoding
+    takes of the GPU, and would take with CacheGen's public kernels."""
+    import matplotlib.pyplot as plt
+
+    from testbed.report.figures import theme
+
+    loaded = next(row for row in found["rows"] if row.get("load"))
+    context, level = found["contexts"]["kvstream"], list(found["contexts"]["kvstream"]["bytes"])[LEVEL]
+    elements = 8 * context["bytes"][level] / context["bits_per_element"][level]
+    cachegen_s = 2 * elements / decode_bytes_per_s("cachegen", "h200")
+    slowed = [100 * session["gemv_slowdown"] for session in loaded["sessions"]]
+    duties = [100 * seconds / loaded["last_byte_s"] for seconds in (found["decoding"]["gpu_s"], cachegen_s)]
+    names = ["GEMV loop: slow-down", "kvstream: time decoding", "CacheGen's kernels: time decoding"]
+    with theme():
+        figure, axes = plt.subplots(figsize=(7.2, 2.2), layout="constrained")
+        bars = axes.barh(names, [statistics.median(slowed), *duties], color=["C1", "C0", "0.7"], height=0.6)
+        axes.plot(slowed, [0] * len(slowed), "|", color="black", markersize=12)
+        for bar, right in zip(bars, (max(slowed), *duties), strict=True):
+            axes.annotate(f"{bar.get_width():.1f} %", (right, bar.get_y() + bar.get_height() / 2), (6, 0),
+                          textcoords="offset points", va="center")  # fmt: skip
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"% of the {1e3 * loaded['last_byte_s']:.0f} ms that a session's bytes take at "
+                        f"{loaded['rate_bps'] / 1e9:g} Gbit/s")  # fmt: skip
         figure.savefig(path, dpi=160)
 
 
