@@ -201,8 +201,8 @@ class LayeredTarget(CacheTarget):
     def __init__(self, parts: Sequence[CacheTarget]) -> None:
         if not parts:
             raise CodecError("a target of several parts has at least one")
-        if len({(part.shape[1:], part.dtype) for part in parts}) > 1:
-            raise CodecError("the parts of a target differ in tokens, heads, head_dim or dtype")
+        if len({(part.shape[1:], part.dtype, part.device.type) for part in parts}) > 1:
+            raise CodecError("the parts of a target differ in tokens, heads, head_dim, dtype or kind of device")
         self.parts = tuple(parts)
         first = parts[0]
         layers = sum(part.shape[0] for part in parts)
