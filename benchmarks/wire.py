@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=21)
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
     options = parser.parse_args()
+    where = machine.describe()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     os.sched_setaffinity(0, os.sched_getaffinity(0) - SENDERS)
     rows = []
@@ -266,7 +267,7 @@ def main() -> None:
                 floor = row("plain" + suffix, plain(options.sessions), None)
                 rows += [floor, row("stream" + suffix, stream(options.sessions, Path(name)), floor)]
     if options.out:
-        body = {"command": "python " + " ".join(sys.argv), "machine": machine.describe(), "rows": rows}
+        body = {"command": "python " + " ".join(sys.argv), "machine": where, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(body, indent=1) + "\n")
 

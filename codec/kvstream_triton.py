@@ -10,7 +10,8 @@ by segment, so that little is left to do after a chunk's last byte.
 
 A head's dimensions are kept as two halves, the first and the second of each rotary pair, so that rotating them is
 elementwise. Importing this module imports Triton; its kernels also run in Triton's interpreter (`entropy.device`).
-Kernels are not specialised on what differs from chunk to chunk: each such variant would be compiled in mid-session.
+Those that decode are not specialised on what differs from chunk to chunk: each such variant would be compiled in
+mid-session.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -247,7 +248,7 @@ class Job:
         self._bits = model.no_bits
         with model.beside():
             self._rotations = model.rotations(positions)
-        self._bits_damaged: Tensor | None = None
+        self._fine: tuple[DeviceStreams, Tensor] | None = None
         tiles = triton.cdiv(len(positions), SYNTHESIS.block)
         zeros = torch.zeros(model.layers * 2 * model.heads * tiles + 2, dtype=torch.int32, device=model.device)
         none = zeros[:0]
@@ -291,7 +292,7 @@ class Job:
             self._bits = torch.empty((streams.tokens, streams.columns), dtype=torch.uint8, device=model.device)
             how = self.level.symbols
             assert how is not None
-            self._bits_damaged = rans_triton.launch_decode(streams, tables, how, self._bits)
+            self._fine = streams, rans_triton.launch_decode(streams, tables, how, self._bits)
 
     def escapes(self, escaped: NDArray[Any]) -> None:
         """Copy escapes (`escapes.RECORD`, in order) of the target's layers to the device, by tiles of `values`."""
@@ -334,10 +335,10 @@ class Job:
 
     def finish(self, streams: DeviceStreams) -> None:
         """Wait for the device, and give a target that only takes finished values what it is due. Raises CodecError."""
-        damaged = self.damaged
-        if self._bits_damaged is not None:
-            damaged = torch.maximum(damaged, self._bits_damaged)
-        shared.raise_if_damaged(damaged, streams)
+        shared.raise_if_damaged(self.damaged, streams)
+        if self._fine is not None:
+            fine, damaged = self._fine
+            shared.raise_if_damaged(damaged, fine)
         if self._values is not None:
             for layer in range(len(self.layers)):
                 for side in (0, 1):
@@ -384,7 +385,7 @@ class Share:
     def begin(self, header: Header) -> Job:
         """Raises CodecError where the chunk does not fit the target."""
         shape = (len(self.layers), *header.shape[1:])
-        if header.layers != self.model.layers or self.target.shape != shape:
+        if header.layers != self.model.layers or self.layers.stop > header.layers or self.target.shape != shape:
             raise CodecError(f"chunk has shape {header.shape}, the target {self.target.shape} for {self.layers}")
         self.job = Job(self.model, header.level, header.positions, self.target, self.layers)
         return self.job
@@ -395,6 +396,8 @@ class Share:
 
 def shares(codec: kvstream.KVStream, target: CacheTarget, layers: range | None = None) -> list[Share]:
     """One for each part of a `LayeredTarget`, else one. Raises CodecError for layers that the model has not."""
+    if layers is None and target.shape[0] != codec.shape[0]:
+        raise CodecError(f"the target has {target.shape[0]} layers, the profile's model {codec.shape[0]}")
     if not isinstance(target, LayeredTarget):
         return [Share(codec.on_device(target.device), target, _checked(layers, codec.shape[0]))]
     if layers is not None:
@@ -450,17 +453,33 @@ class StreamingDecoder(Decoder):
         self._ends: list[int] = []
         self._has_bits = self._has_escapes = False
         self._at = self._size = self._copied = 0
+        self._has_begun = False
+        self._error: Exception | None = None
         self.segments_begun = 0
         self.tokens_done = 0
 
     def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+        self._raise_again()
+        try:
+            self._feed(view, on_device)
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _raise_again(self) -> None:
+        """What went wrong once leaves a chunk half decoded: nothing may come of it."""
+        if self._error is not None:
+            raise self._error
+
+    def _feed(self, view: memoryview, on_device: Tensor | None) -> None:
         before = self._arrival.received
         self._arrival.feed(view)
         header = self._arrival.header
         if header is None:
             return
         with torch.inference_mode():
-            if self._shares[-1].job is None:
+            if not self._has_begun:
+                self._has_begun = True
                 self._begin(header)
             self._exceptions(header)
             self._copy(before, view, on_device)
@@ -469,6 +488,7 @@ class StreamingDecoder(Decoder):
             self._launch(header)
 
     def finish(self) -> KVTarget:
+        self._raise_again()
         chunk = self._codec.check(self._arrival.finish())
         if not self._ends or self.segments_begun < len(self._ends):
             raise CodecError("the chunk ended before its coded coefficients did; fetch it again")
@@ -546,6 +566,8 @@ class StreamingDecoder(Decoder):
         beginning = self._arrival.part(self._at, self._copied)
         columns = self._columns
         needed = sections.lengths_bytes(beginning, columns, header.tokens, kvstream.SEGMENT_TOKENS)
+        if needed is not None and needed > self._size:
+            raise CodecError("coded section is shorter than its stream lengths; fetch the chunk again")
         if needed is None or needed > self._copied:
             return
         layout = sections.layout(beginning, columns, header.tokens, 2, kvstream.SEGMENT_TOKENS, self._size)
@@ -725,9 +747,11 @@ def _coefficient_tile(
         at = offset + tl.load(token_at + begin + r, mask=there, other=0)
     else:
         at = offset + begin.to(tl.int64) * token_stride + r.to(tl.int64) * token_stride
-    places = base.to(tl.pointer_type(COEFFICIENT)) + at[:, None] + k[None, :] * dim_stride
+    places = base.to(tl.pointer_type(COEFFICIENT)) + at[:, None]
     if ALIGNED:  # what is loaded is an address: that vectors may be loaded from it has to be said
-        places = tl.max_contiguous(tl.multiple_of(places, [16, 16]), [1, DIM])
+        places = tl.max_contiguous(tl.multiple_of(places + k[None, :], [1, 16]), [1, DIM])
+    else:
+        places += k[None, :].to(tl.int64) * dim_stride
     return at, tl.load(places, mask=there[:, None] & (k < D)[None, :], other=0.0).to(tl.float16)
 
 
@@ -772,17 +796,19 @@ def _synthesise(
     if WIDE:
         wide_begin = tl.load(wide_first + pair)
         wide_end = tl.load(wide_first + pair + 1)
+    own_first = first_token + tl.program_id(1) * TILES * BLOCK
+    own_last = tl.minimum(own_first + TILES * BLOCK, last_token)
     next_at, following = _coefficient_tile(
-        base, token_at, first_token + tl.program_id(1) * TILES * BLOCK, last_token, offset, token_stride, dim_stride,
+        base, token_at, own_first, own_last, offset, token_stride, dim_stride,
         TABLE, COEFFICIENT, ALIGNED, D, DIM, BLOCK,
     )  # fmt: skip
     for tile in range(TILES):
-        begin = first_token + (tl.program_id(1) * TILES + tile) * BLOCK
-        there = r < last_token - begin
+        begin = own_first + tile * BLOCK
+        there = r < own_last - begin
         at, c = next_at, following
         # a tile ahead, so that this one's products do not wait for memory
         next_at, following = _coefficient_tile(
-            base, token_at, begin + BLOCK, last_token, offset, token_stride, dim_stride,
+            base, token_at, begin + BLOCK, own_last, offset, token_stride, dim_stride,
             TABLE, COEFFICIENT, ALIGNED, D, DIM, BLOCK,
         )  # fmt: skip
         a = tl.dot(c, basis_a)
@@ -799,8 +825,8 @@ def _synthesise(
                 a = tl.dot(low, tl.load(rows + place[:, None] * HALF), a)
                 b = tl.dot(low, tl.load(rows + (DIM + place[:, None]) * HALF), b)
         number = pair * tl.cdiv(tokens, BLOCK) + begin // BLOCK
-        escape = tl.load(escape_first + number, mask=begin < last_token, other=0)
-        last = tl.load(escape_first + number + 1, mask=begin < last_token, other=0)
+        escape = tl.load(escape_first + number, mask=begin < own_last, other=0)
+        last = tl.load(escape_first + number + 1, mask=begin < own_last, other=0)
         for e in range(escape, last):
             place = tl.load(escape_place + e)
             hit = tl.where(r == tl.load(escape_token + e) - begin, tl.load(escape_value + e), 0.0)[:, None]
@@ -822,11 +848,12 @@ def _synthesise(
         tl.debug_barrier()
         stored = there[:, None] & (j < D // 2)[None, :]
         to = base.to(tl.pointer_type(VALUE)) + at[:, None]
-        to_a = to + first[None, :] * dim_stride
-        to_b = to + second[None, :] * dim_stride
         if ALIGNED and CONTIGUOUS:
-            to_a = tl.max_contiguous(tl.multiple_of(to_a, [16, 16]), [1, HALF])
-            to_b = tl.max_contiguous(tl.multiple_of(to_b, [16, 16]), [1, HALF])
+            to_a = tl.max_contiguous(tl.multiple_of(to + first[None, :], [1, 16]), [1, HALF])
+            to_b = tl.max_contiguous(tl.multiple_of(to + second[None, :], [1, 16]), [1, HALF])
+        else:
+            to_a = to + first[None, :].to(tl.int64) * dim_stride
+            to_b = to + second[None, :].to(tl.int64) * dim_stride
         tl.store(to_a, a.to(VALUE), mask=stored)
         tl.store(to_b, b.to(VALUE), mask=stored)
 
@@ -876,8 +903,8 @@ def _analyse(
         there = t < tokens
         inside = there[:, None] & (j < D // 2)[None, :]
         here = source + t[:, None].to(tl.int64) * token_stride
-        a = tl.load(here + first[None, :] * dim_stride, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(here + second[None, :] * dim_stride, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(here + first[None, :].to(tl.int64) * dim_stride, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(here + second[None, :].to(tl.int64) * dim_stride, mask=inside, other=0.0).to(tl.float32)
         if block % 2 == 0:
             row = (tl.load(rope_of_layer + block // 2) * tokens + t).to(tl.int64) * HALF
             angle = row[:, None] + j[None, :]

@@ -40,15 +40,15 @@ class Placement:
     """Every head of every token begins at a multiple of 16 bytes and is contiguous."""
 
     @classmethod
-    def of(cls, first: Tensor, addresses: Sequence[int], token_at: Tensor | None = None) -> Placement:
+    def of(
+        cls, first: Tensor, addresses: Sequence[int], token_at: Tensor | None = None, token_steps: Sequence[int] = ()
+    ) -> Placement:
         """`first` is `[T, H, D]`, layer 0's keys; the others, at their addresses, have its strides. With `token_at`,
-        its first dimension is what that stands for."""
+        sums of multiples of `token_steps`, its first dimension is what that stands for."""
         item = first.element_size()
         token_stride, head_stride, dim_stride = first.stride()
-        steps = [head_stride] if token_at is not None else [head_stride, token_stride]
+        steps = [head_stride, *(token_steps if token_at is not None else [token_stride])]
         aligned = dim_stride == 1 and not any(number % 16 for number in [*addresses, *(item * step for step in steps)])
-        if token_at is not None:
-            aligned = aligned and not bool((token_at * item % 16).any())
         bases = torch.tensor(addresses, dtype=torch.int64).to(first.device)
         return cls(bases, token_at, token_stride, head_stride, dim_stride, aligned)
 
@@ -189,7 +189,8 @@ class PagedTarget(CacheTarget):
             return None
         block_stride, slot_stride, *_ = views[0].stride()
         token_at = torch.nn.functional.pad(self._block * block_stride + self._slot * slot_stride, (0, 1))
-        return Placement.of(views[0][0], [view.data_ptr() for view in views], token_at)
+        addresses = [view.data_ptr() for view in views]
+        return Placement.of(views[0][0], addresses, token_at, (block_stride, slot_stride))
 
 
 class LayeredTarget(CacheTarget):

@@ -83,7 +83,7 @@ class Client:
             socket = await session.ws_connect(
                 f"{self.url}/v1/contexts/{checked_id(context)}/stream",
                 compress=0,
-                max_msg_size=2 * wire.FRAME_BYTES,
+                max_msg_size=2 * wire.LARGE_FRAME_BYTES,
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_S),
             )
         except aiohttp.WSServerHandshakeError as error:

@@ -79,10 +79,7 @@ class Compute:
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str | None], Codec] = {}
         self._cache: KVCache | None = None
-        try:
-            self._pages_on = [torch.device(name) for name in pages_on]
-        except RuntimeError as error:
-            raise SpecError(f"pages on {', '.join(map(str, pages_on))}: {error}") from error
+        self._pages_on = _devices_of_pages(pages_on, model) if pages_on else []
         self._pages: PagedCache | None = None
         self._captured: dict[tuple[int, int], CapturedPrefill] = {}
         self._manifest: Manifest | None = None
@@ -295,6 +292,19 @@ class Compute:
         if self._manifest is None or self._codec is None or self._cache is None:
             raise SpecError("no context is open")
         return self._manifest, self._codec, self._cache
+
+
+def _devices_of_pages(names: Sequence[torch.device | str], model: Model) -> list[torch.device]:
+    """Raises SpecError for devices that are not there, or could not share out a model's layers."""
+    try:
+        devices = [torch.empty(0, device=name).device for name in names]
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise SpecError(f"pages on {', '.join(map(str, names))}: {str(error).splitlines()[0]}") from error
+    if devices[0] != model.device:
+        raise SpecError(f"the first device with pages must be the model's, {model.device}, not {devices[0]}")
+    if len(devices) > model.kv.layers:
+        raise SpecError(f"{len(devices)} devices cannot share out {model.kv.layers} layers")
+    return devices
 
 
 def check_chunk(data: memoryview, start: int, level: LevelOrText) -> None:

@@ -297,8 +297,8 @@ class _Padding:
             raise SessionFailed("the sender does not send padding (TEXT)")
 
     def on_frame(self, nbytes: int) -> None:
-        if self.received < 0:
-            raise SessionFailed("the sender does not send padding (BINARY)")
+        if self.received < 0 or nbytes > self._nbytes - self.received:
+            raise SessionFailed("the sender does not send the padding that was asked for (BINARY)")
 
     def place(self) -> memoryview | None:
         return None

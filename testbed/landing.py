@@ -24,7 +24,7 @@ PIECE_BYTES: Final = 1 << 22
 """A chunk is copied and decoded in pieces of about this size, 100 us of copying: what a chunk's segments come to at the
 paper's scale, so that smaller ones would only cost the host more."""
 FIRST_PIECE_BYTES: Final = 1 << 19
-"""The first is smaller: it tells where the streams lie, and finding that out takes as long as everything after it."""
+"""The first is smaller: as a rule it tells where the streams lie, and finding that out takes as long as the rest."""
 ALIGNMENT: Final = 64
 """Places begin at such addresses, so that decoders read their words without copying."""
 
@@ -100,7 +100,7 @@ class Landing:
     def landed(self, inflow: Inflow, received: int) -> bool:
         """`received` bytes of a chunk are here in all: copy what is new. Returns whether there is a new piece."""
         inflow.received = received
-        piece = PIECE_BYTES if inflow.copies else min(FIRST_PIECE_BYTES, PIECE_BYTES)
+        piece = PIECE_BYTES if inflow.copies else FIRST_PIECE_BYTES
         if received - inflow.copied < piece and not inflow.is_complete:
             return False
         span = slice(inflow.copied, received)

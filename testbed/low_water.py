@@ -4,7 +4,7 @@ A wake-up costs an event loop some 10 us, and twice it waits for the interpreter
 so what bounds the rate of one connection is how many bytes a wake-up brings. SO_RCVLOWAT says how many are worth one.
 It is set where WORTH_BYTES come within PATIENCE_S at the rate just seen, from 2 Gbit/s on; slower links are seen packet
 by packet. When a fast one falls silent, after PATIENCE_S every byte is worth a wake-up again: a mark can delay, but not
-hang.
+hang (Linux wakes a reader whose mark is lowered below what is there).
 """
 
 from __future__ import annotations

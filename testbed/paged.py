@@ -45,9 +45,12 @@ class PagedCache:
     def copy_to(self, view: Tensor, start: int) -> None:
         """Tokens from `start` on as `[L, 2, T, H, D]`: what attention reads that knows no pages."""
         at = torch.arange(start, start + view.shape[2])
-        block, slot = self.table[at // BLOCK_TOKENS], at % BLOCK_TOKENS
-        for layer, pages in enumerate(self.layers):
-            view[layer].copy_(pages[:, block.to(pages.device), slot.to(pages.device)])
+        layer = 0
+        for part in self.parts:
+            block, slot = (where.to(part[0].device) for where in (self.table[at // BLOCK_TOKENS], at % BLOCK_TOKENS))
+            for pages in part:
+                view[layer].copy_(pages[:, block, slot])
+                layer += 1
 
     def poison(self) -> None:
         """As `KVCache.poison`."""

@@ -53,7 +53,7 @@ MAX_STREAMS = 256
 MAX_UPLOADS = 8
 IDLE_S = 600.0
 STALL_S = 60.0
-"""A client that takes no byte for so long is let go."""
+"""A client that does not take a frame within so long is let go."""
 CLOSE_S = 1.0
 _ZEROS = memoryview(bytes(wire.LARGE_FRAME_BYTES))
 

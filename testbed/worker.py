@@ -323,6 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
         threads = set_threads(options.threads)
         store = Store(options.store, create=False)
         if options.workload:
+            if options.pages_on:
+                raise SpecError("--pages-on needs a model; a workload has none")
             from testbed.profiled import ProfiledWorker
 
             profiled = ProfiledWorker(options.workload, store)

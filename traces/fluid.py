@@ -19,7 +19,7 @@ from traces.trace import Trace
 FRAME_BYTES: Final = 65_536
 MIN_FRAME_BYTES: Final = 4_096
 FRAMES_AN_ANSWER: Final = 8
-LARGE_FRAME_BYTES: Final = 524288
+LARGE_FRAME_BYTES: Final = 524_288
 FRAMES_A_LARGE_ANSWER: Final = 32
 
 

@@ -71,8 +71,6 @@ def upload(
 ) -> DeviceStreams:  # fmt: skip
     """Copy a section to a device and unpack its lengths there. Raises CodecError where its header does not fit it."""
     layout = sections.layout(data, columns, tokens, unit_bytes, segment_tokens)
-    if layout.units >= MAX_UNITS:
-        raise CodecError(f"a section of {layout.units} units is too large for a device; cut the chunk")
     sections.stream_offsets(layout)  # lengths that do not add up are refused; that costs less than finding out there
     # One spare word of zeros: kernels read ahead.
     host = np.zeros(-(-len(layout.data) // 4) + 1, np.uint32)
@@ -82,7 +80,9 @@ def upload(
 
 def on_device(section: Tensor, layout: Layout, columns: int, tokens: int) -> DeviceStreams:
     """Streams of a section whose bytes lie, or will lie, in `section`: uint8 on a device, whole words, four zeros
-    behind them. Its lengths must be there, and add up."""
+    behind them. Its lengths must be there, and add up. Raises CodecError."""
+    if layout.units >= MAX_UNITS:
+        raise CodecError(f"a section of {layout.units} units is too large for a device; cut the chunk")
     words = section.view(torch.int32)
     first_delta = np.cumsum(layout.widths, dtype=np.int32) - layout.widths
     host = np.stack([layout.shortest.astype(np.int32), layout.widths, first_delta])

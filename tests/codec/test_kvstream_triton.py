@@ -222,6 +222,43 @@ def test_a_target_of_several_parts_is_decoded_by_parts() -> None:
         kvstream_triton.StreamingDecoder(codec, target, DEVICE, layers=range(3))
 
 
+@pytest.mark.parametrize("counts", [(1, 1), (2, 2)])
+def test_parts_with_other_layers_than_the_model_are_refused(counts: tuple[int, int]) -> None:
+    codec, kv = make(3, 2, 16, 16, False)
+    target = LayeredTarget([as_target(torch.empty((n, *kv.shape[1:]), device=DEVICE)) for n in counts])
+    with pytest.raises(CodecError, match="layers, the profile's model 3"):
+        kvstream_triton.StreamingDecoder(codec, target, DEVICE)
+
+
+def test_several_tiles_a_program_and_programs_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile is read ahead within a program; the last tile of all is cut off."""
+    monkeypatch.setattr(kvstream, "SEGMENT_TOKENS", 64)
+    monkeypatch.setattr(kvstream_triton, "SYNTHESIS", kvstream_triton.Tiling(block=16, tiles=2, warps=4, stages=1))
+    monkeypatch.setattr(kvstream_triton, "SPAN", 32)
+    codec, kv = make(1, 2, 16, 16, False)
+    kv = kv.repeat(1, 1, 4, 1, 1)[:, :, :71].contiguous()
+    for level in (1, 2):
+        data = codec.encode(kv, level, positions=range(START, START + 71))
+        out = torch.full(kv.shape, torch.nan, device=DEVICE)
+        decode_at_once(codec, data, out)
+        assert_close(out, codec.decode(data, torch.empty(kv.shape)))
+
+
+def test_nothing_comes_of_a_chunk_that_failed_once() -> None:
+    codec, kv = make(*SHAPES[0])
+    chunk = codec._open(codec.encode(kv, 1, positions=range(START, START + T)))
+    wrong = bytes(chunk.section("escs")[::-1])  # well checked, and no escapes
+    parts = {"coef": chunk.section("coef"), "fine": chunk.section("fine"), "escs": wrong}
+    data = memoryview(container.pack(chunk.header, parts))
+    decoder = kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE)
+    decoder.feed(data[: -len(wrong)])
+    for _ in range(2):
+        with pytest.raises(CodecError, match="escape section"):
+            decoder.feed(data[-len(wrong) :])
+    with pytest.raises(CodecError, match="escape section"):
+        decoder.finish()
+
+
 def test_layers_that_a_model_has_not_are_refused() -> None:
     codec, kv = make(*SHAPES[0])
     data = codec.encode(kv, 1, positions=range(T))
@@ -229,7 +266,7 @@ def test_layers_that_a_model_has_not_are_refused() -> None:
     for layers in (range(1, 3), range(0), range(1, -1, -1), range(0, 2, 2)):
         with pytest.raises(CodecError, match="not consecutive layers of a model that has 2"):
             kvstream_triton.StreamingDecoder(codec, part, DEVICE, layers=layers)
-    with pytest.raises(CodecError, match="chunk has shape"):
+    with pytest.raises(CodecError, match="the target has 1 layers, the profile's model 2"):
         kvstream_triton.StreamingDecoder(codec, part, DEVICE).feed(memoryview(data))
     with pytest.raises(CodecError, match="decodes all layers at once on cpu"):
         codec.decoder(part, layers=range(1))

@@ -35,6 +35,7 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kitchen]:
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landing, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(landing, "FIRST_PIECE_BYTES", 1024)
 
 
 @pytest.mark.parametrize("overlap", [True, False])

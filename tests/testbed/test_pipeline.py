@@ -46,6 +46,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     monkeypatch.setattr(Compute, "decodes_pieces", property(lambda self: True))
     monkeypatch.setattr(landing, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(landing, "FIRST_PIECE_BYTES", 1024)
     decoder = KVStream.decoder
 
     def counting(self: KVStream, out: Any, **settings: Any) -> Any:
@@ -172,3 +173,16 @@ def test_a_load_is_measured_inside_and_outside() -> None:
     made[4] = Round(5.5, 7.0)
     assert slowdown(made, 3.5, 7.5) == {"rounds": 2, "alone_s": 1.0, "beside_s": 1.5, "slowdown": 0.5}
     assert slowdown(made, 20.0, 30.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("devices", "why"),
+    [
+        (["meta", "cpu"], "must be the model's, cpu, not meta"),
+        (["cpu"] * 99, "cannot share out"),
+        (["gpu"], "pages on gpu: "),
+    ],
+)
+def test_devices_that_cannot_have_pages_are_refused(kitchen: Kitchen, devices: list[str], why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        Compute(kitchen.model, pages_on=devices)
