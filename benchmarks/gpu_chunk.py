@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec import container, kvstream_triton
+from codec import container, kvstream_arriving, kvstream_triton
 from codec.container import Header
 from codec.entropy import device as shared
 from codec.entropy import rans_triton, sections
@@ -169,7 +169,7 @@ def shared_out(table: Any, codec: KVStream, data: bytes, wanted: Tensor, facts: 
         codec.decode(data, target, device=target.device)
         check(torch.cat([part.cpu() for part in out]), wanted)
         graphs = []
-        for share in kvstream_triton.shares(codec, target):
+        for share in kvstream_arriving.shares(codec, target):
             device, found = share.model.device, share.model.level(level)
             with torch.cuda.device(device):
                 streams = rans_triton.upload(chunk.section("coef"), found.tables, tokens)

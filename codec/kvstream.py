@@ -229,11 +229,11 @@ class KVStream(Codec):
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
         header = chunk.header
         if target.device.type == "cuda":
-            from codec import kvstream_triton
+            from codec import kvstream_arriving
 
             escaped = escapes.parse(chunk.section("escs"), self._class_of_column.shape[1], header.tokens)
             parts = {"coef": chunk.section("coef"), "fine": chunk.section("fine"), "escs": escaped}
-            kvstream_triton.decode(self, header, parts, target)
+            kvstream_arriving.decode(self, header, parts, target)
             return
         _, heads, dim = self.shape
         step = float(self._steps[header.level])
@@ -269,7 +269,7 @@ class KVStream(Codec):
     ) -> Decoder:  # fmt: skip
         if not self.decodes_pieces(device):
             return super().decoder(out, device=device, total_bytes=total_bytes, layers=layers)
-        from codec.kvstream_triton import StreamingDecoder
+        from codec.kvstream_arriving import StreamingDecoder
 
         return StreamingDecoder(self, out, device, total_bytes, layers)
 

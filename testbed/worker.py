@@ -1,6 +1,6 @@
 """A warm receiver process: sessions on command, one JSON object a line on stdin, one answer a line on stdout.
 
-    python -m testbed.receiver --model PATH_OR_NAME --store DIR [--threads N] [--device cpu]
+    python -m testbed.receiver --model PATH_OR_NAME --store DIR [--threads N] [--device cpu] [--pages-on DEVICE ...]
     python -m testbed.receiver --workload mistral-7b,compute=a40 --store DIR      compute by profile: testbed.profiled
 
 `--store` is the receiver's own copy of what a session is judged by (questions, exact log-probabilities) and of the

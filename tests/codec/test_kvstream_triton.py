@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from codec import container, kvstream, kvstream_triton  # noqa: E402
+from codec import container, kvstream, kvstream_arriving, kvstream_triton  # noqa: E402
 from codec.api import Codec  # noqa: E402
 from codec.entropy import escapes, rans  # noqa: E402
 from codec.errors import CodecError  # noqa: E402
@@ -65,7 +65,7 @@ def on_device(codec: kvstream.KVStream, data: bytes, target: CacheTarget) -> Non
     header = chunk.header
     parts = {tag: chunk.section(tag) for tag in ("coef", "fine")}
     parts["escs"] = escapes.parse(chunk.section("escs"), len(codec.columns(header.level)[0]), header.tokens)
-    kvstream_triton.decode(codec, header, parts, target)
+    kvstream_arriving.decode(codec, header, parts, target)
 
 
 def assert_close(out: Any, wanted: Any) -> None:
@@ -159,7 +159,7 @@ def test_decodes_as_bytes_arrive(piece: int, level: int, monkeypatch: pytest.Mon
     data = codec.encode(kv, level, positions=range(START, START + T))
     wanted = codec.decode(data, torch.empty(kv.shape))
     out = torch.full(kv.shape, torch.nan, device=DEVICE)
-    decoder = kvstream_triton.StreamingDecoder(codec, out, DEVICE)
+    decoder = kvstream_arriving.StreamingDecoder(codec, out, DEVICE)
     begun, done = [], []
     for first in range(0, len(data), piece):
         part = memoryview(data)[first : first + piece]
@@ -197,7 +197,7 @@ def test_decoders_can_share_out_the_layers(only_writes: bool) -> None:
         for layers in (range(1), range(1, 3)):
             part = torch.full((len(layers), *kv.shape[1:]), torch.nan, device=DEVICE)
             target = OnlyWrites(as_target(part)) if only_writes else part
-            decoder = kvstream_triton.StreamingDecoder(codec, target, DEVICE, layers=layers)
+            decoder = kvstream_arriving.StreamingDecoder(codec, target, DEVICE, layers=layers)
             for first in range(0, len(data), 600):
                 decoder.feed(memoryview(data)[first : first + 600])
             decoder.finish()
@@ -219,7 +219,7 @@ def test_a_target_of_several_parts_is_decoded_by_parts() -> None:
     on_device(codec, data, target)
     assert torch.equal(torch.cat(parts), whole)
     with pytest.raises(CodecError, match="says itself which layers"):
-        kvstream_triton.StreamingDecoder(codec, target, DEVICE, layers=range(3))
+        kvstream_arriving.StreamingDecoder(codec, target, DEVICE, layers=range(3))
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 2)])
@@ -227,7 +227,7 @@ def test_parts_with_other_layers_than_the_model_are_refused(counts: tuple[int, i
     codec, kv = make(3, 2, 16, 16, False)
     target = LayeredTarget([as_target(torch.empty((n, *kv.shape[1:]), device=DEVICE)) for n in counts])
     with pytest.raises(CodecError, match="layers, the profile's model 3"):
-        kvstream_triton.StreamingDecoder(codec, target, DEVICE)
+        kvstream_arriving.StreamingDecoder(codec, target, DEVICE)
 
 
 def test_several_tiles_a_program_and_programs_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_nothing_comes_of_a_chunk_that_failed_once() -> None:
     wrong = bytes(chunk.section("escs")[::-1])  # well checked, and no escapes
     parts = {"coef": chunk.section("coef"), "fine": chunk.section("fine"), "escs": wrong}
     data = memoryview(container.pack(chunk.header, parts))
-    decoder = kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE)
+    decoder = kvstream_arriving.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE)
     decoder.feed(data[: -len(wrong)])
     for _ in range(2):
         with pytest.raises(CodecError, match="escape section"):
@@ -265,15 +265,15 @@ def test_layers_that_a_model_has_not_are_refused() -> None:
     part = torch.empty((1, *kv.shape[1:]), device=DEVICE)
     for layers in (range(1, 3), range(0), range(1, -1, -1), range(0, 2, 2)):
         with pytest.raises(CodecError, match="not consecutive layers of a model that has 2"):
-            kvstream_triton.StreamingDecoder(codec, part, DEVICE, layers=layers)
+            kvstream_arriving.StreamingDecoder(codec, part, DEVICE, layers=layers)
     with pytest.raises(CodecError, match="the target has 1 layers, the profile's model 2"):
-        kvstream_triton.StreamingDecoder(codec, part, DEVICE).feed(memoryview(data))
+        kvstream_arriving.StreamingDecoder(codec, part, DEVICE).feed(memoryview(data))
     with pytest.raises(CodecError, match="decodes all layers at once on cpu"):
         codec.decoder(part, layers=range(1))
 
 
 def decode_at_once(codec: kvstream.KVStream, data: bytes, target: Any) -> None:
-    decoder = kvstream_triton.StreamingDecoder(codec, target, DEVICE)
+    decoder = kvstream_arriving.StreamingDecoder(codec, target, DEVICE)
     decoder.feed(memoryview(data))
     decoder.finish()
 
@@ -281,7 +281,7 @@ def decode_at_once(codec: kvstream.KVStream, data: bytes, target: Any) -> None:
 def test_an_announced_size_is_held_to_before_memory_is_taken() -> None:
     codec, kv = make(*SHAPES[3])
     data = codec.encode(kv, 1, positions=range(T))
-    decoder = kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE, len(data) - 1)
+    decoder = kvstream_arriving.StreamingDecoder(codec, torch.empty(kv.shape, device=DEVICE), DEVICE, len(data) - 1)
     with pytest.raises(CodecError, match="were announced"):
         decoder.feed(memoryview(data)[:300])
     assert decoder._shares[0].coef is None
@@ -290,7 +290,7 @@ def test_an_announced_size_is_held_to_before_memory_is_taken() -> None:
 def test_a_target_elsewhere_is_refused() -> None:
     codec, kv = make(*SHAPES[3])
     with pytest.raises(CodecError, match="the target lies on meta"):
-        kvstream_triton.StreamingDecoder(codec, torch.empty(kv.shape, device="meta"), DEVICE)
+        kvstream_arriving.StreamingDecoder(codec, torch.empty(kv.shape, device="meta"), DEVICE)
 
 
 def test_damage_is_an_error_and_harmless() -> None:
@@ -363,7 +363,7 @@ def test_streams_of_other_tables_are_found_out() -> None:
     parts: dict[str, Any] = {"coef": low.section("coef"), "fine": high.section("fine"),
                              "escs": escapes.parse(b"", 32, T)}  # fmt: skip
     with pytest.raises(CodecError, match="is damaged or belongs to other tables"):
-        kvstream_triton.decode(codec, high.header, parts, as_target(torch.empty(kv.shape, device=DEVICE)))
+        kvstream_arriving.decode(codec, high.header, parts, as_target(torch.empty(kv.shape, device=DEVICE)))
 
 
 def test_a_cuda_target_goes_through_the_kernels() -> None:

@@ -68,7 +68,7 @@ def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen, gpus: int) -> None:
     paged = replace(kitchen, compute=Compute(kitchen.model, pages_on=devices))
     try:
         paged.compute.reserve(pipeline.TOKENS + 64)
-        paged.run(Plan(LEVEL))
+        assert paged.run(Plan(LEVEL)).record.levels == (LEVEL,) * N_CHUNKS
         paged.check((LEVEL,) * N_CHUNKS)
     finally:
         paged.compute.close()
