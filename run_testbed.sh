@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The front door of kvstream: sets up what is missing, then runs.
+# The entry point of kvstream: sets up what is missing, then runs.
 #   ./run_testbed.sh              the main job: policies compared over emulated links
 #   ./run_testbed.sh test [ARGS]  the tests (ARGS go to pytest)
 #   ./run_testbed.sh setup        only the set-up
@@ -42,10 +42,31 @@ PY
 
 can_install() { [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; }
 
-apt_install() {
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null
+# apt-get, quietly; waits while another holds its locks (fresh machines update themselves), and ends what a kill left half
+apt() {
+    local errors left=100 mended=
+    until errors=$(DEBIAN_FRONTEND=noninteractive apt-get -qq "$@" 2>&1 >/dev/null); do
+        case $errors in
+            *"dpkg --configure -a"*)
+                [ -z "$mended" ] || break
+                mended=yes
+                DEBIAN_FRONTEND=noninteractive dpkg --configure -a >/dev/null 2>&1 || break
+                continue
+                ;;
+            *[Ll]ock*)
+                [ "$left" -lt 100 ] || say "waiting for another apt-get to end"
+                if [ $((left -= 1)) -gt 0 ]; then
+                    sleep 3
+                    continue
+                fi
+                ;;
+        esac
+        printf '%s\n' "$errors" >&2
+        return 1
+    done
 }
+
+apt_install() { apt update && apt install -y --no-install-recommends "$@"; }
 
 install_system_packages() {
     local missing
@@ -53,7 +74,7 @@ install_system_packages() {
     [ -n "${missing// /}" ] || return 0
     if can_install; then
         say "installing system packages: $missing"
-        # shellcheck disable=SC2086  # one word a package
+        # shellcheck disable=SC2086  # one word per package
         apt_install $missing || {
             say "apt-get failed; run: apt-get update && apt-get install --no-install-recommends $missing"
             exit 4
@@ -62,11 +83,11 @@ install_system_packages() {
         say "missing system packages; an administrator can add them with:"
         say "  sudo apt-get install --no-install-recommends $missing"
         case " $missing " in *" python3-venv "*) exit 4 ;; esac
-        say "going on without them: what needs them says so"
+        say "continuing without them; whatever needs one will say so"
     fi
 }
 
-# Only the tests look at pages in a browser; without one they are skipped.
+# Only the browser tests need it; without a browser they are skipped.
 install_chromium() {
     command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 && return 0
     if can_install; then
@@ -76,6 +97,14 @@ install_chromium() {
         say "no Chromium: the browser tests are skipped; an administrator can add it with:"
         say "  sudo apt-get install --no-install-recommends chromium"
     fi
+}
+
+new_environment() {
+    if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+        say "$VENV is not a virtual environment; set KVSTREAM_VENV to another folder"
+        exit 4
+    fi
+    "$1" -m venv --clear "$VENV"
 }
 
 # setup EXTRAS: the virtual environment with these extras of the package; in a subshell, because it changes directory
@@ -88,16 +117,30 @@ setup() (
     want=$({ cat pyproject.toml constraints.txt; "$python" -V; pwd; } | sha256sum | cut -d' ' -f1)
     install_system_packages "$python"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+        # one at a time; the lock ends with this subshell, however that ends
+        exec 9>"$VENV.lock"
+        flock 9
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         say "setting up $VENV (once; a few minutes)"
-        [ -x "$BIN/python" ] || "$python" -m venv "$VENV"
+        # a kill may leave packages that pip takes for whole
+        if [ -e "$VENV/.unfinished" ] || ! "$BIN/python" -m pip --version >/dev/null 2>&1; then
+            new_environment "$python"
+        fi
+        touch "$VENV/.unfinished"
+        # kvstream-testbed was called kvstream: both would own the command and the import name
+        ! "$BIN/python" -m pip show --quiet kvstream 2>/dev/null ||
+            "$BIN/python" -m pip uninstall --quiet --disable-pip-version-check --yes kvstream
         "$BIN/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
         printf '%s\n' "$want" | tee "$stamp" >"$VENV/.kvstream-setup-$TO_RUN"
+        rm "$VENV/.unfinished"
+        flock -u 9
     fi
     # Compiled kernels are cached per user.
     local warm=${XDG_CACHE_HOME:-$HOME/.cache}/kvstream/warm-$want
     if [ ! -e "$warm" ]; then
         say "compiling kernels (once)"
-        PATH=$BIN:$PATH "$BIN/python" -m testbed.warm >/dev/null
+        PATH=$BIN:$PATH "$BIN/python" -m kvstream.codec.warm >/dev/null
         mkdir -p "$(dirname "$warm")" && touch "$warm"
     fi
 )

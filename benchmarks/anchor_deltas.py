@@ -1,4 +1,4 @@
-"""Rates of anchors and deltas as the CacheGen paper has them, beside a prototype's on a model of the same recipe.
+"""Rates of anchors and deltas as in the CacheGen paper, compared with a prototype on a model of the same recipe.
 
     python benchmarks/anchor_deltas.py [--contexts N] [--json FILE]
 
@@ -28,11 +28,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from codec import artifact, cachegen
-from codec.entropy.tables import column_counts
-from codec.uniform import quantise
-from testbed import calibrate, machine
-from testbed.llm import Model, calculate_kv, mean_kl
+from kvstream.codec import artifact, cachegen
+from kvstream.codec.entropy.tables import column_counts
+from kvstream.codec.uniform import quantise
+from kvstream.testbed.encoding import calibrate
+from kvstream.testbed.engine.loading import load_model
+from kvstream.testbed.engine.model import Model, calculate_kv, mean_kl
+from kvstream.testbed.host import machine
 
 OUT = Path(__file__).parent / "results" / "anchor-deltas.json"
 CONTEXT_TOKENS, SCORED_TOKENS = 1_536, 384
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=4)
     parser.add_argument("--json", type=Path, default=OUT)
     options = parser.parse_args()
-    rows = measure(Model.load(), options.contexts)
+    rows = measure(load_model(), options.contexts)
     print(
         f"{'codec':<9} {'level':<14} {'bit':>6} {'prototype':>10} {'':>7}  {'all in':>7}  {'KL':>8} {'prototype':>10}"
     )

@@ -1,14 +1,14 @@
-"""Speed of the entropy coders on a GPU: one 1,536-token chunk of Mistral-7B, decoded and dequantised to float16.
+"""Speed of the entropy coders and of codec `kvstream` on a GPU: chunks in the shape of Mistral-7B's cache.
 
     python benchmarks/codec_gpu.py [--out benchmarks/results/h200-codec.json]
 
-64 (layer, K or V) x 1,024 channels x 1,536 tokens. A rate is bytes of float16 that the symbols stand for, over the time
-from coded bytes in device memory to float16 in device memory: for decoding, unpacking of the streams' lengths, bounds
-checks and dequantisation included. Beside it: what only dequantises (uint8 to float16), what only fills, and, where it
+64 (layer, K or V) x 1,024 channels x 1,536 tokens; the whole codec with 1,024 tokens too. A rate is bytes of float16
+that the symbols stand for, over the time from coded bytes in device memory to float16 in device memory: for decoding,
+bounds checks and dequantisation included; where the streams lie is unpacked on the host, which the rows of wall clock
+include. Beside it: what only dequantises (uint8 to float16), what only fills, and, where it
 is installed, nvCOMP's ANS, which does not dequantise (nvidia-nvcomp-cu13 and nvidia-libnvcomp-cu13 of one version).
-Symbols are drawn from the tables; every output is checked. With two GPUs `kvstream` also shares a chunk's layers out to
-them; `--kvstream` leaves out the coders on their own. `--small` shrinks all of it: a look at the script, no
-measurement; with TRITON_INTERPRET=1 it runs without a GPU.
+Symbols are drawn from the tables; every output is checked. `--kvstream` leaves out the coders on their own, `--small`
+shrinks everything: for trying the script, not for measuring; with TRITON_INTERPRET=1 it runs without a GPU.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_chunk
-from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton
-from codec.entropy import device as shared
-from codec.entropy.tables import laplace_family
+from kvstream.codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton
+from kvstream.codec.entropy import device as shared
+from kvstream.codec.entropy.tables import laplace_family
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEGMENTS = (256, 512, 1536)
 REFERENCE_SEGMENT = 512
 LANES = (32, 64)
+API_TOKENS = 1_024
+"""What a connector hands to the API at a time."""
 
 
 @triton.jit
@@ -53,6 +55,7 @@ class Table:
 
     def __init__(self, elements: int) -> None:
         self.elements = elements
+        """That the next rows are about."""
         self.rows: list[dict[str, Any]] = []
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE.type == "cuda" else 1
 
@@ -105,13 +108,10 @@ def rows_for(bits: float, columns: int, per_block: int, rng: np.random.Generator
     return np.sort(rows.reshape(-1, per_block), axis=1).ravel().astype(np.uint16)
 
 
-def decode_row(
-    table: Table, name: str, coder: Any, model: Any, data: bytes, expected: Tensor, unit_bytes: int, **facts: Any
-) -> None:
-    """Unpack lengths, decode, dequantise into `[blocks, T, W]`; checked first, on a poisoned output."""
+def decode_row(table: Table, name: str, coder: Any, model: Any, data: bytes, expected: Tensor, **facts: Any) -> None:
+    """Decode, dequantise into `[blocks, T, W]`; checked first, on a poisoned output."""
     tokens, columns = expected.shape
     streams = coder.upload(data, model, tokens)
-    lengths = gpu_chunk.packed_lengths(data, columns, tokens, unit_bytes, DEVICE)
     scale = torch.rand(columns).numpy() + 0.5
     how = coder.reconstruction(model, tokens, values=np.arange(32, dtype=np.float32)[None] - 16, scale=scale)
     width = facts.pop("per_block")
@@ -123,10 +123,7 @@ def decode_row(
         wanted = (expected[:, part].float() - 16) * torch.from_numpy(scale[part]).to(DEVICE)
         assert torch.equal(out[block], wanted.half()), f"{name}: wrong output"
 
-    def work() -> None:
-        shared.stream_offsets(*lengths)
-        coder.launch_decode(streams, model, how, out, lanes)
-
+    work = lambda: coder.launch_decode(streams, model, how, out, lanes)  # noqa: E731
     table.add(name, work, bits=8 * len(data) / expected.numel(), **facts)
 
 
@@ -175,15 +172,15 @@ def coders(table: Table, small: bool, shape: tuple[int, int, int]) -> str | None
                 symbols[:, few].T, rans_triton.to_device(tables, rows[few], DEVICE), segment_tokens=segment
             )
             for lanes in LANES:
-                decode_row(table, "rANS decode + dequantisation", rans_triton, model, data, symbols, 2,
+                decode_row(table, "rANS decode + dequantisation", rans_triton, model, data, symbols,
                            per_block=per_block, segment_tokens=segment, lanes=lanes)  # fmt: skip
         table.add("rANS encode, from symbols", lambda m=model, s=symbols: rans_triton.launch_encode(
-            s.T, m, reference_segment), bits=bits, segment_tokens=reference_segment)  # fmt: skip
+            s.T, m, reference_segment).units(), bits=bits, segment_tokens=reference_segment)  # fmt: skip
         shuffled = np.random.default_rng(1).permutation(columns)
         mixed = rans_triton.to_device(tables, rows[shuffled], DEVICE)
         symbols = symbols[:, torch.from_numpy(shuffled).to(DEVICE)].contiguous()
         decode_row(table, "rANS decode, columns in no order", rans_triton, mixed,
-                   rans_triton.encode(symbols.T, mixed, segment_tokens=reference_segment), symbols, 2,
+                   rans_triton.encode(symbols.T, mixed, segment_tokens=reference_segment), symbols,
                    per_block=per_block, segment_tokens=reference_segment)  # fmt: skip
 
     counts = np.stack([np.bincount(c, minlength=32) for c in symbols[:, : min(columns, 1024)].T.cpu().numpy()])
@@ -196,9 +193,9 @@ def coders(table: Table, small: bool, shape: tuple[int, int, int]) -> str | None
         for segment in (256, reference_segment) if not small else (reference_segment,):
             data = arithmetic_triton.encode(symbols.T, model_ac, segment_tokens=segment)
             decode_row(table, f"arithmetic decode + dequantisation, {title}", arithmetic_triton, model_ac, data,
-                       symbols, 1, per_block=per_block, segment_tokens=segment)  # fmt: skip
+                       symbols, per_block=per_block, segment_tokens=segment)  # fmt: skip
         table.add(f"arithmetic encode, {title}", lambda m=model_ac: arithmetic_triton.launch_encode(
-            symbols.T, m, reference_segment), segment_tokens=reference_segment)  # fmt: skip
+            symbols.T, m, reference_segment).units(), segment_tokens=reference_segment)  # fmt: skip
     return nvcomp_row(table, symbols)
 
 
@@ -206,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run?")
     parser.add_argument("--kvstream", action="store_true", help="only the whole codec, not the coders")
+    parser.add_argument("--tune", action="store_true", help="measure the codec's kernels in other block shapes too")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
     arguments = parser.parse_args()
     blocks, per_block, tokens = (1, 64, 8) if arguments.small else (64, 1024, 1536)
@@ -216,10 +214,18 @@ def main() -> None:
     print(f"{name}; {blocks} x {per_block} channels x {tokens} tokens, {2 * table.elements / 1e6:.0f} MB of float16")
 
     missing = None if arguments.kvstream else coders(table, arguments.small, (blocks, per_block, tokens))
-    gpu_chunk.rows(table, blocks // 2 or 1, *((8, 128) if not arguments.small else (2, 32)), tokens, DEVICE)
+    heads, dim = (2, 32) if arguments.small else (8, 128)
+    layers = blocks // 2 or 1
+    codec = gpu_chunk.made_codec(layers, heads, dim, DEVICE)
+    for count in dict.fromkeys((min(tokens, API_TOKENS), tokens)):
+        table.elements = columns * count
+        kv = gpu_chunk.rows(table, codec, count, DEVICE)
     if missing:
         print(f"nvCOMP left out: {missing}")
-    if arguments.out:
+
+    def write() -> None:
+        if not arguments.out:
+            return
         found = {
             "command": "python " + " ".join(sys.argv), "device": name, "measurement": DEVICE.type == "cuda",
             "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
@@ -227,6 +233,12 @@ def main() -> None:
         }  # fmt: skip
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    write()
+    if arguments.tune:
+        for level in gpu_chunk.TUNED_LEVELS:
+            gpu_chunk.tuned(table, codec, kv, level)
+            write()
 
 
 if __name__ == "__main__":

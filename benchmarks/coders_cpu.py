@@ -4,8 +4,8 @@
 
 Symbols are drawn from the tables themselves, so every rate is against the entropy of the coder's own model. The codec
 codes a synthetic cache, of eight layers of a 7B model's, which gives timing only. Rows of one
-thread are in that thread's CPU time, so that other work on the machine does not count; rows of several are in elapsed
-time, which it makes worse. Each is the best of several repetitions.
+thread are in that thread's CPU time, so that other work on the machine does not count; rows of several threads are in
+elapsed time, where it does. Each is the best of several repetitions.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from codec import kvstream, registry
-from codec.entropy import arithmetic, rans, sections, torchac_reference
-from codec.entropy.tables import Tables, column_counts, cross_entropy_bits, from_counts, laplace_family
-from codec.errors import CodecError
-from codec.transform import Rope
+from kvstream.codec import registry
+from kvstream.codec.entropy import arithmetic, rans, sections, torchac_reference
+from kvstream.codec.entropy.tables import Tables, column_counts, cross_entropy_bits, from_counts, laplace_family
+from kvstream.codec.errors import CodecError
+from kvstream.codec.kvstream import fit
+from kvstream.codec.transform import Rope
 
 COLUMNS, TOKENS = 8192, 1024
 TORCHAC_COLUMNS = 64
@@ -81,7 +82,7 @@ def sizes(tables: Tables, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def speeds(tables: Tables, bits: float, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Megasymbols a second of every coder on the same symbols."""
+    """Megasymbols per second of every coder on the same symbols."""
     rows = rows_for(tables, bits, COLUMNS, rng)
     symbols = draw(tables, rows, TOKENS, rng)
     megasymbols = symbols.size / 1e6
@@ -135,7 +136,7 @@ def speeds(tables: Tables, bits: float, rng: np.random.Generator) -> list[dict[s
 
 
 def codec_speeds() -> list[dict[str, Any]]:
-    """Megasymbols a second of the kvstream codec with everything it does: RoPE, transform, quantisation, coding."""
+    """Megasymbols per second of the whole kvstream codec: RoPE, transform, quantisation, coding."""
     import torch
 
     layers, tokens, heads, dim = 8, 1024, 8, 128
@@ -149,7 +150,7 @@ def codec_speeds() -> list[dict[str, Any]]:
             kv[layer, 0] = rope.rotate(kv[layer, 0].transpose(0, 1).contiguous(), layer, range(n)).transpose(0, 1)
         return kv.to(torch.bfloat16)
 
-    codec = registry.make("kvstream", {}, kvstream.fit([cache(1_024)], rope=rope, target_bits=(1.2, 2.3)))
+    codec = registry.make("kvstream", {}, fit([cache(1_024)], rope=rope, target_bits=(1.2, 2.3)))
     kv = cache(tokens)
     out = torch.empty_like(kv)
     found = []

@@ -1,12 +1,12 @@
-"""Requests that share one link and one decoder: in batches by chunk index (CacheGen, section 5.3), or each for itself.
+"""Requests that share one link and one decoder: in batches by chunk index (CacheGen, section 5.3), or independently.
 
     python benchmarks/concurrency.py [--simulate] [--requests N ...] [--out FILE.json]
 
 R requests for contexts of 1,500 to 4,500 tokens of Mistral-7B on an A40 (synthetic: real bytes, compute by profile)
 arrive within 50 ms and share a link that replays a trace. The same requests run in the simulator, and, without
---simulate, over an emulated link with a connection for each. Printed for each way: TTFT, when all were done, deadlines
-missed, distortion, and what the emulated link differs by. A run over the fidelity limits is repeated. The first run
-draws and encodes the caches and keeps them.
+--simulate, over an emulated link with a connection for each. Printed for each way: TTFT, when all were done, SLO
+violations, distortion, and the deviation of the emulated link. A run over the fidelity limits is repeated. The first
+run draws and encodes the caches and keeps them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from testbed import machine, plugs, synthetic  # noqa: E402
-from testbed.concurrent import Request, Served, simulate_batched, simulate_shared, totals  # noqa: E402
-from testbed.manifest import Manifest  # noqa: E402
-from traces.framing import goodput_per_capacity  # noqa: E402
-from traces.resolve import open_trace  # noqa: E402
+from kvstream.testbed.config import build  # noqa: E402
+from kvstream.testbed.host import machine  # noqa: E402
+from kvstream.testbed.simulator.concurrent import Request, Served, simulate_batched, simulate_shared, totals  # noqa: E402
+from kvstream.testbed.store.manifest import Manifest  # noqa: E402
+from kvstream.testbed.workloads import synthetic  # noqa: E402
+from kvstream.traces.framing import goodput_per_capacity  # noqa: E402
+from kvstream.traces.resolve import open_trace  # noqa: E402
 
 WORKLOAD, CODEC, CHUNK_TOKENS = "mistral-7b,compute=a40", "cachegen", 1500
 CONTEXTS = ("1500", "3000", "4500")
@@ -51,34 +53,33 @@ def asked(count: int, policy: str) -> list[dict[str, Any]]:
 def simulated(count: int, way: tuple[str, str], trace: str, manifests: dict[str, Manifest]) -> list[Served]:
     workload = synthetic.parse(WORKLOAD)
     requests = [
-        Request(manifests[one["context"]], plugs.make_policy(one["policy"]), workload.costs(manifests[one["context"]]),
+        Request(manifests[one["context"]], build.make_policy(one["policy"]), workload.costs(manifests[one["context"]]),
                 one["deadline_s"], one["arrival_s"], one["seed"])
         for one in asked(count, way[1])
     ]  # fmt: skip
     goodput = open_trace(trace).scaled(goodput_per_capacity())
     if way[0] == "batched":
-        return simulate_batched(requests, goodput, window_s=WINDOW_S, most=MOST, rtt_s=RTT_S)
+        return simulate_batched(requests, goodput, window_s=WINDOW_S, max_batch=MOST, rtt_s=RTT_S)
     return simulate_shared(requests, goodput, rtt_s=RTT_S)
 
 
 def emulated(stage: Any, count: int, way: tuple[str, str], trace: str, ids: dict[str, str]) -> dict[str, Any]:
     """The receiver's answer, with what the link did."""
-    from testbed import runner
-    from testbed.emulator import fidelity
+    from kvstream.testbed.run import stage as staged
 
     link = open_trace(trace)
-    zero_s = time.monotonic() + runner.LEAD_S + 0.1 * count
-    stage.shaper.arm(link, zero_s, runner.COVERED_S)
+    zero_s = time.monotonic() + staged.LEAD_S + 0.1 * count
+    stage.path.arm(link, zero_s, staged.COVERED_S)
     requests = [one | {"context": ids[one["context"]]} for one in asked(count, way[1])]
     answer: dict[str, Any] = stage.receiver.ask(
         {
-            "cmd": "group", "url": f"http://{stage.network.sender_ip}:{runner.PORT}", "start_s": zero_s,
-            "requests": requests, "batched": way[0] == "batched", "window_s": WINDOW_S, "most": MOST,
-            "rtt_s": RTT_S, "padding_bytes": runner.PADDING_BYTES,
+            "cmd": "group", "url": f"http://{stage.path.network.sender_ip}:{staged.PORT}", "start_s": zero_s,
+            "requests": requests, "batched": way[0] == "batched", "window_s": WINDOW_S, "max_batch": MOST,
+            "rtt_s": RTT_S, "padding_bytes": staged.PADDING_BYTES,
         },
-        runner.SESSION_LIMIT_S,
+        staged.SESSION_LIMIT_S,
     )  # fmt: skip
-    verdict = fidelity.judge(stage.shaper.finish(), link, fidelity.Limits())
+    verdict = stage.path.finish().judge(link)
     return answer | {"fidelity": verdict.to_json()}
 
 
@@ -95,8 +96,8 @@ def measure(counts: Sequence[int], emulate: bool) -> list[dict[str, Any]]:
         for count, way, trace in units:
             rows.append(row(count, way, trace, "simulator", totals(simulated(count, way, trace, manifests))))
         return rows
-    from testbed import synthetic_store
-    from testbed.runner import Stage
+    from kvstream.testbed.encoding import synthetic_store
+    from kvstream.testbed.run.stage import open_stage
 
     prepared = synthetic_store.prepare(
         WORKLOAD, CONTEXTS, [CODEC], CHUNK_TOKENS, lambda line: print(line, file=sys.stderr)
@@ -105,7 +106,7 @@ def measure(counts: Sequence[int], emulate: bool) -> list[dict[str, Any]]:
     ids = {context: prepared.ids[context, CODEC] for context in CONTEXTS}
     with (
         tempfile.TemporaryDirectory() as folder,
-        Stage(plugs.make_link(""), [open_trace(trace) for trace in TRACES], prepared, Path(folder)) as stage,
+        open_stage(build.make_link(""), [open_trace(trace) for trace in TRACES], prepared, Path(folder)) as stage,
     ):
         for count, way, trace in units:
             expected = simulated(count, way, trace, manifests)
@@ -128,7 +129,7 @@ def measure(counts: Sequence[int], emulate: bool) -> list[dict[str, Any]]:
 
 def _served(body: dict[str, Any]) -> Served:
     """As the worker sent it; of the record what `totals` needs."""
-    from testbed.session import SessionRecord
+    from kvstream.testbed.session.record import SessionRecord
 
     record = body["record"] | {"levels": tuple(body["record"]["levels"]), "chunks": ()}
     return Served(SessionRecord(**record), body["arrival_s"], body["batch"])
@@ -154,14 +155,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     if not options.simulate:
-        from testbed.emulator import sandbox
+        from kvstream.testbed.emulator import sandbox
 
         if not sandbox.inside():
             return sandbox.run([sys.executable, *sys.argv])
     rows = measure(options.requests, not options.simulate)
     print("\n".join(line_of(found) for found in rows))
     if options.out:
-        settings = {"workload": WORKLOAD, "codec": CODEC, "window_s": WINDOW_S, "most": MOST, "deadline_s": DEADLINE_S}
+        settings = {
+            "workload": WORKLOAD,
+            "codec": CODEC,
+            "window_s": WINDOW_S,
+            "max_batch": MOST,
+            "deadline_s": DEADLINE_S,
+        }
         body = {"settings": settings, "synthetic": True, "rows": rows} | machine.describe()
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(body, indent=1) + "\n")

@@ -1,16 +1,16 @@
-"""What does watching cost? The same sessions with nobody watching, with the dashboard, and with a browser open on it.
+"""What does the dashboard cost? The same sessions without it, with it, and with a browser open on it.
 
     python benchmarks/dashboard_cost.py [--repetitions N] [--out FILE.json]
 
 A unit is a trace and a repetition; every arm runs on every unit, in shuffled order, over the same emulated link with
 the same warm processes, at one fixed level so that nothing adapts. The arms:
 
-    off        the receiver tells nobody, no dashboard runs
-    dashboard  the receiver tells, the dashboard serves, one client reads its events
+    off        the receiver writes no events, no dashboard runs
+    dashboard  the receiver writes events, the dashboard serves them, one client reads them
     browser    the same with a page open in headless Chromium, which draws on the processors of this very machine
 
-Nothing is repeated: a session whose link was not what the trace says counts against its arm. TTFTs are compared over
-the units whose sessions were valid in both arms, and over all units; the interval is a bootstrap over units. What else
+Nothing is repeated: a session whose link deviated from its trace counts against its arm. TTFTs are compared over
+the units whose sessions were valid in both arms, and over all units; the interval is over units. What else
 runs on the machine makes sessions invalid in every arm, so its load is kept too.
 """
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CONTEXT, CODEC, CHUNK_TOKENS, POLICY = "docs", "kvstream", 256, "fixed,level=4"
-TRACES = ("steady,scale_mean=32Mbps", "step,rates=45Mbps:10Mbps:50Mbps,hold=0.25s", "constant,rate=60Mbps")
+TRACES = ("steady,scale_mean=13Mbps", "step,rates=18Mbps:4Mbps:20Mbps,hold=0.25s", "constant,rate=24Mbps")
 ARMS = ("off", "dashboard", "browser")
 SETTLE_S = 2.0
 """A browser is busy for a while after its page is there."""
@@ -43,12 +43,13 @@ SETTLE_S = 2.0
 
 def measure(folder: Path, repetitions: int, arms: list[str]) -> list[dict[str, Any]]:
     """Every unit in every arm. Runs inside a sandbox; `arrange` outside of it makes the arms."""
-    from testbed import plugs, prepare
-    from testbed.dashboard import events
-    from testbed.emulator import fidelity
-    from testbed.experiment import Scheme, Unit
-    from testbed.runner import Stage
-    from traces.resolve import open_trace
+    from kvstream.testbed import events
+    from kvstream.testbed.config import build
+    from kvstream.testbed.config.experiment import Scheme, Unit
+    from kvstream.testbed.emulator import fidelity
+    from kvstream.testbed.encoding import prepare
+    from kvstream.testbed.run.stage import open_stage
+    from kvstream.traces.resolve import open_trace
 
     prepared = prepare.prepare("bundled", [CONTEXT], [CODEC], CHUNK_TOKENS, lambda line: print(line, file=sys.stderr))
     traces = {name: open_trace(name) for name in TRACES}
@@ -57,14 +58,16 @@ def measure(folder: Path, repetitions: int, arms: list[str]) -> list[dict[str, A
     events.append(log, events.RunStart("cost", "mininet", ["fixed"], repetitions * len(TRACES) * len(arms)))
     order = random.Random(1)
     found = []
-    with Stage(plugs.make_link("queue=50ms"), list(traces.values()), prepared, folder) as stage:
+    with open_stage(build.make_link("queue=50ms"), list(traces.values()), prepared, folder) as stage:
         for repetition in range(repetitions):
             for number, (name, trace) in enumerate(traces.items()):
                 index = repetition * len(TRACES) + number
                 unit = Unit(index, CONTEXT, name, 0.0, 1.0, "queue=50ms", seed=1)
                 for arm in order.sample(arms, len(arms)):
                     _want(folder, arm)
-                    result, _, _ = stage.session(unit, scheme, trace, fidelity.Limits(), None if arm == "off" else log)
+                    result = stage.session(
+                        unit, scheme, trace, fidelity.Limits(), None if arm == "off" else log
+                    ).outcome
                     kept = ("median_error", "total_error", "lateness_p99_s", "gap_s", "starved")
                     row = {"unit": index, "trace": name, "arm": arm, "status": result.status, "why": result.why}
                     row |= {"ttft_s": result.record["ttft_s"] if result.record else None}
@@ -85,7 +88,7 @@ def _want(folder: Path, arm: str) -> None:
 
 def arrange(folder: Path, over: threading.Event) -> None:
     """Outside the sandbox: start and stop what the measurement asks for."""
-    from testbed.dashboard.beside import beside
+    from kvstream.testbed.dashboard.live import beside
 
     have = ""
     with contextlib.ExitStack() as stack:
@@ -175,8 +178,8 @@ def judge(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def slower(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Mean of an arm's TTFT minus that with nobody watching, seconds, with its interval."""
-    from testbed import stats
+    """Mean of an arm's TTFT minus that of `off`, seconds, with its interval."""
+    from kvstream.testbed.results import stats
 
     watched, alone = [row["ttft_s"] for row, _ in pairs], [row["ttft_s"] for _, row in pairs]
     return asdict(stats.paired_difference(watched, alone, [str(row["unit"]) for row, _ in pairs]))
@@ -212,8 +215,8 @@ def main() -> int:
         rows = measure(options.inside, options.repetitions, arms)
         (options.inside / "rows.json").write_text(json.dumps(rows))
         return 0
-    from testbed import machine
-    from testbed.emulator import sandbox
+    from kvstream.testbed.emulator import sandbox
+    from kvstream.testbed.host import machine
 
     with tempfile.TemporaryDirectory() as name:
         folder, over, load = Path(name), threading.Event(), os.getloadavg()[0]

@@ -2,14 +2,17 @@
 
     python benchmarks/simulator.py [--json FILE]
 
-Sessions a second: 7 chunks of 1,500 tokens, five levels and text, over 0.1 to 10 Gbit/s held 0.2 s, round trip 20 ms.
+Sessions per second: 7 chunks of 1,500 tokens, five levels and text, over 0.1 to 10 Gbit/s held 0.2 s, round trip 20 ms;
+once more in the compiled loop for the policies that it knows, and by `kvstream simulate --jobs` with one process and
+with two, in turns (units with their bounds and files, on the wall clock, start of the processes included).
 The oracle: random lines of 32 chunks at six levels (and with text as a seventh option), over rates of 10 to 100 Mbit/s,
 chunks of 30 to 500 kB, decode and recompute times from negligible to binding, round trips of 0, 20 and 80 ms, both
-depths; deadlines from barely possible to roomy.
+depths; deadlines from barely feasible to generous.
 
-The bars: 10,000 sessions a second under `cachegen` at its depth 1, 500 under `mpc`; 50 ms for 95 of 100 lines at six
-levels. They are absolute, so the machine stands beside them: `loop` is how many million rounds of an empty Python loop
-a second it does.
+Thresholds: 500,000 sessions per second, compiled, under `cachegen` at its depth 1; in Python 3,500 under `kvstream` and
+500 under `mpc`; two processes at least 1.8 times as fast as one; 50 ms for 95 of 100 lines at six levels. Speeds are
+absolute, so the machine is reported with them: `loop` is how many million rounds of an empty Python loop per second it
+runs.
 """
 
 from __future__ import annotations
@@ -17,24 +20,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from policies import registry
-from policies.optimum import Line, least_distortion, least_ttft
-from testbed import machine
-from testbed.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
-from testbed.session import Costs
-from testbed.simulator import simulate
-from traces.trace import Trace
+from kvstream.policies import registry
+from kvstream.policies.optimum import Line, least_distortion, least_ttft
+from kvstream.testbed.config import experiment
+from kvstream.testbed.host import machine
+from kvstream.testbed.results.folder import Run
+from kvstream.testbed.run.simulated import run_simulated
+from kvstream.testbed.session.costs import Costs
+from kvstream.testbed.session.settings import SessionSettings
+from kvstream.testbed.simulator.compiled import Context, simulate_many
+from kvstream.testbed.simulator.simulator import simulate
+from kvstream.testbed.store.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
+from kvstream.traces.trace import Trace
 
 POLICIES = ("fixed", "cachegen", "buffer-based", "mpc", "robust-mpc", "chance", "kvstream")
+COMPILED = ("fixed", "cachegen", "cachegen+compute", "buffer-based", "throughput")
 SECONDS = 1.0
 LINES = 60
-CACHEGEN_BAR, MPC_BAR, ORACLE_BAR_MS = 10_000, 500, 50
+UNITS, TURNS = 1200, 3
+CACHEGEN_MIN, KVSTREAM_MIN, MPC_MIN, ORACLE_MAX_MS, JOBS_MIN = 500_000, 3_500, 500, 50, 1.8
 
 
 def context() -> tuple[Manifest, Costs]:
@@ -48,7 +59,7 @@ def context() -> tuple[Manifest, Costs]:
     return manifest, Costs(((0.005,) * 5,) * 7, (0.2,) * 7, 0.03)
 
 
-def sessions_a_second(name: str, depth: int) -> float:
+def sessions_per_second(name: str, depth: int) -> float:
     """Best of three stretches of a second of CPU time."""
     manifest, costs = context()
     rng = np.random.default_rng(1)
@@ -60,11 +71,53 @@ def sessions_a_second(name: str, depth: int) -> float:
         while time.process_time() - begun < SECONDS:
             for trace in traces:
                 simulate(
-                    manifest, cls(), trace, deadline_s=1.0, costs=costs, depth=depth, rtt_s=0.02, manifest_bytes=2000
+                    manifest, cls(), trace, SessionSettings(1.0, depth), costs=costs, rtt_s=0.02, manifest_bytes=2000
                 )
             done += len(traces)
         best = max(best, done / (time.process_time() - begun))
     return best
+
+
+def compiled_per_second(name: str, depth: int) -> float:
+    """Best of three batches of 50,000 sessions in CPU time, compiled before."""
+    manifest, costs = context()
+    rng = np.random.default_rng(1)
+    traces = [Trace("speed", np.full(100, 0.2), rng.uniform(1e8, 1e10, 100)) for _ in range(200)]
+    made = Context(manifest, costs)
+    rule = made.rule_of(registry.policy_class(name)())
+    assert rule is not None
+    seconds = []
+    for sessions in (len(traces), 50_000, 50_000, 50_000):
+        begun = time.process_time()
+        simulate_many(
+            made, rule, traces, SessionSettings(1.0, depth), which=np.arange(sessions) % len(traces), rtts_s=0.02,
+            manifest_bytes=2000, chunks=False,
+        )  # fmt: skip
+        seconds.append(time.process_time() - begun)
+    return 50_000 / min(seconds[1:])
+
+
+def jobs_speedup() -> tuple[float, float]:
+    """(seconds with one process, how many times as fast two are): medians over turns of one after the other."""
+    made = experiment.from_dict(
+        {
+            "name": "jobs",
+            "contexts": ["docs", "code"],
+            "traces": ["uniform,low=2.4Mbps,high=23Mbps,hold=0.1s,seed={seed}"],
+            "deadlines_s": [0.6],
+            "repetitions": UNITS // 2,
+            "schemes": [{"policy": policy, "codec": "kvstream"} for policy in ("cachegen", "kvstream")],
+        }
+    )
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(TURNS):
+        for jobs, found in seconds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                begun = time.monotonic()
+                run_simulated(made, Run(Path(folder)), quiet=True, jobs=jobs)
+                found.append(time.monotonic() - begun)
+    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    return float(np.median(seconds[1])), float(np.median(ratios))
 
 
 def random_line(seed: int, text: bool) -> tuple[Line, float]:
@@ -114,12 +167,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
-    result: dict[str, Any] = {"sessions_a_second": {}, "oracle_ms": {}}
-    print(f"{'sessions a second':20} {'depth 1':>9} {'depth 2':>9}")
+    result: dict[str, Any] = {"sessions_per_second": {}, "compiled_per_second": {}, "oracle_ms": {}}
+    print(f"{'sessions per second':20} {'depth 1':>9} {'depth 2':>9}")
     for name in POLICIES:
-        rates = [sessions_a_second(name, depth) for depth in (1, 2)]
-        result["sessions_a_second"][name] = {"depth 1": round(rates[0]), "depth 2": round(rates[1])}
+        rates = [sessions_per_second(name, depth) for depth in (1, 2)]
+        result["sessions_per_second"][name] = {"depth 1": round(rates[0]), "depth 2": round(rates[1])}
         print(f"{name:20} {rates[0]:9.0f} {rates[1]:9.0f}")
+    print(f"\n{'compiled':20} {'depth 1':>9} {'depth 2':>9}")
+    for name in COMPILED:
+        rates = [compiled_per_second(name, depth) for depth in (1, 2)]
+        result["compiled_per_second"][name] = {"depth 1": round(rates[0]), "depth 2": round(rates[1])}
+        print(f"{name:20} {rates[0]:9,.0f} {rates[1]:9,.0f}")
+    one_s, speedup = jobs_speedup()
+    result["jobs"] = {"units": UNITS, "one_process_s": one_s, "two_processes_speedup": speedup}
+    print(f"\n{UNITS} units x 2 schemes: {one_s:.1f} s in one process, two are {speedup:.2f} times as fast")
     print(f"\n{'oracle, 32 chunks':20} {'p50':>9} {'p90':>9} {'p95':>9} {'max':>9}  at most 50 ms")
     for what, text in (("6 levels", False), ("6 levels and text", True)):
         seconds = np.array(oracle_seconds(text))
@@ -129,23 +190,26 @@ def main() -> int:
             "within 50": share
         }
         print(f"{what:20} " + " ".join(f"{q:6.1f} ms" for q in quantiles) + f"  {share:.1%}")
-    rates, late = result["sessions_a_second"], result["oracle_ms"]["6 levels"]["p95"]
-    bars = {
-        f"cachegen at depth 1: {CACHEGEN_BAR} a second": rates["cachegen"]["depth 1"] >= CACHEGEN_BAR,
-        f"mpc at depth 2: {MPC_BAR} a second": rates["mpc"]["depth 2"] >= MPC_BAR,
-        f"oracle, 6 levels, 95 of 100: {ORACLE_BAR_MS} ms": late <= ORACLE_BAR_MS,
+    rates, late = result["sessions_per_second"], result["oracle_ms"]["6 levels"]["p95"]
+    compiled = result["compiled_per_second"]["cachegen"]["depth 1"]
+    thresholds = {
+        f"cachegen at depth 1, compiled: {CACHEGEN_MIN} per second": compiled >= CACHEGEN_MIN,
+        f"kvstream at depth 2: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 2"] >= KVSTREAM_MIN,
+        f"two processes: {JOBS_MIN} times as fast as one": speedup >= JOBS_MIN,
+        f"mpc at depth 2: {MPC_MIN} per second": rates["mpc"]["depth 2"] >= MPC_MIN,
+        f"oracle, 6 levels, 95 of 100: {ORACLE_MAX_MS} ms": late <= ORACLE_MAX_MS,
     }
-    result |= {"bars": bars, "loop_millions_a_second": loop_speed()} | machine.describe()
-    print(f"\n{result['processor']}, loop {result['loop_millions_a_second']:.0f} M/s")
-    for bar, met in bars.items():
-        print(f"{bar:50} {'met' if met else 'MISSED'}")
+    result |= {"thresholds": thresholds, "loop_millions_per_second": loop_speed()} | machine.describe()
+    print(f"\n{result['processor']}, loop {result['loop_millions_per_second']:.0f} M/s")
+    for threshold, met in thresholds.items():
+        print(f"{threshold:50} {'met' if met else 'MISSED'}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(bars.values()) else 1
+    return 0 if all(thresholds.values()) else 1
 
 
 def loop_speed() -> float:
-    """Million rounds a second of an empty Python loop: how fast this machine is at what the simulator is made of."""
+    """Million rounds per second of an empty Python loop: the machine's speed at plain Python."""
     rounds = 5_000_000
     begun = time.process_time()
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""What carrying a cache costs the stream's two ends: processor time per byte and rate, beside a plain socket's.
+"""What carrying a cache costs the stream's two ends: CPU time per byte and rate, compared with a plain socket.
 
     python benchmarks/wire.py [--sessions N] [--out FILE.json]
 
@@ -6,7 +6,7 @@ Whole sessions over loopback, from a sender's process to this one, of a syntheti
 7 chunks of 14.65 MB, as of a 7B model. `plain` is the floor: a loop of `sendall` in the other process, one of
 `recv_into` here. `busy` has a thread beside it that holds the interpreter lock for 60 us at a time, a third to a half
 of the time, as one that launches kernels does. Printed are medians over sessions: Gbit/s of compressed bytes, CPU
-seconds per GiB of either end, their ratios to `plain` in the same run, and KiB a read brings. The sender has the last
+seconds per GiB of either end, their ratios to `plain` in the same run, and KiB per read. The sender has the last
 processor for itself and this process the others, lest the scheduler put both on one.
 """
 
@@ -32,21 +32,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from policies.api import TEXT
-from policies.fixed import Fixed
-from testbed import machine
-from testbed.client import Client
-from testbed.compute import SWITCH_INTERVAL_S, Step
-from testbed.frames import Frames
-from testbed.landing import Inflow, Landing
-from testbed.lanes import Lanes
-from testbed.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
-from testbed.receiver import fetch_session
-from testbed.session import Costs
-from testbed.store import Store
+from kvstream.policies.api import TEXT
+from kvstream.policies.fixed import Fixed
+from kvstream.testbed.engine.api import Step
+from kvstream.testbed.engine.buffers import ChunkBuffers, IncomingChunk
+from kvstream.testbed.engine.streams import Streams
+from kvstream.testbed.engine.threads import SWITCH_INTERVAL_S
+from kvstream.testbed.host import machine
+from kvstream.testbed.net.client import Client
+from kvstream.testbed.net.frames import Frames
+from kvstream.testbed.receiver.driver import fetch_session
+from kvstream.testbed.session.costs import Costs
+from kvstream.testbed.session.settings import SessionSettings
+from kvstream.testbed.store.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
+from kvstream.testbed.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNKS, CHUNK_BYTES, CONTEXT, PLACES = 7, 14_650_000, "wire", 4
+CHUNKS, CHUNK_BYTES, CONTEXT, SLOTS = 7, 14_650_000, "wire", 4
 PADDING_BYTES = 8 << 20
 READ_BYTES = 1 << 20
 HOLD_S, RELEASE_S = 60e-6, 50e-6
@@ -77,28 +79,42 @@ class Sample:
     reads: int
 
 
-class NoCompute:
-    """A receiver's compute that takes no time; what arrives lands where a CPU's chunks do."""
-
-    decodes_pieces = False
+class NoEngine:
+    """An engine whose steps take no time; chunks arrive in the same buffers as on a CPU."""
 
     def __init__(self) -> None:
-        self.landing, self.places = Landing(Lanes()), PLACES
+        self.slots = SLOTS
+        self._buffers = ChunkBuffers(Streams())
         self._thread = ThreadPoolExecutor(1)
 
     def submit(self, step: Any, *arguments: Any) -> Future[Any]:
         return self._thread.submit(step, *arguments)
 
+    def close(self) -> None:
+        self._thread.shutdown()
+
     def forget(self) -> None:
         pass
+
+    def add_profile(self, data: bytes) -> str:
+        raise NotImplementedError
 
     def lacks_profile(self, manifest: Manifest) -> bool:
         return False
 
     def open(self, manifest: Manifest, extra_tokens: int, *, overlap: bool = True) -> None:
-        self.landing.open(manifest, PLACES, mirrored=False)
+        self._buffers.open(manifest, SLOTS, mirrored=False)
 
-    def decode(self, inflow: Inflow) -> Step:
+    def take(self, chunk: int, level: Any, size: int) -> IncomingChunk:
+        return self._buffers.take(chunk, level, size)
+
+    def on_bytes(self, incoming: IncomingChunk, received: int) -> None:
+        incoming.arrived(received)
+
+    def recompute(self, chunk: int, data: memoryview) -> Step:
+        raise NotImplementedError
+
+    def decode(self, incoming: IncomingChunk) -> Step:
         now_s = time.monotonic()
         return Step(now_s, now_s)
 
@@ -108,13 +124,15 @@ class NoCompute:
 
 
 def store_context(path: Path) -> None:
-    """Chunks that nobody decodes."""
+    """Chunks that are never decoded."""
     store, data = Store(path), os.urandom(CHUNK_BYTES)
-    hashes = {f"{i}/0": store.put_chunk(CONTEXT, i, 0, data) for i in range(CHUNKS)}
-    hashes |= {f"{i}/{TEXT}": store.put_chunk(CONTEXT, i, TEXT, bytes(400)) for i in range(CHUNKS)}
     chunks = tuple(ChunkInfo(100 * i, 100 * (i + 1), (CHUNK_BYTES,), 400) for i in range(CHUNKS))
     level, codec = LevelInfo("0", 0.1, 1.0), {"codec": "raw", "settings": {}}
-    store.announce(Manifest(CONTEXT, "none", codec, None, KVShape(2, 2, 8, "bfloat16"), (level,), chunks), hashes)
+    with store.draft(CONTEXT) as draft:
+        for i in range(CHUNKS):
+            draft.put_chunk(i, 0, data)
+            draft.put_chunk(i, TEXT, bytes(400))
+        draft.publish(Manifest(CONTEXT, "none", codec, None, KVShape(2, 2, 8, "bfloat16"), (level,), chunks))
 
 
 @contextmanager
@@ -180,7 +198,7 @@ class Meter:
 
 
 def plain(sessions: int) -> list[Sample]:
-    target = memoryview(bytearray(b"1") * (PLACES * CHUNK_BYTES))
+    target = memoryview(bytearray(b"1") * (SLOTS * CHUNK_BYTES))
     found = []
     with process("-c", PLAIN_SENDER, str(CHUNK_BYTES), str(CHUNKS), str(sessions)) as (pid, port):
         for _ in range(sessions):
@@ -198,7 +216,7 @@ def plain(sessions: int) -> list[Sample]:
 
 
 def stream(sessions: int, folder: Path) -> list[Sample]:
-    compute = NoCompute()
+    engine = NoEngine()
     costs = Costs(((1e-4,),) * CHUNKS, None, 1e-4)
     read = Frames.buffer_updated
 
@@ -209,20 +227,20 @@ def stream(sessions: int, folder: Path) -> list[Sample]:
             meter.reads += 1
             read(self, nbytes)
 
-        def on_chunk(chunk: int) -> None:
+        def on_first_byte(chunk: int) -> None:
             if chunk == 0:
                 meter.begin()
 
         Frames.buffer_updated = counted  # type: ignore[method-assign]
         async with Client(url) as client:
             await fetch_session(
-                client, CONTEXT, Fixed(level=0), 60.0, compute=compute, costs=costs, prompt_ids=[0],  # type: ignore[arg-type]
-                padding_bytes=PADDING_BYTES, on_chunk=on_chunk,
+                client, CONTEXT, Fixed(level=0), SessionSettings(60.0), engine=engine, costs=costs, prompt_ids=[0],
+                padding_bytes=PADDING_BYTES, on_first_byte=on_first_byte,
             )  # fmt: skip
             return meter.end()
 
     try:
-        with process("-m", "testbed.sender", "--store", str(folder), "--port", "0") as (pid, port):
+        with process("-m", "kvstream.testbed.net.sender", "--store", str(folder), "--port", "0") as (pid, port):
             return [asyncio.run(one(f"http://127.0.0.1:{port}", pid)) for _ in range(sessions)]
     finally:
         Frames.buffer_updated = read  # type: ignore[method-assign]
@@ -237,7 +255,7 @@ def row(arm: str, samples: list[Sample], floor: dict[str, Any] | None) -> dict[s
         "gbit_s": 8e-9 * total / middle["wall_s"],
         "receiver_s_per_gib": middle["receiver_s"] / total * 2**30,
         "sender_s_per_gib": middle["sender_s"] / total * 2**30,
-        "kib_a_read": total / middle["reads"] / 1024,
+        "kib_per_read": total / middle["reads"] / 1024,
     }
     for key in ("gbit_s", "receiver_s_per_gib", "sender_s_per_gib"):
         found[f"{key}_of_plain"] = 1.0 if floor is None else found[key] / floor[key]
@@ -245,7 +263,7 @@ def row(arm: str, samples: list[Sample], floor: dict[str, Any] | None) -> dict[s
         f"{arm:<12} {found['gbit_s']:6.1f} Gbit/s ({found['gbit_s_of_plain']:.2f})   CPU s/GiB: receiver "
         f"{found['receiver_s_per_gib']:.3f} ({found['receiver_s_per_gib_of_plain']:.2f}), sender "
         f"{found['sender_s_per_gib']:.3f} ({found['sender_s_per_gib_of_plain']:.2f})   "
-        f"{found['kib_a_read']:5.0f} KiB a read"
+        f"{found['kib_per_read']:5.0f} KiB a read"
     )
     return found
 

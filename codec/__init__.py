@@ -13,6 +13,6 @@ def warm_up() -> None:
 
     Call it once before latency matters: the first decode otherwise pays for the compiler.
     """
-    from codec.warm import warm_up_cpu
+    from kvstream.codec.warm import warm_up_cpu
 
     warm_up_cpu()

@@ -7,6 +7,7 @@ that a codec itself is two methods: `_encode` makes sections of a chunk, `_decod
 from __future__ import annotations
 
 import inspect
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +16,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from codec import container
-from codec.container import Chunk, Header
-from codec.errors import CodecError
-from codec.targets import DTYPES, CacheTarget, KVTarget, as_target
+from kvstream.codec import container
+from kvstream.codec.container import Chunk, Header
+from kvstream.codec.errors import CodecError
+from kvstream.codec.targets import DTYPES, CacheTarget, KVTarget, as_target
 
 if TYPE_CHECKING:
-    from codec.profile import Profile
+    from kvstream.codec.profile import Profile
 
 Setting = str | int | float
 LARGEST_MAGNITUDE = 1e30
-"""Lossy codecs refuse larger magnitudes: their squares and products would leave float32."""
+"""Lossy codecs refuse larger magnitudes: their squares and products would overflow float32."""
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,46 @@ class Level:
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shift:
+    """How far a chunk, or several, lie from the text for which a codec was calibrated; all per element."""
+
+    bits: float
+    expected_bits: float
+    """What chunks of such lengths and levels take of the calibration's text."""
+    escapes: float
+    """Coefficients that no table could code."""
+    expected_escapes: float
+
+    @property
+    def times(self) -> float:
+        """The bits over those expected."""
+        return self.bits / max(self.expected_bits, 1e-9)
+
+
 class Decoder(ABC):
     """One chunk, decoded while it arrives: `feed` with its bytes in order, then `finish`.
 
-    Nothing that was decoded may be used before `finish` returned; a decoder that is not finished may be dropped at any
-    time, and has then written some of its target.
+    No decoded value may be used before `finish` has returned. A decoder may be dropped at any time, and has then
+    written part of its target.
     """
 
     @abstractmethod
     def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
-        """The chunk's next bytes, in memory that stays as it is until `finish` returned.
+        """The chunk's next bytes, in memory that stays unchanged until `finish` has returned.
 
-        `on_device` are the same bytes as uint8 in the device's memory, there as soon as what the current stream holds
-        is done. Raises CodecError as soon as what came cannot be a chunk.
+        `on_device` holds the same bytes as uint8 in the device's memory, valid once the work queued on the current
+        stream is done. Raises CodecError as soon as the bytes so far cannot be a chunk.
         """
 
     @abstractmethod
     def finish(self) -> KVTarget:
-        """Every byte was fed: the target, complete once what the current stream holds is done. Raises CodecError as
-        `Codec.decode` does."""
+        """After the last byte: the target, complete once the work queued on the current stream is done. Raises
+        CodecError as `Codec.decode` does."""
 
 
 class CollectingDecoder(Decoder):
-    """Decodes as a whole when all bytes are there: for codecs that have no better way."""
+    """Decodes the whole chunk once all bytes have come: for codecs that cannot do better."""
 
     def __init__(self, codec: Codec, out: KVTarget, device: torch.device | str) -> None:
         self._codec, self._out, self._device = codec, out, device
@@ -74,7 +92,7 @@ class CollectingDecoder(Decoder):
 
 def check_finite(kv: Tensor, what: str, then: str = "") -> None:
     """Raises CodecError for NaN, infinities and magnitudes above 1e30."""
-    low, high = (float(x) for x in torch.aminmax(kv))
+    low, high = torch.stack(torch.aminmax(kv)).tolist()
     if not (low >= -LARGEST_MAGNITUDE and high <= LARGEST_MAGNITUDE):
         raise CodecError(
             f"{what} holds NaN, infinities or magnitudes above {LARGEST_MAGNITUDE:g} (range {low:g} to {high:g}){then}"
@@ -82,7 +100,7 @@ def check_finite(kv: Tensor, what: str, then: str = "") -> None:
 
 
 def name_and_settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Of a codec's configuration, which may come from anywhere. Raises CodecError."""
+    """Of a codec's configuration, which is untrusted. Raises CodecError."""
     if isinstance(config, Mapping):
         name, settings = config.get("codec"), config.get("settings", {})
         if isinstance(name, str) and isinstance(settings, Mapping):
@@ -98,6 +116,14 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     """Lossless codecs keep NaN and infinities; the others refuse them."""
     needs_profile: ClassVar[bool] = False
+    verifies_late: ClassVar[bool] = False
+    """Whether `_decode` gets chunks whose checksums are not compared yet, and compares them itself
+    (`Chunk.verify`), while a device already works."""
+    fit_takes: ClassVar[frozenset[str]] = frozenset()
+    """What `fit` takes beside caches, as keyword arguments: `rope`, the model's rotary embedding
+    (`transform.Rope` or None); `sensitivity`, what an error costs (`[L, 2, H, D, D]`); `sinks`, how many first tokens
+    are attention sinks; `held_out`, caches of text that the samples do not have; `say`, which takes a line about what
+    goes on."""
 
     levels: Sequence[Level]
     profile: Profile | None = None
@@ -108,15 +134,16 @@ class Codec(ABC):
         self.profile = profile if self.needs_profile else None
 
     @classmethod
-    def fit(cls, kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any]) -> Profile:
+    def fit(cls, kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any], **of_model: Any) -> Profile:
         """A profile for one model, from caches `[L, 2, T, H, D]` of contexts that begin at position 0.
 
-        What `kvstream codec calibrate` calls for a codec that needs a profile. The samples are computed as they are
-        asked for, once; `metadata` names the model and goes into the profile's, beside `codec`.
+        What `kvstream codec calibrate` calls for a codec that needs a profile. The samples are computed lazily,
+        once; `metadata` names the model and goes into the profile's, next to `codec`; `of_model` is what `fit_takes`
+        asks for.
         """
         raise CodecError(
             f"codec {cls.codec_id} cannot be calibrated: its class has no method fit(kv_samples, *, metadata), "
-            "which docs/howto/own-codec.md describes"
+            "described in docs/howto/own-codec.md"
         )
 
     @property
@@ -134,7 +161,7 @@ class Codec(ABC):
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any], profile: Profile | None = None) -> Self:
-        """The codec with these of the constructor's settings. Raises CodecError naming those that it has."""
+        """The codec with these of the constructor's settings. Raises CodecError listing those that it has."""
         known = [name for name in inspect.signature(cls).parameters if name != "profile"]
         for key in settings:
             if key not in known:
@@ -146,11 +173,11 @@ class Codec(ABC):
         """Rebuild a codec. Raises CodecError if the configuration is another codec's or names another profile."""
         name, settings = name_and_settings(config)
         if name != cls.codec_id:
-            raise CodecError(f"configuration is for codec {name!r}, not {cls.codec_id!r}")
+            raise CodecError(f"the configuration is for codec {name!r}, not {cls.codec_id!r}")
         codec = cls.of_settings(settings, profile)
         if config.get("profile_sha256") != codec.profile_sha256:
             raise CodecError(
-                f"configuration needs profile {config.get('profile_sha256')}, given was {codec.profile_sha256}"
+                f"the configuration needs profile {config.get('profile_sha256')}, but was given {codec.profile_sha256}"
             )
         return codec
 
@@ -161,9 +188,9 @@ class Codec(ABC):
         its T tokens (consecutive). Raises CodecError for anything else, and for NaN, infinities and magnitudes above
         1e30 unless the codec is lossless.
         """
-        self._check_level(level)
+        level = self._check_level(level)
         if not isinstance(kv, Tensor):
-            raise CodecError(f"what is encoded is a tensor, not {type(kv).__name__}; codec.layouts has views of caches")
+            raise CodecError(f"encode takes a tensor, not {type(kv).__name__}; codec.layouts makes tensors of caches")
         if kv.dim() != 5 or kv.shape[1] != 2 or 0 in kv.shape:
             raise CodecError(f"a KV tensor is [layers, 2, tokens, heads, head_dim], not {tuple(kv.shape)}")
         dtype = str(kv.dtype).removeprefix("torch.")
@@ -176,7 +203,7 @@ class Codec(ABC):
             self.codec_id, level, positions.start, layers, tokens, heads, head_dim, dtype, self.profile_sha256
         )
         with torch.inference_mode():
-            if not self.lossless:
+            if not self.is_lossless(level):
                 check_finite(kv.detach(), "the KV cache", f"; codec {self.codec_id} refuses them, use codec raw")
             return container.pack(header, self._encode(kv.detach(), level, header))
 
@@ -186,10 +213,11 @@ class Codec(ABC):
     ) -> KVTarget:  # fmt: skip
         """Decode one chunk into `out`, or into a new contiguous tensor `[L, 2, T, H, D]` of the encoded dtype.
 
-        Returns `out` or that tensor. Raises CodecError for bytes that this codec with this profile did not write:
-        then `out` may be partly written.
+        Returns `out` or that tensor. Raises CodecError for bytes that this codec with this profile did not write;
+        `out` may then be partly written. Bytes behind the chunk are refused too: a buffer that was padded is cut first,
+        `decode(data[: container.length_of(data)])`.
         """
-        chunk = self._open(data)
+        chunk = self.check(container.split(data) if self.verifies_late else container.parse(data))
         header = chunk.header
         if out is None:
             out = torch.empty(header.shape, dtype=DTYPES[header.dtype], device=device)
@@ -206,38 +234,48 @@ class Codec(ABC):
     ) -> Decoder:  # fmt: skip
         """A decoder of one chunk into `out`, to be fed with its bytes as they arrive.
 
-        `total_bytes` is the chunk's size where that is known otherwise than from the chunk, from a manifest say: what
-        claims another size is then refused before memory is taken for it. `layers` are those that `out` has, where it
-        is a part of the cache, for instance that of one of several GPUs; who decodes in pieces can do that.
+        `total_bytes` is the chunk's size where it is known independently, for instance from a manifest: a chunk that
+        claims another size is then refused before memory is allocated for it. `layers` are those that `out` has, where
+        it is only part of the cache, for instance one of several GPUs'; only codecs that decode in pieces support that.
         """
         if layers is not None:
-            raise CodecError(f"codec {self.codec_id} decodes all layers at once on {device}; leave layers out")
+            raise CodecError(f"codec {self.codec_id} decodes all layers at once on {device}; omit layers")
         return CollectingDecoder(self, out, device)
 
     def decodes_pieces(self, device: torch.device | str) -> bool:
-        """Whether `decoder` begins with the first piece on such a device, rather than with the last."""
+        """Whether `decoder` starts decoding on such a device before the last piece has come."""
         return False
 
     def describe(self, data: bytes | bytearray | memoryview | Tensor) -> dict[str, Any]:
-        """What a chunk of this codec holds, as plain values: `container.inspect`, and what only the codec can tell.
+        """What a chunk of this codec holds, as plain values: `container.inspect`, plus what only the codec knows.
 
         Codecs with coded columns add `bits_by_layer`, bits per element of each layer's keys and values, and
-        `ideal_bits_per_element`, what ideal coding under the same tables would take.
+        `ideal_bits_per_element`, the size under ideal coding with the same tables.
         """
         return container.inspect(data) | self._describe(self._open(data))
 
+    def shift(self, data: bytes | bytearray | memoryview | Tensor) -> Shift | None:
+        """How far a chunk of this codec lies from what it was calibrated for: far from it, a level loses more than its
+        distortion says. None where the codec, its profile or the level has no expectation. Reads no coefficient.
+        """
+        return self._shift(self._open(data))
+
+    def _shift(self, chunk: Chunk) -> Shift | None:
+        """`shift` of a checked chunk."""
+        return None
+
     def _open(self, data: bytes | bytearray | memoryview | Tensor) -> Chunk:
-        """Parse a chunk and check that it is this codec's, of its profile, and in proportion."""
+        """Parse a chunk; as `check`."""
         return self.check(container.parse(data))
 
     def check(self, chunk: Chunk) -> Chunk:
-        """The chunk, if it is this codec's, of its profile, and in proportion. Raises CodecError."""
+        """The chunk, if this codec with this profile can have written it. Raises CodecError."""
         self.check_header(chunk.header)
         self._check_chunk(chunk)
         return chunk
 
     def check_header(self, header: Header) -> None:
-        """Raises CodecError unless this codec with this profile wrote what has this header."""
+        """Raises CodecError unless the header is of this codec with this profile."""
         if header.codec_id != self.codec_id:
             raise CodecError(f"chunk was written by codec {header.codec_id}, this is {self.codec_id}")
         if header.profile_sha256 != self.profile_sha256:
@@ -248,17 +286,27 @@ class Codec(ABC):
         """What `describe` adds for this codec."""
         return {}
 
-    def _check_level(self, level: int) -> None:
-        if not isinstance(level, int) or not 0 <= level < len(self.levels):
+    def is_lossless(self, level: int) -> bool:
+        """Whether a level keeps every bit, NaN and infinities included."""
+        return self.lossless
+
+    def _check_level(self, level: int) -> int:
+        """The level as an `int`, whichever integer it is: any `argmax` gives one of NumPy's. Raises CodecError."""
+        try:
+            number = -1 if isinstance(level, bool) else operator.index(level)
+        except TypeError:
+            number = -1
+        if not 0 <= number < len(self.levels):
             names = ", ".join(f"{i} ({x.name})" for i, x in enumerate(self.levels))
-            raise CodecError(f"codec {self.codec_id} has no level {level!r}; it has {names}")
+            raise CodecError(f"codec {self.codec_id} has no level {level!r:.80}; choose from {names}")
+        return number
 
     def _check_chunk(self, chunk: Chunk) -> None:
-        """Check section lengths against the header before anything of the header's size is allocated."""
+        """Check section lengths against the header before allocating what the header claims."""
         return None
 
     @abstractmethod
-    def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
+    def _encode(self, kv: Tensor, level: int, header: Header) -> Mapping[str, bytes | memoryview]:
         """Sections (tag of at most four ASCII characters, content) of a checked tensor."""
 
     @abstractmethod

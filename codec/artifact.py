@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.api import Codec, Level
-from codec.cachegen import columns_first
-from codec.container import DTYPE_BYTES, Chunk, Header
-from codec.entropy import arithmetic
-from codec.entropy.sections import Streams, in_order
-from codec.entropy.tables import column_counts
-from codec.errors import CodecError
-from codec.raw import frombuffer
-from codec.sharing import share_out
-from codec.targets import DTYPES, CacheTarget
-from codec.uniform import as_bytes, checked_scale, quantise
+from kvstream.codec.api import Codec, Level
+from kvstream.codec.cachegen import columns_first
+from kvstream.codec.container import DTYPE_BYTES, Chunk, Header
+from kvstream.codec.entropy import arithmetic
+from kvstream.codec.entropy.sections import Streams, in_order
+from kvstream.codec.entropy.tables import column_counts
+from kvstream.codec.errors import CodecError
+from kvstream.codec.raw import frombuffer
+from kvstream.codec.sharing import share_out
+from kvstream.codec.targets import DTYPES, CacheTarget
+from kvstream.codec.uniform import as_bytes, checked_scale, quantise
 
 MAX_BINS = 32
 SEGMENT_TOKENS = 256
@@ -82,7 +82,7 @@ class Artifact(Codec):
         chunk.section("cdfs", columns * (MAX_BINS + 1) * 2)
         lengths = np.frombuffer(chunk.section("lens", 4 * segments * columns), "<u4")
         if int(lengths.sum(dtype=np.uint64)) != len(chunk.section("data")):
-            raise CodecError("section 'data' is not as long as the strings in it; encode again")
+            raise CodecError("section 'data' is not as long as its strings; encode again")
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
         header = chunk.header

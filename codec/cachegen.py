@@ -5,7 +5,7 @@ is coded as its difference to the *dequantised* anchor. The bin that differences
 and 1.5 for the first, middle and last third of the layers at scale 1, and a level is a scale. Symbols are entropy coded
 with one distribution per (layer, K or V, channel), profiled offline, anchors and differences apart.
 
-What the paper leaves open is settled here. Vectors are a token's H * D channels of one layer, keys or values. An
+Choices where the paper is silent: vectors are a token's H * D channels of one layer, keys or values. An
 anchor's step is its vector's largest magnitude / 127. A difference's step is `bin * m / 16`, where m is the largest
 magnitude of the token's difference vector: bins are in sixteenths of it, so bin 1 gives 33 symbols, about the 32 of
 the public code. Scales are kept in the dtype of the cache. Because every step follows its vector, no symbol can leave
@@ -23,17 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.api import Codec, Level, Setting, check_finite
-from codec.coders import Coder, make_coder
-from codec.container import DTYPE_BYTES, Chunk, Header
-from codec.entropy.sections import Streams, join
-from codec.entropy.tables import PROB_SCALE, column_counts
-from codec.errors import CodecError
-from codec.profile import Profile
-from codec.raw import frombuffer
-from codec.sharing import share_out
-from codec.targets import DTYPES, CacheTarget
-from codec.uniform import as_bytes, checked_scale, quantise
+from kvstream.codec.api import Codec, Level, Setting, check_finite
+from kvstream.codec.coders import Coder, make_coder
+from kvstream.codec.container import DTYPE_BYTES, Chunk, Header
+from kvstream.codec.entropy.sections import Streams, join
+from kvstream.codec.entropy.tables import PROB_SCALE, column_counts
+from kvstream.codec.errors import CodecError
+from kvstream.codec.profile import Profile
+from kvstream.codec.raw import frombuffer
+from kvstream.codec.sharing import share_out
+from kvstream.codec.targets import DTYPES, CacheTarget
+from kvstream.codec.uniform import as_bytes, checked_scale, quantise
 
 GROUP = 10
 ANCHOR_HALF = 127
@@ -69,7 +69,7 @@ class CacheGen(Codec):
         ]
 
     @classmethod
-    def fit(cls, kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any]) -> Profile:
+    def fit(cls, kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any], **of_model: Any) -> Profile:
         return fit(kv_samples, metadata=metadata)
 
     def settings(self) -> dict[str, Setting]:
@@ -84,8 +84,8 @@ class CacheGen(Codec):
         for layer, half in enumerate(halves):
             if found[layer, :, :, 2 * half + 1 :].any():
                 raise CodecError(
-                    f"profile {self.profile.sha256[:12]} gives slots of {name!r} to symbols that layer {layer} cannot "
-                    "have; calibrate again with --fresh"
+                    f"profile {self.profile.sha256[:12]} gives slots of {name!r} to symbols that layer {layer} does "
+                    "not have; calibrate again with --fresh"
                 )
         return [side[:, : 2 * half + 1] for sides, half in zip(found, halves, strict=True) for side in sides]
 
@@ -181,7 +181,7 @@ class CacheGen(Codec):
 
 
 def n_anchors(tokens: int) -> int:
-    """Groups that `tokens` tokens make, the last of which may be short."""
+    """Groups in `tokens` tokens; the last may be short."""
     return -(-tokens // GROUP)
 
 
@@ -218,8 +218,8 @@ def layer_symbols(sides: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, T
     delta_scale = delta.abs().amax(dim=2).to(rows.dtype)
     if not bool(torch.isfinite(delta_scale).all()):
         raise CodecError(
-            f"a token differs from its anchor by more than {rows.dtype} holds ({torch.finfo(rows.dtype).max:g}); give "
-            "the cache as bfloat16 or float32, or take another codec"
+            f"a token differs from its anchor by more than {rows.dtype} can hold ({torch.finfo(rows.dtype).max:g}); "
+            "encode the cache as bfloat16 or float32, or use another codec"
         )
     width = delta_scale.float() * step
     # A width of 0, or one so small that it is 0 in float32, means that there is nothing to code.
@@ -238,15 +238,15 @@ def symbols_of(kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def columns_first(symbols: Tensor) -> NDArray[np.uint8]:
-    """uint8 `[..., T, C]` as the coder wants it: `[... * C, T]`."""
+    """uint8 `[..., T, C]` in the coder's order: `[... * C, T]`."""
     return symbols.transpose(-2, -1).flatten(0, -2).contiguous().numpy()
 
 
 def fit(kv_samples: Iterable[Tensor], *, metadata: Mapping[str, Any] | None = None) -> Profile:
     """Profile the symbol distributions of a model from KV caches `[L, 2, T, H, D]` of its contexts.
 
-    A few tens of thousands of tokens suffice. Every column's histogram is smoothed with that of its layer, so that a
-    symbol that a column did not show is still coded.
+    A few tens of thousands of tokens suffice. Every column's histogram is smoothed with that of its layer, so that
+    symbols that a column never showed can still be coded.
     """
     counts: dict[str, NDArray[np.int64]] = {}
     shape: tuple[int, ...] = ()
@@ -289,7 +289,7 @@ def smooth_tables(counts: NDArray[np.int64], halves: Sequence[int]) -> NDArray[n
     """Frequencies `[C, S]` that sum to 1,024, from histograms `[C, S]` of layers with symbols 0 to 2 * half.
 
     The distribution of a layer's keys or values counts as `PRIOR_SYMBOLS` further symbols of each column. Every symbol
-    that the layer can have gets one slot, the others are shared out in proportion, by largest remainder.
+    of the layer gets one slot; the others are distributed in proportion, by largest remainder.
     """
     tables = np.zeros(counts.shape, np.uint16)
     columns = len(counts) // (2 * len(halves))

@@ -1,7 +1,7 @@
 """The two entropy coders behind one small interface, for codecs that let the user choose: `coder=rans` or `coder=ac`.
 
-Both take the same tables (frequencies of 1,024), one a column. Columns come in blocks, the keys or values of a layer
-each, whose tables have an alphabet of their own, and of which a large model has too many to hold as one.
+Both take the same tables (frequencies out of 1,024), one per column. Columns come in blocks, each the keys or values of
+one layer with an alphabet of its own; a large model has too many of them to hold as one.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.entropy.sections import MAX_SEGMENT_TOKENS, Streams
-from codec.entropy.tables import Tables, column_counts, cross_entropy_bits
-from codec.errors import CodecError
+from kvstream.codec.entropy.sections import MAX_SEGMENT_TOKENS, Streams
+from kvstream.codec.entropy.tables import Tables, column_counts, cross_entropy_bits
+from kvstream.codec.errors import CodecError
 
 
 class Coder(ABC):
-    """Codes blocks of symbols uint8 `[C, T]`, column c of block b with the table c of b."""
+    """Codes blocks of symbols uint8 `[C, T]`, column c of a block with the block's table c."""
 
     unit_bits: ClassVar[int]
-    """What streams consist of, and are as long as a multiple of."""
+    """Size of the units that streams consist of."""
 
     def __init__(self, blocks: Sequence[NDArray[Any]]) -> None:
         self._tables = [Tables(frequencies) for frequencies in blocks]
@@ -31,11 +31,11 @@ class Coder(ABC):
 
     @abstractmethod
     def encode(self, block: int, symbols: NDArray[np.uint8], threads: int | None = None) -> Streams:
-        """The streams of a block; `sections.join` makes a section of those of all."""
+        """The streams of a block; `sections.join` makes a section of all blocks' streams."""
 
     def parse(self, data: memoryview, tokens: int) -> Streams | None:
         """The checked streams of a section; None for no tokens, which take no bytes. Raises CodecError."""
-        from codec.entropy import sections
+        from kvstream.codec.entropy import sections
 
         if not tokens:
             return None
@@ -79,13 +79,13 @@ class RansCoder(Coder):
     unit_bits = 16
 
     def encode(self, block: int, symbols: NDArray[np.uint8], threads: int | None = None) -> Streams:
-        from codec.entropy import rans
+        from kvstream.codec.entropy import rans
 
         tables = self._tables[block]
         return rans.encode_streams(symbols, np.arange(tables.count), tables, threads=threads)
 
     def _decode(self, part: Streams, block: int, out: NDArray[np.uint8], threads: int | None) -> None:
-        from codec.entropy import rans
+        from kvstream.codec.entropy import rans
 
         tables = self._tables[block]
         rans.decode_streams(part, np.arange(tables.count), tables, out, threads=threads)
@@ -97,20 +97,20 @@ class ArithmeticCoder(Coder):
     unit_bits = 8
 
     def encode(self, block: int, symbols: NDArray[np.uint8], threads: int | None = None) -> Streams:
-        from codec.entropy import arithmetic
+        from kvstream.codec.entropy import arithmetic
 
         cdfs = self._cdfs[block]
         return arithmetic.encode_streams(symbols, np.arange(cdfs.count), cdfs, threads=threads)
 
     def _decode(self, part: Streams, block: int, out: NDArray[np.uint8], threads: int | None) -> None:
-        from codec.entropy import arithmetic
+        from kvstream.codec.entropy import arithmetic
 
         cdfs = self._cdfs[block]
         arithmetic.decode_streams(part, np.arange(cdfs.count), cdfs, out, threads=threads)
 
     @cached_property
     def _cdfs(self) -> list[Any]:
-        from codec.entropy import arithmetic
+        from kvstream.codec.entropy import arithmetic
 
         return [arithmetic.from_tables(tables) for tables in self._tables]
 
@@ -119,7 +119,7 @@ CODERS: dict[str, Callable[[Sequence[NDArray[Any]]], Coder]] = {"rans": RansCode
 
 
 def make_coder(name: str, blocks: Sequence[NDArray[Any]]) -> Coder:
-    """A coder by name, for tables uint16 `[C, S]` of each block. Raises CodecError naming the known ones."""
+    """A coder by name, for tables uint16 `[C, S]` of each block. Raises CodecError listing the available ones."""
     if not isinstance(name, str) or name not in CODERS:
-        raise CodecError(f"no entropy coder is called {name!r}; known are {', '.join(sorted(CODERS))}")
+        raise CodecError(f"unknown entropy coder {name!r}; choose from {', '.join(sorted(CODERS))}")
     return CODERS[name](blocks)

@@ -3,7 +3,7 @@
 Everything is little-endian. A chunk decodes alone, given the profile that its header names by hash.
 `docs/bitstream.md` describes the format for a second implementation. Nothing here trusts its input: lengths are
 checked before they are used, checksums before their bytes are, and the size a header claims must be in proportion
-to the bytes that came with it.
+to the bytes received.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codec.errors import CodecError
+from kvstream.codec.errors import CodecError
 
-try:  # several times as fast as zlib's: one core then checks what a link of 100 Gbit/s brings
+try:  # several times as fast as zlib's: one core then keeps up with a link of 100 Gbit/s
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
@@ -37,7 +37,7 @@ MAX_TOKENS = 65_536
 MAX_POSITION = 1 << 40
 MAX_SECTIONS = 64
 MAX_EXPANSION = 16_384
-"""Elements that one byte of payload may stand for at most: what a receiver allocates is bounded by what it received."""
+"""Most elements that one byte of payload may encode: what a receiver allocates is bounded by what it received."""
 
 _HEADER = struct.Struct("<4sBBBB16s32sQIIIII")
 """magic, version, level, dtype, flags, codec id, profile hash, start, layers, tokens, heads, head dim, sections."""
@@ -49,7 +49,7 @@ _NO_PROFILE = bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a chunk says about itself."""
+    """What a chunk declares about itself."""
 
     codec_id: str
     level: int
@@ -79,11 +79,13 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A parsed chunk. Sections are views of the input, checked against their checksums."""
+    """A parsed chunk. Sections are views of the input."""
 
     header: Header
     sections: dict[str, memoryview]
     total_bytes: int
+    table: dict[str, tuple[int, int]]
+    """Where each section begins, and its CRC-32, as the chunk says."""
 
     def section(self, tag: str, nbytes: int | None = None) -> memoryview:
         """The section `tag`; with `nbytes`, of exactly that length. Raises CodecError otherwise."""
@@ -95,6 +97,14 @@ class Chunk:
                 f"section '{tag}' has {len(content)} bytes where the header's shape needs {nbytes}; encode again"
             )
         return content
+
+    def verify(self, *tags: str) -> Chunk:
+        """The chunk, if these sections, or all, have their checksums. Raises CodecError otherwise."""
+        for tag in tags or self.sections:
+            at, crc = self.table[tag]
+            if crc32(self.section(tag)) != crc:
+                raise CodecError(_damaged(tag, at))
+        return self
 
 
 def pack(header: Header, sections: Mapping[str, bytes | memoryview]) -> bytes:
@@ -113,9 +123,9 @@ def pack(header: Header, sections: Mapping[str, bytes | memoryview]) -> bytes:
 
 
 class Arrival:
-    """A chunk whose bytes are still coming. Its header is checked as soon as it is whole, its sections at the end.
+    """A chunk that is still arriving. Its header is checked as soon as it is complete, its sections at the end.
 
-    `total_bytes` is what the chunk must come to, where that is known.
+    `total_bytes` is the chunk's size, where that is known.
     """
 
     def __init__(self, total_bytes: int | None = None) -> None:
@@ -128,7 +138,7 @@ class Arrival:
         self._running: list[int] = []
 
     def feed(self, view: memoryview) -> None:
-        """The next bytes, in memory that stays as it is. Raises CodecError as soon as they cannot be a chunk."""
+        """The next bytes, in memory that stays unchanged. Raises CodecError as soon as they cannot be a chunk."""
         before = self.received
         whole = _one_view(self._views[-1], view) if self._views else None
         if whole is None:
@@ -140,7 +150,7 @@ class Arrival:
             beginning = self.joined()
             if len(beginning) < _HEADER.size + _CRC.size or len(beginning) < _head_bytes(beginning):
                 if beginning[: len(MAGIC)] != MAGIC[: len(beginning)]:
-                    raise CodecError("not an encoded chunk: it begins with other bytes; fetch the chunk again")
+                    raise CodecError("not an encoded chunk: it has other first bytes; fetch the chunk again")
                 return
             self.header, table, offset = _parse_head(beginning)
             for tag, crc, length in table:
@@ -150,7 +160,7 @@ class Arrival:
             self._total = offset
             if self._expected not in (None, self._total):
                 raise CodecError(
-                    f"chunk claims {self._total} bytes where {self._expected} were announced; fetch the chunk again"
+                    f"chunk claims {self._total} bytes, but {self._expected} were announced; fetch the chunk again"
                 )
             self._running = [0] * len(table)
             before, view = 0, beginning
@@ -161,14 +171,18 @@ class Arrival:
             if first < last:
                 self._running[index] = crc32(view[first - before : last - before], self._running[index])
 
+    def has(self, tag: str) -> bool:
+        """Whether the chunk, whose header is there, has such a section."""
+        return tag in self._sections
+
     def section(self, tag: str) -> tuple[int, int]:
-        """Where a section begins in the chunk, and its length. Raises CodecError if the header names none such."""
+        """Where a section begins in the chunk, and its length. Raises CodecError for a section the header lacks."""
         if tag not in self._sections:
             raise CodecError(f"chunk has no section '{tag}'; it was written by another codec")
         return self._sections[tag][:2]
 
     def part(self, start: int, length: int) -> memoryview:
-        """Some of the bytes that came, without a copy where they came in one piece."""
+        """Some of the received bytes, without a copy where they came in one piece."""
         pieces, before = [], 0
         for view in self._views:
             first, last = max(start, before), min(start + length, before + len(view))
@@ -187,35 +201,60 @@ class Arrival:
         found: dict[str, memoryview] = {}
         for (tag, (at, length, crc)), running in zip(self._sections.items(), self._running, strict=True):
             if running != crc:
-                raise CodecError(f"section '{tag}' at offset {at} is damaged (checksum); fetch the chunk again")
+                raise CodecError(_damaged(tag, at))
             found[tag] = self.part(at, length)
-        return Chunk(self.header, found, self.received)
+        return Chunk(
+            self.header, found, self.received, {tag: (at, crc) for tag, (at, _, crc) in self._sections.items()}
+        )
+
+
+def _damaged(tag: str, at: int) -> str:
+    return f"section '{tag}' at offset {at} is damaged (checksum); fetch the chunk again"
 
 
 def parse(data: bytes | bytearray | memoryview | Tensor) -> Chunk:
-    """Check and split a chunk. Raises CodecError; never reads what it has not checked, never copies a section."""
+    """Check and split a chunk. Raises CodecError; reads nothing unchecked and copies no section."""
+    return split(data).verify()
+
+
+def split(data: bytes | bytearray | memoryview | Tensor) -> Chunk:
+    """Split a chunk; whoever reads a section calls `Chunk.verify` before its content is believed. Raises CodecError."""
     view = as_memoryview(data)
     header, table, offset = _parse_head(view)
     sections: dict[str, memoryview] = {}
+    places: dict[str, tuple[int, int]] = {}
     for tag, crc, length in table:
         if length > len(view) - offset:
             raise CodecError(
                 f"chunk is truncated: section '{tag}' needs {length} bytes at offset {offset} of {len(view)}; "
                 "fetch the chunk again"
             )
-        content = view[offset : offset + length]
-        if crc32(content) != crc:
-            raise CodecError(f"section '{tag}' at offset {offset} is damaged (checksum); fetch the chunk again")
-        sections[tag] = content
+        sections[tag] = view[offset : offset + length]
+        places[tag] = offset, crc
         offset += length
     if offset != len(view):
-        raise CodecError(f"{len(view) - offset} bytes follow the end of the chunk; fetch the chunk again")
+        raise CodecError(
+            f"{len(view) - offset} bytes follow the end of the chunk; "
+            "fetch the chunk again, or cut a padded buffer at container.length_of"
+        )
     _check_header(header, sum(len(content) for content in sections.values()))
-    return Chunk(header, sections, len(view))
+    return Chunk(header, sections, len(view), places)
+
+
+def length_of(data: bytes | bytearray | memoryview | Tensor) -> int:
+    """The bytes of the chunk at the beginning of a buffer that may be longer, as storage that pads to whole pages gives
+    it back: `decode(data[: length_of(data)])`. Only the header is read. Raises CodecError for a buffer that is shorter
+    than its chunk."""
+    view = as_memoryview(data)
+    _, table, offset = _parse_head(view)
+    total = offset + sum(length for _, _, length in table)
+    if total > len(view):
+        raise CodecError(f"chunk is truncated: it has {total} bytes, the buffer {len(view)}; fetch the chunk again")
+    return total
 
 
 def parse_header(data: bytes | bytearray | memoryview | Tensor) -> Header:
-    """What a chunk says about itself, from its beginning: header and section table must be there. Raises CodecError."""
+    """The header of a chunk, from its beginning: header and section table must be complete. Raises CodecError."""
     return _parse_head(as_memoryview(data))[0]
 
 

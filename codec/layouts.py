@@ -1,17 +1,20 @@
-"""Caches as others keep them, seen as the tensor `[L, 2, T, H, D]` that codecs encode.
+"""Caches of other libraries, seen as the tensor `[L, 2, T, H, D]` that codecs encode.
 
-A view where the memory allows it; what lies in pieces is copied once. `codec.targets` is the way back.
+A view where the memory allows it, else one copy. `kvstream.codec.targets` is the inverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from codec.errors import CodecError
+from kvstream.codec.errors import CodecError
+
+LMCACHE_SIDES: Final = {"KV_2LTD": 0, "KV_L2TD": 1}
+"""LMCache's layouts, and the dimension that has keys and values."""
 
 
 class HuggingFaceCache(Protocol):
@@ -23,8 +26,8 @@ class HuggingFaceCache(Protocol):
 def from_huggingface(cache: HuggingFaceCache, start: int = 0, tokens: int | None = None) -> Tensor:
     """Tokens `[start, start + tokens)` (by default all from `start` on) of a Hugging Face cache of one sequence.
 
-    A view where all layers lie evenly in one storage. Raises CodecError for caches that hold nothing, or of which a
-    window was kept only.
+    A view where all layers are evenly spaced in one storage. Raises CodecError for caches that are empty or keep
+    only a sliding window.
     """
     pairs = huggingface_layers(cache)
     held = min(int(layer.get_seq_length()) for layer in cache.layers)
@@ -43,11 +46,25 @@ def from_paged(layers: Sequence[Tensor], block_table: Tensor | Sequence[int], of
     return out
 
 
-def from_lmcache(tensor: Tensor, heads: int) -> Tensor:
-    """A view of LMCache's `[L, 2, T, H * D]`."""
-    if tensor.dim() != 4 or tensor.shape[1] != 2 or heads < 1 or tensor.shape[3] % heads:
-        raise CodecError(f"LMCache's layout is [layers, 2, tokens, {heads} heads * dim], not {tuple(tensor.shape)}")
-    return tensor.unflatten(3, (heads, tensor.shape[3] // heads))
+def from_lmcache(tensor: Tensor, heads: int, layout: str | None = None) -> Tensor:
+    """A view of LMCache's `[2, L, T, H * D]` (KV_2LTD, the current one) or `[L, 2, T, H * D]` (KV_L2TD,
+    of older releases) as `[L, 2, T, H, D]`.
+
+    `layout` may be omitted where the shape tells. Raises CodecError for a model of two layers without it.
+    """
+    sides = [name for name, dim in LMCACHE_SIDES.items() if tensor.dim() == 4 and tensor.shape[dim] == 2]
+    if layout is not None:
+        sides = [name for name in sides if name == layout]
+    if not sides or heads < 1 or tensor.shape[3] % heads:
+        wanted = layout or " or ".join(LMCACHE_SIDES)
+        raise CodecError(
+            f"LMCache's layout is {wanted} ([2, layers, tokens, {heads} heads * dim] or [layers, 2, ...]), not "
+            f"{tuple(tensor.shape)}"
+        )
+    if len(sides) > 1:
+        raise CodecError(f"a cache of two layers could be of either layout; pass layout={' or '.join(sides)}")
+    view = tensor.unflatten(3, (heads, tensor.shape[3] // heads))
+    return view if sides == ["KV_L2TD"] else view.transpose(0, 1)
 
 
 def huggingface_layers(cache: HuggingFaceCache) -> list[tuple[Tensor, Tensor]]:
@@ -58,15 +75,17 @@ def huggingface_layers(cache: HuggingFaceCache) -> list[tuple[Tensor, Tensor]]:
         if not (isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4 and len(keys) == 1):
             raise CodecError(
                 f"layer {index} of the cache has no keys and values [1, heads, tokens, head_dim]: decode into "
-                "codec.targets.HuggingFaceTarget.allocate(...), whose dynamic_cache() a model takes"
+                "kvstream.codec.targets.HuggingFaceTarget.allocate(...), whose dynamic_cache() a model takes"
             )
         if int(layer.get_seq_length()) > keys.shape[2]:
-            raise CodecError(f"layer {index} of the cache kept a window only; compute the cache at full length")
+            raise CodecError(
+                f"layer {index} of the cache keeps only a sliding window; compute the cache at full length"
+            )
         pairs.append((keys, values))
     if not pairs:
         raise CodecError(
             "the cache has no layers yet: run the model over the context first, or decode into "
-            "codec.targets.HuggingFaceTarget.allocate(...), whose dynamic_cache() a model takes"
+            "kvstream.codec.targets.HuggingFaceTarget.allocate(...), whose dynamic_cache() a model takes"
         )
     return pairs
 
@@ -82,7 +101,7 @@ def paged_places(
     if table.dim() != 1 or table.numel() == 0 or int(table.min()) < 0 or int(table.max()) >= n_blocks:
         raise CodecError(f"the block table must list blocks 0 to {n_blocks - 1}")
     if len(torch.unique(table)) != len(table):
-        raise CodecError("the block table names a block twice")
+        raise CodecError("the block table lists a block twice")
     if offset < 0 or tokens < 1 or offset + tokens > len(table) * block_size:
         raise CodecError(f"tokens [{offset}, {offset + tokens}) do not fit {len(table)} blocks of {block_size}")
     index = torch.arange(offset, offset + tokens, device=table.device)
@@ -90,7 +109,8 @@ def paged_places(
 
 
 def stacked(sides: Sequence[Tensor]) -> Tensor:
-    """`[L, 2, T, H, D]` of keys and values `[T, H, D]`, layer by layer: a view where they lie evenly in one storage."""
+    """`[L, 2, T, H, D]` of keys and values `[T, H, D]`, layer by layer: a view where they are evenly spaced in one
+    storage."""
     first = sides[0]
     if any(side.shape != first.shape or side.dtype != first.dtype or side.device != first.device for side in sides):
         raise CodecError("layers of unequal shapes, dtypes or devices are not supported")

@@ -1,7 +1,7 @@
 """What is calibrated offline for one model: named tensors and JSON metadata, identified by their hash.
 
-The bytes are a safetensors file whose metadata has one key, `kvstream`, holding the JSON. A profile travels once per
-model, and every chunk names the one it needs by SHA-256, so a chunk can never meet the wrong tables.
+The bytes are a safetensors file whose metadata has one key, `kvstream`, holding the JSON. A profile is sent once per
+model, and every chunk names the one it needs by SHA-256, so no chunk is decoded with the wrong tables.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from codec.errors import CodecError
+from kvstream.codec.errors import CodecError
 
 FORMAT = 1
 MAX_PROFILE_BYTES = 1 << 30
@@ -32,6 +30,8 @@ class Profile:
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
+        import safetensors.numpy
+
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         text = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, allow_nan=False)
         self._adopt(safetensors.numpy.save(contiguous, {_KEY: text}))
@@ -80,16 +80,34 @@ class Profile:
             raise CodecError(f"profile {self.sha256[:12]}: tensor {name!r} is not finite; calibrate again")
         return array
 
+    def check_model(self, fingerprint: str) -> None:
+        """Raise CodecError for a profile of another model than the one with this fingerprint.
+
+        A model of the same shape would be coded without a complaint, at several times the bits or the distortion. A
+        profile that names no model passes.
+        """
+        own = self.metadata.get("model")
+        if own is not None and own != fingerprint:
+            name = self.metadata.get("model_name")
+            about = f"model {name} ({str(own)[:12]})" if name else f"model {str(own)[:12]}"
+            raise CodecError(
+                f"profile {self.sha256[:12]} was calibrated for {about}, not for the model with fingerprint "
+                f"{fingerprint[:12]}; run 'kvstream codec calibrate' with that model, or force it (--force)"
+            )
+
     def number(self, name: str) -> int:
-        """A whole, positive number of the metadata. Raises CodecError."""
+        """A positive integer of the metadata. Raises CodecError."""
         value = self.metadata.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CodecError(f"profile {self.sha256[:12]}: {name} is {value!r}, not a positive whole number")
+            raise CodecError(f"profile {self.sha256[:12]}: {name} is {value!r}, not a positive integer")
         return value
 
     def _adopt(self, data: bytes) -> None:
+        import safetensors.numpy
+        from safetensors import SafetensorError
+
         if len(data) > MAX_PROFILE_BYTES:
-            raise CodecError(f"a profile of {len(data)} bytes is above the limit of {MAX_PROFILE_BYTES}")
+            raise CodecError(f"a profile of {len(data)} bytes exceeds the limit of {MAX_PROFILE_BYTES}")
         try:
             tensors = safetensors.numpy.load(data)
             length = int.from_bytes(data[:8], "little")

@@ -7,8 +7,8 @@ exponential and Laplacian random variables", 1996). That makes a dead zone aroun
 asks for. Symbols count from the middle of the alphabet; classes are symmetric.
 
 A column whose values spread over more steps than the alphabet has is *wide*: rounded to whole steps q, its class
-codes `h = floor(q / 2^k + 1/2)` and k further bits `q - 2^k h + 2^(k-1)` follow, which are as good as equally likely.
-What even that cannot hold is an escape, sent apart.
+codes `h = floor(q / 2^k + 1/2)` and k low bits `q - 2^k h + 2^(k-1)` follow, which are close to equally likely.
+Values that even that cannot hold are escapes, sent separately.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.entropy.escapes import RECORD
-from codec.entropy.tables import Tables, assign, from_counts
-from codec.errors import CodecError
+from kvstream.codec.entropy.tables import Tables, assign, from_counts
+from kvstream.codec.errors import CodecError
 
 RATE_WEIGHT = 0.10
-"""Squared steps that a bit is worth. At high rate a bit more of rate takes 0.1155 squared steps of error away."""
+"""Squared steps that a bit is worth. At high rate one more bit removes 0.1155 squared steps of error."""
 HALF = 127
 """Largest magnitude of a symbol."""
 MAX_SHIFT = 7
-"""Most further bits of a wide column; their tables are the uniform ones of 2 to 128 symbols."""
-_WIDE = 16.0
+"""Most low bits of a wide column; their tables are the uniform ones of 2 to 128 symbols."""
+WIDE = 16.0
 """Mean magnitude, in steps, above which a column is wide."""
 _ROUNDED = 4.0
-"""Mean magnitude from which on a class's reconstruction values are its symbols."""
+"""Mean magnitude above which a class's reconstruction values are its symbols."""
 ALPHABET = 2 * HALF + 1
 ESCAPED = 255
-LARGEST_ESCAPE = 32_767
+LARGEST_ESCAPE = (1 << 21) - 1
+"""In steps: two numbers of eleven bits, which a GPU's matrix units take exactly."""
+ESCAPES = np.dtype([("column", "<u4"), ("token", "<u2"), ("value", "<i4")])
+"""A coefficient that no table can code, in whole steps."""
 _ROUNDS = 4
 
 
@@ -64,38 +66,37 @@ class Classes:
 
     @cached_property
     def whole(self) -> NDArray[np.bool_]:
-        """bool `[K]`: whether a class reconstructs whole steps, as the further bits of wide columns need."""
+        """bool `[K]`: whether a class reconstructs whole steps, as the low bits of wide columns require."""
         return (self.values == np.arange(-HALF, HALF + 1)).all(axis=1)
 
     @cached_property
     def thresholds(self) -> NDArray[np.float32]:
-        """float32 `[K, HALF + 2]`: from which magnitude on symbol k is chosen over k - 1."""
+        """float32 `[K, HALF + 2]`: the magnitude from which symbol k is chosen over k - 1."""
         return _thresholds(self.tables, self.values)
 
     def quantise(
         self, values: NDArray[np.float32], class_of_column: NDArray[np.uint8], shift_of_column: NDArray[np.uint8]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
-        """Values float32 `[C, T]`, in steps, as symbols uint8 `[C, T]`, further bits uint8 `[W, T]` of the W columns
-        with a shift, and escapes (`escapes.RECORD`).
+        """Values float32 `[C, T]`, in steps, as symbols uint8 `[C, T]`, low bits uint8 `[W, T]` of the W columns with a
+        shift, and escapes (`ESCAPES`), which end at LARGEST_ESCAPE.
 
-        The symbol in an escape's place is the middle one, which is the shortest. Raises CodecError for values that an
-        escape cannot hold.
+        The symbol in an escape's place is the middle one, which is the shortest.
         """
         symbols = np.empty(values.shape, np.uint8)
         fine = np.empty((np.count_nonzero(shift_of_column), values.shape[1]), np.uint8)
         if not _kernel()(values, class_of_column, shift_of_column, self.thresholds, self.support, symbols, fine):
-            return symbols, fine, np.empty(0, RECORD)
+            return symbols, fine, np.empty(0, ESCAPES)
         column, token = np.nonzero(symbols == ESCAPED)
-        steps = np.rint(values[column, token])
-        if not np.abs(steps).max() <= LARGEST_ESCAPE:  # so written, NaN is refused too
-            raise CodecError(
-                f"the cache holds a value {np.abs(steps).max():g} steps from what the profile was calibrated on, more "
-                f"than the {LARGEST_ESCAPE} that can be coded; take a lower level, or codec raw"
-            )
         symbols[column, token] = HALF
-        escapes = np.empty(len(steps), RECORD)
-        escapes["column"], escapes["token"], escapes["value"] = column, token, steps
+        escapes = np.empty(len(column), ESCAPES)
+        escapes["column"], escapes["token"], escapes["value"] = column, token, whole_steps(values[column, token])
         return symbols, fine, escapes
+
+
+def whole_steps(values: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Values of escapes, rounded; what is too large, or no number, ends at LARGEST_ESCAPE."""
+    known = np.nan_to_num(values, nan=LARGEST_ESCAPE)
+    return np.clip(np.rint(known), -LARGEST_ESCAPE, LARGEST_ESCAPE).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,29 +108,36 @@ class Design:
     shift_of_column: NDArray[np.uint8]
 
 
-def design(values: NDArray[np.float32], steps: Sequence[float], n_classes: int = 32) -> Design:
-    """Fit classes to values float32 `[C, N]` quantised in each of `steps`.
+def design(
+    values: NDArray[np.float32], steps: Sequence[float], alive: NDArray[np.bool_], n_classes: int = 32
+) -> Design:
+    """Fit classes to values float32 `[C, N]` quantised in each of `steps`, as far as `alive` bool `[levels, C]`.
 
     Alternates between quantising with the present classes, giving each column the class that codes it shortest, and
     refitting tables and reconstruction values to their columns.
     """
-    spread = np.abs(values).mean(axis=1)[None] / np.array(steps)[:, None]
-    shift = np.clip(np.ceil(np.log2(np.maximum(spread, 1e-9) / _WIDE)), 0, MAX_SHIFT).astype(np.uint8)
+    columns = [np.flatnonzero(own) for own in alive]
+    ends = np.cumsum([len(own) for own in columns])[:-1]
+    parts = [np.ascontiguousarray(values[own]) / np.float32(step) for own, step in zip(columns, steps, strict=True)]
+    spread = np.concatenate([np.abs(part).mean(axis=1) for part in parts])
+    shift = np.clip(np.ceil(np.log2(np.maximum(spread, 1e-9) / WIDE)), 0, MAX_SHIFT).astype(np.uint8)
     spread = spread / (1 << shift.astype(np.int64))
-    scales = np.geomspace(0.03, 1.1 * max(float(spread.max()), 0.1), n_classes)
+    scales = np.geomspace(0.002, 1.1 * max(float(spread.max(initial=0)), 0.1), n_classes)
     classes = Classes(_laplace(scales), np.tile(np.arange(-HALF, HALF + 1, dtype=np.float32), (n_classes, 1)))
-    nearest = np.abs(np.log(scales) - np.log(np.maximum(spread, 1e-9))[..., None]).argmin(axis=2)
+    nearest = np.abs(np.log(scales) - np.log(np.maximum(spread, 1e-9))[:, None]).argmin(axis=1)
     owner = nearest.astype(np.uint8)
     for _ in range(_ROUNDS):
         histograms = [
-            _histograms(values / np.float32(step), own, wide, classes)
-            for step, own, wide in zip(steps, owner, shift, strict=True)
+            _histograms(part, own, wide, classes)
+            for part, own, wide in zip(parts, np.split(owner, ends), np.split(shift, ends), strict=True)
         ]
         counts = np.concatenate([count for count, _ in histograms])
         sums = np.concatenate([total for _, total in histograms])
-        classes = _refit(counts, sums, _assign(counts, shift.ravel(), classes), classes)
-        owner = _assign(counts, shift.ravel(), classes).astype(np.uint8).reshape(owner.shape)
-    return Design(classes, owner, shift)
+        classes = _refit(counts, sums, _assign(counts, shift, classes), classes)
+        owner = _assign(counts, shift, classes).astype(np.uint8)
+    class_of_column, shift_of_column = np.zeros((2, *alive.shape), np.uint8)
+    class_of_column[alive], shift_of_column[alive] = owner, shift
+    return Design(classes, class_of_column, shift_of_column)
 
 
 def _assign(counts: NDArray[np.float64], shift: NDArray[np.uint8], classes: Classes) -> NDArray[np.uint16]:
@@ -169,7 +177,7 @@ def _refit(
         if not members.any():
             continue
         total, magnitude_sums = counts[members].sum(axis=0), sums[members].sum(axis=0)
-        # A magnitude that the sample never showed but a larger one was: half an occurrence keeps the support whole.
+        # A magnitude absent from the sample below one that occurred: half an occurrence leaves no gap in the support.
         largest = int(np.flatnonzero(total[HALF:])[-1])
         total[HALF - largest : HALF + largest + 1] += 0.25
         frequencies[k] = from_counts(total, floor=0).frequencies[0]
@@ -192,7 +200,7 @@ def _thresholds(tables: Tables, values: NDArray[np.float32]) -> NDArray[np.float
     gap = np.maximum(np.diff(points, axis=1), 0.1)
     found = np.zeros((tables.count, HALF + 2))
     found[:, 1:-1] = (points[:, 1:] + points[:, :-1]) / 2 + RATE_WEIGHT * np.diff(bits, axis=1) / (2 * gap)
-    # Where tables are noisy (far out) a threshold may not fall below its neighbour's nor leave its own step.
+    # Where tables are noisy (in the tails) a threshold may neither fall below its neighbour's nor leave its own step.
     found[:, 1:-1] = np.clip(found[:, 1:-1], np.arange(HALF) + 0.4, np.arange(HALF) + 1.0)
     found[:, -1] = HALF + 0.5
     return found.astype(np.float32)
@@ -208,9 +216,9 @@ def _laplace(scales: NDArray[np.float64]) -> Tables:
 
 
 def column_entropy(values: NDArray[np.float32]) -> float:
-    """Mean entropy (bits) of columns `[C, N]`, in steps, rounded with the dead zone that is typical at low rates.
+    """Mean entropy (bits) of columns `[C, N]`, in steps, rounded with the dead zone typical of low rates.
 
-    With Miller and Madow's correction: N tokens show fewer symbols than there are.
+    With the Miller-Madow correction: N tokens show fewer symbols than exist.
     """
     columns, tokens = values.shape
     bits, shown = _fitting_kernels().entropy(values)
@@ -227,11 +235,12 @@ def _kernel() -> Callable[..., int]:
     """The compiled loop over columns; ESCAPED marks what has no symbol. Returns how many there are."""
     from numba import types
 
-    return _compiled(
+    return compiled(
         _quantise,
         types.int64(
-            _array("float32", 2), _array("uint8", 1), _array("uint8", 1), _array("float32", 2), _array("int32", 1),
-            _array("uint8", 2, readonly=False), _array("uint8", 2, readonly=False),
+            array_type("float32", 2), array_type("uint8", 1), array_type("uint8", 1), array_type("float32", 2),
+            array_type("int32", 1),
+            array_type("uint8", 2, readonly=False), array_type("uint8", 2, readonly=False),
         ),
     )  # fmt: skip
 
@@ -248,20 +257,20 @@ class _FittingKernels:
 def _fitting_kernels() -> _FittingKernels:
     from numba import types
 
-    sums = _array("float64", 2, readonly=False)
+    sums = array_type("float64", 2, readonly=False)
     return _FittingKernels(
-        _compiled(_tally, types.void(_array("uint8", 2), _array("float32", 2), sums, sums)),
-        _compiled(_column_entropy, types.Tuple((types.float64, types.int64))(_array("float32", 2))),
+        compiled(_tally, types.void(array_type("uint8", 2), array_type("float32", 2), sums, sums)),
+        compiled(_column_entropy, types.Tuple((types.float64, types.int64))(array_type("float32", 2))),
     )
 
 
-def _array(dtype: str, ndim: int, readonly: bool = True) -> Any:
+def array_type(dtype: str, ndim: int, readonly: bool = True) -> Any:
     from numba import types
 
     return types.Array(getattr(types, dtype), ndim, "C", readonly=readonly)
 
 
-def _compiled(function: Callable[..., Any], signature: Any) -> Any:
+def compiled(function: Callable[..., Any], signature: Any) -> Any:
     import numba
 
     try:
@@ -285,17 +294,17 @@ def _quantise(values, class_of_column, shift_of_column, thresholds, support, sym
                 high = (q + (1 << (shift - 1))) >> shift
                 if high > largest or high < -largest:
                     escaped += 1
-                    symbols[c, t] = 255
+                    symbols[c, t] = ESCAPED
                     fine[wide, t] = 0
                 else:
-                    symbols[c, t] = 127 + high
+                    symbols[c, t] = HALF + high
                     fine[wide, t] = q - (high << shift) + (1 << (shift - 1))
             wide += 1
             continue
         for t in range(tokens):
             v = values[c, t]
             a = abs(v)
-            if a >= 128.0:
+            if not a < 128.0:  # NaN too
                 magnitude = 128
             else:
                 magnitude = int(a) + 1
@@ -303,11 +312,11 @@ def _quantise(values, class_of_column, shift_of_column, thresholds, support, sym
                     magnitude -= 1
             if magnitude > largest:
                 escaped += 1
-                symbols[c, t] = 255
+                symbols[c, t] = ESCAPED
             elif v < 0:
-                symbols[c, t] = 127 - magnitude
+                symbols[c, t] = HALF - magnitude
             else:
-                symbols[c, t] = 127 + magnitude
+                symbols[c, t] = HALF + magnitude
     return escaped
 
 
@@ -315,7 +324,7 @@ def _tally(symbols, values, counts, sums):
     columns, tokens = symbols.shape
     for c in range(columns):
         for t in range(tokens):
-            magnitude = min(abs(int(symbols[c, t]) - 127), 127)
+            magnitude = min(abs(int(symbols[c, t]) - HALF), HALF)
             counts[c, magnitude] += 1.0
             sums[c, magnitude] += abs(values[c, t])
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.api import Codec, Level
-from codec.container import DTYPE_BYTES, Chunk, Header
-from codec.targets import DTYPES, CacheTarget
+from kvstream.codec.api import Codec, Level
+from kvstream.codec.container import DTYPE_BYTES, Chunk, Header
+from kvstream.codec.targets import DTYPES, CacheTarget
 
 
 class Raw(Codec):

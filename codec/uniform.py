@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codec.api import LARGEST_MAGNITUDE, Codec, Level
-from codec.container import DTYPE_BYTES, Chunk, Header
-from codec.errors import CodecError
-from codec.raw import blocks, frombuffer
-from codec.targets import DTYPES, CacheTarget
+from kvstream.codec.api import LARGEST_MAGNITUDE, Codec, Level
+from kvstream.codec.container import DTYPE_BYTES, Chunk, Header
+from kvstream.codec.errors import CodecError
+from kvstream.codec.raw import blocks, frombuffer
+from kvstream.codec.targets import DTYPES, CacheTarget
 
 
 class Uniform(Codec):
@@ -24,33 +24,48 @@ class Uniform(Codec):
     levels = (Level("3-bit", {"bits": 3}), Level("4-bit", {"bits": 4}), Level("8-bit", {"bits": 8}))
 
     def _encode(self, kv: Tensor, level: int, header: Header) -> dict[str, bytes]:
-        bits = int(self.levels[level].settings["bits"])
-        scale, packed = [], []
-        for layer in kv:  # one at a time: float32 of all of them would be twice the cache
-            rows = layer.flatten(2)
-            scale.append(rows.abs().amax(dim=2))
-            steps = quantise(rows, scale[-1], (1 << (bits - 1)) - 1)
-            packed.append(as_bytes(pack_bits(steps.flatten(1), bits)))
-        return {"scal": as_bytes(torch.stack(scale)), "bits": b"".join(packed)}
+        return encode_bits(kv, self._bits(level))
 
     def _check_chunk(self, chunk: Chunk) -> None:
-        header = chunk.header
-        bits = int(self.levels[header.level].settings["bits"])
-        chunk.section("scal", header.layers * 2 * header.tokens * DTYPE_BYTES[header.dtype])
-        block = header.tokens * header.heads * header.head_dim
-        chunk.section("bits", header.layers * 2 * -(-block // 8) * bits)
+        check_bits(chunk, self._bits(chunk.header.level))
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:
-        header = chunk.header
-        bits = int(self.levels[header.level].settings["bits"])
-        half = (1 << (bits - 1)) - 1
-        scale = checked_scale(frombuffer(chunk.section("scal"), DTYPES[header.dtype]))
-        step = scale.view(header.layers, 2, header.tokens, 1, 1).to(target.device).float() / half
-        block = header.tokens * header.heads * header.head_dim
-        for layer, side, content in blocks(chunk.section("bits"), header.layers):
-            packed = frombuffer(content, torch.uint8).to(target.device)
-            symbols = unpack_bits(packed, bits, block).view(header.shape[2:])
-            target.write(layer, side, (symbols.float() - half) * step[layer, side])
+        decode_bits(chunk, self._bits(chunk.header.level), target)
+
+    def _bits(self, level: int) -> int:
+        return int(self.levels[level].settings["bits"])
+
+
+def encode_bits(kv: Tensor, bits: int) -> dict[str, bytes]:
+    """The sections of `uniform` of a cache `[L, 2, T, H, D]`."""
+    scale, packed = [], []
+    for layer in kv:  # one at a time: float32 of all of them would be twice the cache
+        rows = layer.flatten(2)
+        scale.append(rows.abs().amax(dim=2))
+        steps = quantise(rows, scale[-1], (1 << (bits - 1)) - 1)
+        packed.append(as_bytes(pack_bits(steps.flatten(1), bits)))
+    return {"scal": as_bytes(torch.stack(scale)), "bits": b"".join(packed)}
+
+
+def check_bits(chunk: Chunk, bits: int) -> None:
+    """Raises CodecError unless a chunk has the sections of `encode_bits`, in their sizes."""
+    header = chunk.header
+    chunk.section("scal", header.layers * 2 * header.tokens * DTYPE_BYTES[header.dtype])
+    block = header.tokens * header.heads * header.head_dim
+    chunk.section("bits", header.layers * 2 * -(-block // 8) * bits)
+
+
+def decode_bits(chunk: Chunk, bits: int, target: CacheTarget) -> None:
+    """Write what `encode_bits` made into a target of the chunk's shape. Raises CodecError."""
+    header = chunk.header
+    half = (1 << (bits - 1)) - 1
+    scale = checked_scale(frombuffer(chunk.section("scal"), DTYPES[header.dtype]))
+    step = scale.view(header.layers, 2, header.tokens, 1, 1).to(target.device).float() / half
+    block = header.tokens * header.heads * header.head_dim
+    for layer, side, content in blocks(chunk.section("bits"), header.layers):
+        packed = frombuffer(content, torch.uint8).to(target.device)
+        symbols = unpack_bits(packed, bits, block).view(header.shape[2:])
+        target.write(layer, side, (symbols.float() - half) * step[layer, side])
 
 
 class FP8(Codec):

@@ -9,10 +9,10 @@ import zlib
 
 import torch
 
-from codec.api import Codec, Level
-from codec.container import Chunk, Header
-from codec.errors import CodecError
-from codec.targets import DTYPES, CacheTarget
+from kvstream.codec.api import Codec, Level
+from kvstream.codec.container import Chunk, Header
+from kvstream.codec.errors import CodecError
+from kvstream.codec.targets import DTYPES, CacheTarget
 
 
 class Zip(Codec):
@@ -24,7 +24,7 @@ class Zip(Codec):
     def _encode(self, kv: torch.Tensor, level: int, header: Header) -> dict[str, bytes]:
         kept = kv.cpu().contiguous()
         if level == 0:
-            kept = kept.to(torch.bfloat16).view(torch.int16) & ~0xF  # what is zero deflates to nothing
+            kept = kept.to(torch.bfloat16).view(torch.int16) & ~0xF  # zero bits deflate to almost nothing
         return {"data": zlib.compress(kept.view(torch.uint8).numpy().tobytes(), 1)}
 
     def _decode(self, chunk: Chunk, target: CacheTarget) -> None:

@@ -13,12 +13,12 @@ from kvstream import TEXT, Choice, Observation
 
 @dataclass
 class MyPolicy:
-    """The link is taken for as fast as the slowest of the last few chunks."""
+    """Assumes that the link is as fast as the slowest of the last few chunks."""
 
     window: int = 3
-    """So many chunks are looked back upon."""
+    """Recent chunks to take the minimum over."""
     reserve_s: float = 0.03
-    """Kept free before the deadline."""
+    """Seconds kept free before the deadline."""
 
     def choose(self, obs: Observation) -> Choice:
         """The best level at which all that is left, its decoding and the prefill fit into the time left."""
@@ -26,9 +26,9 @@ class MyPolicy:
         if not rates_bps:  # nothing has been measured yet
             return Choice(0)
         rate_bps = min(rates_bps)
-        under_way = sum(flight.bytes - flight.received_bytes for flight in obs.in_flight)
+        in_flight = sum(flight.bytes - flight.received_bytes for flight in obs.in_flight)
         for level in reversed(range(obs.n_levels)):
-            left_bytes = under_way + sum(sizes[level] for sizes in obs.sizes_bytes)
+            left_bytes = in_flight + sum(sizes[level] for sizes in obs.sizes_bytes)
             expected_s = 8 * left_bytes / rate_bps + obs.decode_s[-1][level] + obs.prefill_s
             if expected_s + self.reserve_s <= obs.left_s:
                 return Choice(level, reason={"rate_bps": rate_bps, "expected_s": expected_s})

@@ -1,6 +1,6 @@
-"""A policy learned by PPO over 100000 chunks, by examples/train_ppo.py: 3 layers, 2120 numbers.
+"""A policy learned by PPO over 100000 chunks, by examples/train_ppo.py: 3 layers, 2023 numbers.
 
-For contexts of 7 levels; others, which it was not trained for, get the smallest one.
+For contexts of 6 levels; others, which it was not trained on, get the smallest one.
 """
 
 from __future__ import annotations
@@ -12,131 +12,126 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvstream import TEXT, Choice, Observation
-from policies.features import features
+from kvstream.policies.features import features
 
-LEVELS = 7
+LEVELS = 6
 WEIGHTS = """
-P)h>@EdT%j2mk;8Apn1sVNw78|NsC0|NjO66aaTHE^csn0RRvHfD8Zt00000lM4U<00000ot5c7m1`S@k(DV!LWYbf2^A%kbze`}
-X;+4Jo03LEgCQaci9(x5#gYci(h?GTQ}W!`BdsV!Scsh@lnkLam1uZ-|AqJbb{=1j-|zf#ra7;3`ompPB1|IE#M>uid$7q80~7v^
-1t#VOCOZOy_XT_I*%lb=?ejmr!qY#*=NAvz<r(DjtIwKmWo}@#z|`Cz%HaQud|CD?^fOuvH)s(E&k-i>=o047*#Z*qQ=Q4YOK}ZT
-LriBXFmDFb@Og$byjLl}{r0<wROxnT`TZKs2uQ^0JOhl^WT0<2j@r2(j-0E5nE?r?F0zHV!3lUkZwLgFlSrK9RJb&um;ZTD6N>B0
-*!;}z#O<LEh-8LAsG!Su=q+V5P2yne!hMkH<ilaT2AXe|gu43^VV{f)r=g;b*72*b>Rl6ix`QnXv0jeJ8y~Y}J!wF64`O_d8YgR$
-L(d+4fIGhm_+P9(m8GTSA)VAi!Yrf6EiN1^eAB^fVg%Gm71K@?3pf+_0t807jIddjDM<VP?wf;1h38}bi5exyQrrTdSip~xw}9hZ
-F)qE$aF>~J)HTk;z~*mQv?h#1Z(hTGt?fb{3gDqtA9j0mf#^jsuBtf*zVDn7lW#!yGNh6MU6A(e$Db~Vq_*FL_07Hn1^3=TZS4j)
-P<e{*qqO0zV<qkwGD8p5g}65OG+d0f!Z8yyIQ=PsGj(A3>%H5+&bt$aLo~2mDv$`5o6_<NrXbf6f&Je9K#HFvb9Mg;NIEzbA*h-)
-*SJmyNyqn>J)zq?2~RBdW9&+f68+L#IQX-TjPk2d1J6Nxb^`k7$+0C~muOW{5{>N?!AQ_u3VUY5h{Q3lyipG=YWmn8Bnyr2K7v-i
-6i(~u!i1Zb>C%}_2=C=M7spKM5?o22g*UQH;RBK>KZlufAO@yyz6S2T(s-AM*~rQgJSp_VgH6_W&vO|p)b__j6EV4=^MUX7_#XB|
-j6%clC-+VaIg=(e55ldEg2EwVaGFpC4-~aADe@G~QF{%Zl~3ue#C~jTG2#kE*C5@@2d04ytn~Rxl?*pwczr&VF0Ev5NlxO9Db1x*
-$EINZh!5_q?<TTumw;>4Gg5Or%r++1i#@pW78Z{mMfE0gX!zU@FU!9{Pk$SPWQZU~{R0i}=w%&z0*K0a0c*B1hDh>Qa_6%GE_=~J
-Zf{CMRa1Fn9PgG9Q4DUB-U>_SCX$l5*{t27f8dU=ispOu;b^xTY#$GSnt~wY?MlbChsj`fWjnBcYjF8?3BZfjgOS%$xg7l$ga(Sy
-pyL(E(0ES5em<bmA}J;>SA|_)Du-+9OmWhqNnEzm81WrUr3Z6MaGtt0uK%8bO1%z{|5^k0^nXFWdV({Iw?R+xEa=g)g9%}6&>~)g
-yt*NNo|XVpgC@X*IS%mHq?qj7s{+TXOgZ~v33wcwhY8wKnP9yv^y)hTv*UuP?X6jGGIa<XG(OP}5%I_c&WCpSc*wK;iVYD#c;7!C
-#oA6>=JE!3&MSp~xBsAu^Y6jg?ldyaGY7BJR@n720e?((<PWz-@Gl<dXPdrcqK@+;s0hi%rUD@zIr|=58`N=~Wikzo;^E;H{nV8`
-i*|u-_;Js2=4P`Wh<g8_4jZDO>xm?+_nS!Gt~-vs-#(B#8@=$DYbh4+d~6SeyMSH-4`2OW4&v{r@Hs;ow>%wzz0)awQ`RRewl6{@
-#kG)?qzbCCH*nN@A;gbogWp*LhzR)x#REcE3nR35QZSgVjDs%kezt^fNc2OV&}(lxz)o|J{UJnhY3DIo^rjab-rM4a2XW|j#ti-4
-BGFP_0Nv*#m~e|NRJAe|W`55@^XcBGcgTw`6jhU|JRg$tdj`G^zDA}gt;GC-UMM+~i;iD6(dx=A<VvFgIC?}7;n7V*!<`Q^6f?k-
-FCda{uJOSl6hfa$V3F@?uzjtL=6{8uP$iTzTXl$JWynBelN-D<BScomhny&tX8toP9lFCVf@F~nCs?e)EEZp)U;NiY^y>B4*_ef`
-l8J1*M=)7zR1IQ@BviBLV0UaagV?kqaCS{Pcu5&Cx#}`lbNoCJMJ7=<x`EW4NTwdoJ7A!z5yCqu-Dnwus{K{)ZE|Z_Mq4O5FtQMx
-TduH@`DwV>;g`QI9W<LGp=*{HT+B4U#*~8=udn>EX}d7W><~N~%0qdjZvglDp!skN_O#cM^P~3M<t4ee&VDwh{cFEaZ5xb#dyFog
-zmA%XcG1D<PcZpUeePrGDe5bvWOY~>rpU(PeYLkBaFO6*bA9kKt3#Hi+ydiczd?p#BpI03M;}c|hOk9B)cS8_j-4&XT{RZs<&ZNZ
-Hh(wRue5`k6AiI`&R=-7y$duorHErf4S6<Y4XOKUA+~L+M9G&Y=$;j`nQ8NGk}$It`bm?8ozMORg^~f>wrC=|^~@+*UCAIi)!*ny
-aTUZ)s-epLy=eSNnbg}5U<=LB_IMs-$|r%q+lQQ-Hwsn>wqUCMm?rEQM4P4MU|prboGDlW3MOf6q4am?IGs++3SUBN<YWwtm7(Wb
-HPE|O73N*N3u8l)9HZvK&vmuIj>ZF^=354<m$c%$_6lmaw;2M%c#tqY4UOiV1Lvd0jD<@RblF^><tuq`WU(v+$V@|(4}@48A0UH{
-8R$Kpii^$ppb>tExbAg;scEhtQZ9$p6*uX|Aqm?V^Xk#qRTe$G^vTbbRph&kJ4T&Y#Mu9c1H1H_WJ~o4+F);pTw)9-5s(B{eM6+a
-k_WA+i?CKT0~H3AvSs0Wutn`KcCdLkuB{EBi&L=A#t&cqJ$;Gc>Uu~HxN58OW<IHua)x<tQ(;}(UMO*v;&!#o=S2GnjePR!|B9zU
-1rrGyW>{gK!c+86zHZ}U{R7et_pnb^X)?SW`yksly-YD9g+5y$O?0D{@Y}vhqmk+>(jHdHKdV0z!<^QkYI8DnwrMhjLF<{IN&}3^
-`Hkjmox)`wzJt#?kD${_3+`XhT`Cpn56zz1L@ScTGZS{h?WQIoy{ZJ28e$;eivdhgyF+D%6~Sd|C%v3CmxwxdgYzFL<i~<n{E61}
-*jm-b*PCEY1u_?KcimNN(7cADnup<j_XOr-<WrpcunI@_+{c2dBI@4$0CG3V!=oD#tbCv$#CKEd|KWiS;*DU@v!A3#6r-B{M5d#l
-2p*MJ(9AR$SP-IxvV+-hs)`Sv19sq4Ph*JIi6<3b6uD+`3>Y?KLV3J0(%?Eg{8N_7{yspI7WH9ANE%)_)s3osQK-nTBMI}hA(lIj
-|0v%B!N!~Dd9#j=E?a|l%0JmAR%&7We`3*6*_6}I`eHl9Uj=xt_o8;FEAv=cM6-J8@Ql_W{P=!^)|B;O;g%*4``)Gv%3bu)pQotA
-qL~n_rUoGk*3zM99vmxmgVPqt@L})`h(8)ZcEdu*)P7D%#KX2T{S86JIs*NlUL=jN^|&om5!G8$!1?YG)@hrN28{)h_Jj(^^;YGy
->Waya+#XsjYQuiPbDUdY36~ZQldg&i=xJ=i5VJ&n${)*dzSal`HVi{k*$q_J89{ORzp%-soe1K8qke5GVf?N&v*FcMbk6`zF7ge{
-)JVYS&PNzENtvr%J%w|ZROYr^pG<Czmr_SfSGq4;o4fX!#hfEz9A4T(dzwr^d+$>e2lau$Cmxe;DaZWwWD_G)Sc5u2JXm0=!Hjw$
->Lg~8edc*2Z<Y(D$6P`G!cN#`e*uTbo)Y))6s&5KMcqMrjCCz%#dD9qh8HvMU5S=r#?+D^XuJg0PUdm_n@zcgO;Z^0bvdrlZxYHL
-+)CuFKeD>g$>8MS05akbS}>-L-9z%6k**V_s;Pq9Y#|$Q#Rr@BpCn~-HSm7AKD>JKjNEpL=l>T_O9KQg000080000X0MAxbDF6Te
-|NsC0{{{dQ0AesMZg6=401yBG0RR910002Z000000001+>=)`A5Xs0;#!#)El3JWxq;934Zj)xBuA`uymS0p-l$aNvUzCyx5_e0?
-DNY577iT0EqyqUG#zs1tItsN4<O42e?!Mgt!WV4i*;w}dmin+aed5BsJhd8o4nFnXBWC4i8&T!FcVVQk-J`f~dktjY>}k6^+x8?&
->RuM<3%eK3m9*9S$h!AwUYOlW%^7=Vi{<UT68d<Lo36O6v9|u+yE3b7E>AnKcj3!E+Z_HWJ72H)v)l9;pWP{Y1G|$^=WRde+_41!
-P)h>@EdT%j2mk;8ApkD={BQsN|NsC0|NjO66aaTIE^csn0RRvHfDixx00000P7eS800000otEi4m+RZb4cVeHB}K-Pp+rQ5?{!|G
-lw_zVJ2tgRg_2B_goF}GhRl&jq@oe`b>2y$iBL4Djg+0xE)7)rdH#jxe0Q#w>sZHUtrUA_JI6nTg+heFw7s?jdhXUXQ`Z)F8*A&S
-YkT|e4%)qWr-%P;uPy(lTW|IY+%m2QZri+T%lNOe&`3{xp^>hhdbs-k^CZ0spWxGTop|p@Klw4|JqRmm3M6(NVYl9@Q#mUSCY7}h
-Obbpisf`?y-aA@jvF{z5cu$wQ6rDk((9`(f=j|F{pS7$g{S=N~9Dw3om)Yev6)Z?13YOp07JS#zqcWCiOev&@MJcM$DJeFDTam$c
-ZPn%nT&o~c*?<;IK8Vi;A9Ec!(|D&dlDNldFA2}Q%>3daaqrq^AbfTk+{>RzriApN=V3h<-ky&`1J>BIe<q!hRSZ7s)67L}TG@t5
-F{tmVg;h>nxOTM}$=D%9I~Md{Rr_PsnsgGoPF=z?-%>&CnJ`@tEKV)6AA?+GGBdbl13Bf>1l*)2HG`Kw6IOVH)Jj_5pNqqAf#wzT
-30A?N7mN7kDjIb4=M@m^qy$ou@o=aA6KrUBZ&v9y%vBx~<@fzoWo@BPSY(n04!bz<S}UHDBYJu4hVLa#tTq_*4^`mGzYS?wNED-K
-mC&SC#!g+C2~PwCsAM*YCxbVc*m(~O9gM;bD@m#&^$wM@SA*k`N@9I6oV5qesL=?#fK7D~_~EH6%$_lf)HI*?>0Dv_#LQ};(YH|e
-IG;>|>A2oN4L(KdQlj-Aeh|G&9M3;Og}EY}cau2p&1a+ezU_2WUk|6$2XYSIHK@v?H|)nqET)aL;QpZ`m_MKbscX`S!^PFmpWX&n
-Pi6|VrzSAthhxyZ@n3d)(E@&X-$}Mc`4%4ivl8+|tl`-e2fiO~;PGF<>|@SMwoEz)diACGiOSYYyXZZnor%M`l=)OjLW%}A8bMZF
-6dI1kk&o|v1<nvf#NJLqBMBq;k2?Y8(N|D1ptQR9+*dO9dNL&DCUJiLtx&n+B?P5f@Q(u=F(rK>Mit&9zq&)<#FtKTOJV_fe3PhI
-lwQn=Qw_jBZ5l6RX+awIv~u$&d$3#PuRz~T4OIf#apt>PcxXM7st%n8pJf(c_gf2erFyY1DG}%CSunXoeUPJeKwh_!dk2i+O!8X+
-X;jAF+A;Xwz(ib@>_9ik{ssZziI?IqSBkaZ-Yf*U^{;V4sxAtrb(&3Ud=I0+No0aq3h7af1ug5Df{QY@NSduM-wDUS|5+^iVYHuY
-GqQr*4boI2eE}?u{0NyP&iE`S9Moo=BJM}eu^cnR`~^oLB3uDVwp>T?>J&UT?oY(^JnR>{1O{pr{L~~rJiAYastPRu>8lp#GbAgx
-Q*aWR_a=k#wRUJTNyR{;Z?GrG0}WjVP$D1{^Tb@RH}W$6HT@BodKH1?<o`g=nqkb9Fp@hY$5*=wQ^)xCSo9(penT6Vtmw<4_RK`j
-`O>s-Z4Rm&i3aOVd)V!eNopH2&}EG-e?=?-)g#;Bnw~H}sXdomx@8LH7gs=_n+STxjj$Tu9Cp*7mh(-mBAV;o!2GWOs_*rnF>w_v
-ym|qJZIU@vdsp5)@EkhrIRIA`716XR8qT{I5}WE2a@GC#xX&E4`fK6kp8_0vF3GnYlA(ib?@7zkCwOA=bNpO69fO0up-i&|kf<b-
-GBDsX#(cr~?w@35?>d;|aS}Gxw6NDJ#Guh@2m>46v;6G=aHx18{btYsZpw);ocITK@NFq;Tsr|<Z${z0CELjjW5#K=&E!{^tiZ71
-i-N#sPss6gU3j34Vd<As5Lz!nCDfE){UR5(Q0om`8~sSKuLhydTRVL3+{`&;M}e{6Cws9pA5Zf!EY$Z0$Q&PMPk<V2dNGqX{2|6~
-t~(_t%MUmA$SX4+8@P^^<+-e(I)dAmwh7)fi1M>tglLM69h`l29NbLQIBET55UJV9Udr5HgI>u{5!(l`dJSyN{Tvo`Z3fJaR^oM~
-Oh{}?GSp@yK!xpjq85L`Y~3kgdVTLwnEdbpI4_I9kQ1@2{_8k@4~CHK>>#YG7N)8B`yip<3rV`}Ef79@3FMaNWB<d&Al>GN9ZshS
-72g1Yx+CmS|DR^wQh;x_S<&n^RhU}Bpsi#VZvNm%Zn=i@cXTR9YfKqa6&B_XXbR9JEEjM3^n#A7F!pJ^gds;0q<5!+kdzA=)Xsn=
-!^g06{R0-6?!`}79m!5Kbio-pceL4fjb!Dm!B9DGuF%<!+09L7HDwmCD$|62YnKSi!rwu_4<(jaC`2<~TY%L&8T{V)FH5cZiwmB5
-1>YJ;!qJgP?4LLn<+CW(hj@^P;2}~z%rm#W3!$~gfc|Ly1<^*=S!1*o;@JS4=OIUz=(a<vd<Wdw`W!0$Rl*fCk&QL_kPn$B$+V^E
-aJHmE5FVg`aV`Exi)G1TTUnay-wQGsi_n}13+9Yw6LTjC>RGM_Q@c~RO<vLDU62H>u-gdHJF;M`unb&no@08Q28`86^S8e?piRSe
-X5M!K&ilEM1vhMI=!Y;;pzKQKZTbyA8(-m^-%0pU)g0V?`Y_~BH$1XwB|U<RU{`w@o5Lib!*wnWt^Ue3Pfj4#QFBN{1H$e4Abjxc
-5oCMB&;zp@xTjqJI}X(1hnkaQm+W44TB8ulPo5@OA2kKm4PiJ#I{^+II*JoQ57G?>@8Vc`BHr2@58X@TIlMtpyUG9zpDspe9R;e}
-Ns(>Y!OA=x*b)^He%bm|7V<kBCRI(wRi5dBb!Gar$tn~-+J0l&A604TAMPyU*<DoGr$wLsSOWzo&W|(gCl>78N474vplQVk_||ra
-ypW2+Pi;kbR%JZjgOwoNXMh7Q8J92Hz(l^Z2;{jbFi%LEK0I!Z#&a$bp=&a@=cO;e=0t42DN1FNT3A<v87}p8fP|tXvfAwg`Mz@y
-9F60lvt5DcIy7-HQ!|OstMLXB`wAT@=h2KTWf|u>*|PZ4Y)8mZtX+8lcfG$&LgcNWrdEdNx1EHp+7V3Ds$j=`_2A4{DyH~}BA<G)
-rq4!}w=n*Uw`UxK!!5$R@C$j+aE@fAoIbU%j=<a{19;us077DukdF_7`j?Hc<LVsh9Al3WF|NEwxg$9}O9(sWd9Y%yl{oSt8rDyA
-WM?Hr_(n2;A6&15i-s=X^m(W7yLTMy&peGQMt(shhOovYJGA;k0c0zyA@OSh7H_JmsgQg^l!N|aPL}V$T1}OwG1lCx`U$kDd=9PX
-c|q>=nhMrx^0=yQHvQ7!hy%%oh##uJv3^^KsQ7`37erv<&|%Cw@Y#%vZ3p3wUIBO49YZ#Lh3BtLuvgg-@4ES5;@2Gf6gmSGD?7=C
-X(zzTt^wps{wBXm?6EA|hVIr;#P$m%5V!R{#t$h%eZC|%eNv*g52iu8`6b*e>npJBE`|?Q^RV2b9HyVmg8ZjHF*@!a5DNEWEk1pq
-IoOF)m$zbMt_jY5=>>m{{ezyVVHos9on?91!S}Aq(0ltb=$!h4k55(MMP?W>D{~D@(~p4$$K~iWtN^i7>QMfn82{ix6>dZk{HDJR
-^~BY&s8Aka4NPfm^F1)tJcR2_#X;k4EEAJ9V4JTk#iI&Q7@N~v^N0L8c-17q6!HMQ+Rd>cT8(bZPlBWu%Jj{OX!6A>53fH@C3_w&
-hh9f{jO`PkuDvKlhXQuk#)RaBMc~tmThXy@6<;n=1wHX;@UvK&cK&YX3PR=J@xOP#b8k1%YWSOYbGyjg;zFFJGJm|3YdAr08*Fkg
-1Jzxs^uFs2Ry^l0?TM>HJEwTirJner^(o%*%t8Kx9yUczz@(xA&N(j*{9VN1t@<q#x2<7UT#n!w<uoE$E(g=3R-m_ADHt1$Kt^y8
-zOK!|p0QHsnqv(=&T+V)REZuLz5*t}N8yfCKbj_gg}Lq;@FFD}f;78{<;EpU$-)f%?kD2tT3zC1SA<iGZjenEd^xpH0VWkNvM*}`
-XF=p(XF)aDk)_H1npDP&&ke)T3}pz)>W2wwV<b;uJ%2WMkelkdmkU4q8P<4BWV)9`X~BLkjJdr)Fri};XgvJ}J~q<)tbbD3)%1LU
-_#<^Tyh)R<&$c3QTV?Q}{A9YTX*@SVvzh6emu%(AYQdXP12nlW1Brv>(DK_5x>y2yUljoTo+=P@Lz{-#QaCsuLhlL0;mNfTP<W6H
->laVJeJySfBKQYNQhK<(rnxNOwm4Vm5QRq4ckp?LC|#s<mE~9VLE3#ayijzVOCC-lDH9%&Dff@S$kidJtUO2z15dM;Ywm*PTsxAP
-@ebXO4KQxfBc`r3!2WT~AR*^OsiUVo)^}fr#A;Q3->PJ8<zgqWz2JxQyTZ}rOzij$b|pI#ZeiLlVRA;IjO<u%1Ql5txFyVjy$rsI
-R|X9+qGOc#onDR2u1}$&&jcHzmeLK%_erL3;rO;ePDlL}Ii?r@(LLQD^f3q4&0(xsUX-^tuflCgI*{073f;wnP?mcGvnR!2k6|@a
-IJ*=deo&#M>(XG>#M^kK*M_#-aAD^kbhFEc0@&HnI;?xGU|uD<gt*7%5=|>1Dx;Z(GiI&i<(pRHo;QYgpFfNfGY{agfM}d!uE;C)
-6@qHtC3H032?E}WhQ91zQ=Cph`^EF<S7L?Xv$M(YFEM`ErzC9bP9aa0>C>pKefa9tIj|}fh47<yL8#du5?Bt4R(3-8cbpmv7^f<A
-7{uyqxy5g+sie3n{mJW45qp0@v}g%7Ys`gfr439v?-~2$@`{W+yGTaL)3MC58vG+mAQnPNsjU>X{CSHVp1htE*B0aCRTQ6FpCu~-
-Vqn8Ud+1#!Mfqn|L^NE2FT44I881D7NqX)iW}zDVv>qTmUuJ;G;ua#UA5BPG4Ltc)018!QTuVkTtBKD?&ynSP{fAlPT;F`AHey6G
-QnCfLm6lK<ZAoLCv(P7TDsR+2hV~sf?C%f(6+7+?KR)Z>fBmC^7f&X`r<VN!f4_J5+-ob&K32k}r!0Z*+0o2z_d*n!=mU?!l2{%X
-@+rm+?4YSLzWKWwt+rXhDX77(m7j<cK7bpKWpUA#xj^OI=*mYzeEf`R>{?>M7Z`Kg{{T=+0|YGq000O8001EXNeE@H|NsC0|NsC0
-1^^TQVlggmaCrd$5C8xH00000007JY00000005ip7wQ`j$;eQ~P_3SlTAW;@Zl$1ZlV+l>qoAIaUsO_*m=~X4l#&V(cT3DEP6dh=
-XCxM+0{I%oMmm~03bhL41Fpn<>-O?atG1ou@P1GErJmh?B_G&W7yq{nHodziq(5NK*43HT?^U+!^;%hL`+ehjn}rMG_qd<9ZF_C;
-JKLx06>K?_C+=-KQ(;^4)@84|k(sSyp{iX%R^Q%N)vC6ypKP^$c<Z3;$(;tftC=hJY+`4$2~eJ5b4*2U@9cwhw*9&NdjU{O0|YGq
-000O8001EXs}GNS|NsC0|NsC01^^TQcQP(+aCrd$5CDJ#000000027#00000005ni{WsNj9KhX~=PZ;Bsa;RqJ9P6n!}tBhxHLsh
-jkCnKo=(eS_a^Is3b*nYai%zCnAKg<TB|&KKX0UUs&lQPoMMhf%Vd?4EoH9O{)N4Md%b>oRfR`}MQjmh?b6ySN=jBF%0)gx5trg2
-au$kGGUYqvvW&P)c~bI!Jy@2eNPg25+hkeEZ(RJ5v(Vk`17~5b@c&}Cm{*N`(H=}zE2DLq8jLERWb&YDi1m+wyv86588}9&x;ZAz
-v%#G{dzpV<EMC7J55p=qs8>Xg!m*6?3(M(@M#<AuIW?SE14`*5>@~AR6N^OBKlBS-y_$ncV+Hg-+>Q6eo|Mi9;gjlau(%b0lEG83
-D7?V(KGtOhXiagJ&a|W{9FNx&@a`r{@LBFFj=LhE$Hvbgbm=`d+x{b4Yv6#RQZe3}w<L*<2fbb$#rHle<7LfF%>AcOtST~~+f&u>
-wQoMtt67Qbe{hG?2@T(Nub6YYWJB65a^DB)6cBAMf%Y@RVixl8cPCGl`%gGHT6%Ytx+QXvofF&vO#n>U-(<5}TbT4@1}I|0a5p^;
-g{=i}O=1o<=7)U?tX}d>*&CRXgB_dyIROL#N8yv&cnBQ)4y4T`Y<ZOhN>_aat=r`=k}K{K>9_II_y2%rX<8WH>Pm$%M=7-}9IY1L
-Vb4r1uxOV`xQXZC;0b%O2{WgPkzl@VqcNy#i<qxh2*`SSpeNA_22RIAY_Ak`J^DE3bJi%XE&;teg}5W*HCMYYi#lf8x!dJC*tcoH
-IQy3=D7CC<)N>hFTo9u1U<lmYTMO$eQ%P-PLfK8W=yT{PgkC$qMcKZMyPLyknLrz_L>Q53`Xx8EJ_@-3GrDwUIl3>_aa&XLX^%|9
-EEhD8Fs_S#7K}lo*LBv`;*XV_H|5?c>S`RaBGV_&L9l6<Hw<WGbvkOWACi#oCOtGV^<s68O5veH2*qW7N$R^>a41I)mu?p0<p~J}
-KlWqZH9Zi~mq}Tv(yrFs4REn=0}b5CMt>(EZoHhp&L_3AD*bghy{#V}Y;MLE$MfmLsVcmGxP>LX=w~{z{bZ-#0+a8}fNJ#^JN-%<
-XT$+yF9<_Jn-zRXb1JULIYuL|2iT_fM}1&zHa>}&hwUvATy?U8GJbsl$KHyjJ?j=gJ=uWz-o@l*tHfw6A)B5nrx3ql(pfM;mkmkS
-^l1^gjLTX5WmlxmdJ25k5kfmIQpKC!4~uUwufH=W>c|XqpFK#QMcd+yFl*Xzwg9B1Ji8`XgDgl*QK||!scs<GZ&bWAavxK!m}0#e
-L$1(4iIKzE@HwBu1$XYEFKQmp_)s8Qo_?GwNektR=k9cxO`c;tA!R5yl1N6a9DDh6B^kJs!Yw~LeD%GW-(u%N)%$;AO9z*6kCR>b
-L8EwT_tWi8m~Y2_0Z>Z=1T6pn00;m803iT`b})$l|NsC0|Ns9602BaXGA?d#c>w?r0H6Q>000000A>IH000000GsR=>KhQr$WX>m
-t)7xvoLr=CrJ!z;W}>d6pq`drR8o|f7oT60k_r-cOUx-w1&SAEBo?Fs`5G2FnmP)#3KRe?nMd<&-q&c^wWWC5R_{r)UAy<*-e<B=
-dzGJ;?K`o3)gAy)O928c11$gm00;m803iT>m0?kn3jhFs3;+NI00000000000001h0RR910CzAhZg6=}O928c11$gm00;m803iU+
-R#Yg>000000RR9700000000000001h0m};j0AesMZg6=}O928c11$gm00;m803iS_`uuNB4*&pw5C8xM00000000000001h0niKp
-0CzDiZg6=}O928c11$gm00;m803iTL2xYI#000000RR9700000000000001h0ahFU0AevNZg6=}O928c11$gm00;m803iUY50891
-1ONbl1ONaA00000000000001h0a_gZ0CzGjZg6=}O928c11$gm00;m803iT`b})!$0001>0000600000000000001h0nH%*0AeyO
-Zg6=}O9ci10000600sa!0RRANA^-pY00
+P)h>@EdT%j2mk;8ApnG^M|J=I|NsC0|NjO66aaTHE^csn0RRvHfC~Ts00000s0si800000otEiejr$&kY0ylX43(Bjg9gqDC$)ax
+M-xp7X~4EgrIkjNjzoksM-wGkwNojD2BliR@6$l3whWOW!%n7lBpQ^Bj`J^^``vxLxZho$&z<4qx_-l!nKL40MCp3_gn5PPnsIb_
+yI1HMa&&hGhlYoG2JHwA_4fH6U+WnV=JSh(@jXL)esw()t|5oZ)i>lE;{2bHj^)ZR<!6mBh#N~b3G&FyzReKZnF?)(gb=7)O}%)(
+!C}SgaJ5$n!)j%*btny|`kXMcr35=iy+F0$1d4LG*b9guZqIqcHp)16Vkw)O?+Bg$)WB9(DPR>Qq20xY5o9KVg_}CuEoc+IoGu5W
+70cjQRz#!7+P`oG`<$AW#*@RE=P>SC1Yvj1g~^a?^4R+h#Fb59$oUJHbX^)|>vY4k@86)%Y6tc+3ZW<HD)76Wpp%9H`_Cb9IHFUG
+a_Sr~R}Low+djf+%_I_cS_~q@vdy!$heGnB1@OFE8%OgLNi!pYCN8F6z)3{ibN*zPb|$rtZ3ipqJkU*SCR%@MLG~P5*mE-poL5zm
+q-*n-=jQux-(&|G{gaGJAMWG#Z6%mm<;y1esjybx#!&;dzy~%P+wINpy2e(LIl3IV395{O?`hcSBEjs5(q*dd-y`G8ZK2(y6C#F|
+LgxuB_%IYnv(qj^qst5sH#P&C#<@b*<)RpT+n6k@a00~vcPyAI!<_MRhO-4pSpGN|)bu==EDylAegA>6(mIHD-UT%B1ypLCFni)g
+NTTR2aO$Gq@l+gsww}Re-6qoPb%i&Wb{z5xC><*}jW3eD$@dkr$nF^f7-SKQ;&Ha%qvDI*Hg9q9L<#1`Ct!V8AM90Z#bTi@^M)F;
+1K5d)<^rfZsVA(ii~yN!z0jVrhe&^WPslA7=#0^TECmZJ%2)_i+PPpUBZ>6NHR2!hiYH>D$y)3%W>!i)00Ti0?G0~3cGpw#rrrjA
+C~%n<vPWR>mO3L5yAlJR*O0po%gL5Chv0%*J<gQWfwU?~G?$#9)^BZje`#NZ$hj>2<QalR95uS>T@#snD#dQFHbRNcOQhLDl~piT
+WqWl$V8Mq)FubA;?`}1q6QAm^=j%n>|8Om4I1TY`{aYKPM2~}8Qa(g}m1Rus=u%_*K)S^v2I9oaiPd~Q+>WwmILB=oW~=|88?#dg
+zfFf}8c~Kn9(IDET@A6(ZzquwR#4(6#-5q52G1k2Sud}2yr>j`?h$jaDWMRiEV#VxLJ7wCLo$SWH^7DO_swrP9LDmLr{LNx&j{Nt
+kstLb(81@|N6btFh2AN0VR<=m^4pGCkzFw4-hzu8ZxHPhGokOpW>8L<BwP_4W^m06W|J*}#p_cVRchMsACCmk3A}_NE2VL<={LMn
+tOt_;&+%E+8MM;3rwa}!;n=Ztz-^6z-L9wMg3<`+m|lYrn|o05XagE*Xn^L>JUn}30V8sM9Rx1?#w(7NV70LaKlwi-DZyfJp8pz$
+ez`w#v;#RM75FoyoDMwQ1AE6!89`1SXgt$L&9QpQk>UYIrk0q#EdZmI9<oj22YD;r#uH1s4d;G&U7ht6Y9{-^erF50(N+Rp=Qq$L
+?sAxpx=_}?8702VV0cn>q@rUAp5|_+rOt!!&c6kw-^*j)$bNe4xEQ3yR|4eu3jJp5!FWz6`h|+%oIrV)V`vX=`U;4t?@@T)5s1sg
+N^y4phy5^c0vG(INz!9J3R9+U;qankq_ZLselCz?Wj^M^>a=jwNy`xK&x!^+>-8A)a>RU?uMg^J4j2}&6|WwZW#+i4;CQP#yWQ#q
+M9pV}wMqear_T`{xY*%Mt{cQypQRh;D1zSV>r{AXJ2{+H314y?P))v!l*zp1E!RjT{%hvpy=o6kX*!K}hvTuTWE-kHH^TTgk3sxT
+Wzv7|3oS8_Ll@~6MBm#8@?zJ5kAf>W2mSzXIY~|~%!DE@2RL{5FeHhNk?7A+P{2<IOEqm+)nY-(S9ka%+XM~Y#n`gsF*7-*e6UEX
+z}aWd(DT~buw6wKrxd!dsmlS^d&i=6{6@A;em<C;1T66uK-rWFX|ge(eZ`4zX;L1v+N4*<Xx}7SkLR;Fy-nCUn27#glIX6_KIE#v
+nnX$Ng&XxcEMNW)bpHJWm|gCGuUBp0wW=%Gm?FW%Xw^Vt-AcGy=K^bog5e8GVIbo%Z<V?VBT^B86F+02SGg5mG#p{<*32b>v1}N%
+o7s53It%;vjljmmA;8_7+h{YC1;S;$&=PM$K7CIIyO@^7B`-_SKP-nBsub~*i}*OP#0FJH`Y~PE8;Xyu$Fg=ccDk%ncyu{KhsP8!
+RZ@~2$rUH;XckDU6rgMLJjQ536;D2Xjg>lX#3$t-QSkJ|nehuDto1utEz?BTxm!}fXf;i8$;6|dYq7t74W9aT3eOBGvoB)CvA@R{
++Q(Jtft>eb{Np(sT^DQqug5Hy#VSMSv?jQETd|uD_6mE$?+C}=X)xm3STqYb1?A#lWaRb_5;t$iyk^#Hu=^~FE!`|h^VDNpQY9ES
+pS3VPXbz3k4d`AwsLz;!^ws0$^{Wq%;a%cT9se3rLkiJwl+eIhSK_jN9+UU53>&26*vv;<TB}lulkPH9<YgOJE}bTi8dnnaPr*<)
+i_eqHi3QhBN6|7k6e4%#!Cci{@Y9cl6`UcO0|JobC(w}dSFwMc7w(@Ng=CH-D-n{4cdvNisV&+(69Zf9N`Fmm4cx?8Cih`**&0wd
+P>Kh=-H7+joW`xvbJ$J`O;!+@2+<dBK#*z>q&z!;ky7o#(vWVjaxA0JNT9*d7`bVxl(oH0`2km8)8!*@pw=H=IaCVQ$mBzGPMOd)
+b^*A=zar-pI^i#=MNDtuXId3rh&Lv7gJ^p-E~=Kqb<GBBr62)cGMBLI>rdkQtQK5Xork>N82lVr$;%Q=gU<Qhkk3Bg&DXyTjpo{n
+_q}4!QDot)lPo&KNi#arQ`Aw_nmxWZo2T$^ZM4+MLcfR3=xNf4vXdTYdd!hEcT;79L<TT5D@Ld~Tt|yN#gWrQ!KvPj&h)!PU4LyU
+iUq^(7l%o!#56D9eGb~z8bQx~2Q-?smOYxb6Qh;RqQ-JcxEAkt`j^+?yB*=!tk^{*j>SVo`YcAVJP`Cu@`WFlg<;X;1+*`^fTlSQ
+iE>mf_SuOLwTvfZxU3f)<;Ku@mKHn_N)i(dOQAip6r2?{FmhBJlsrD03(ge7o9bo=)9$A06*QRYsJC=pw<x%GT0&^T7$hxAf=w@f
+eLDYcxO~n5+`lbGmj(ejy&#(&dFTmdbq+8Q!N*TxJK%ccek?RbUJ8maH*M^3EanYes8)o+y`N!zM?E-?FJwth2Khcuo{@Z@L;8H3
+(d%9&tp3IW@q>~~{2!?_y004Z*NYMP+AxY$nz%8(g7<1`o^WtSB799wp#I1EX*L{(Mf?+3<0v5dAA9H?gCyD!u7v^JS1^p-0HT5r
+7`pT~mhZP0{;57fxJq*9|HA;I-9#9}tRh_8wS-x^caYd@sv)81jLDYO(5{|NCAQ__m!2}%G0a7G{SEM6P)h>@EdT%j2mk;8ApkO7
+{f7Vl|NsC0|NjO66aZo{E^csn0RRvH0096100000%m4rY00000o9q|r8xYCJP{vTLo|0OeT%>NLpl*|9qOPN$o|a!!Qk0k%pI?-c
+3KDlq%qdO<iWg@j7Ni3C8pcLCnmP)#3giQ>dwZ_fPFa7%_V<PFHXkKY?6|@N?Bb8Tu|2<*cVEDV>3gL&F4`;N=3*!Rc8zW2Yn^=^
+Oy>KhYBuft%4uM``_!|&Zf}|Pafk%iigjx3i*)g@J@)J3-a{EH_lg|yv$e{5Xlt~$eXnRyw{1sGnBAYS9k%gZuKSK%{by?%CT{y<
+gV8<!P)h>@EdT%j2mk;8Apnb%$<zP;|NsC0|NjO66aaTIE^csn0RRvHfDixx00000Ne=)300000otO6`*8Bg)6*3A*sf;qRS0x$u
+{d&GbN=8Fdi4<`vbWju`;cm#xD57L!G-PwXo^M$dl~PeSMIEGZRGehQ=Y0Q#@AcdD`04TEbtP`xZok=ahQM)wAPqNnzXQG+W=a~|
+gR3-jl{60e`1<?0db{}ey1D-!U*~$n&;38{=jnRX{lBhhxKdZiaHW>6Qi#(3GvWt&bui_j1G?=UqXQQ0(D!cu41NzKAr)OUai6;R
+{y94A)3__N7#6WLnFiEl<~g#&S`~ftEI_A76Hj>Pv&Ple&5i|r#lK!(frKZ|K-QD35m-<H51xB6_EkgVN0Jd(ORZ<l%W1)ejrY*2
+aZ#0(AD3#>>_PIn4HXyzrnf=>+X__Kz_;SqIJFaNKh9-3RPFEz4uP{w9j5Vako_|mTI8h6?1+#gOV!J<U$%gAP(A>Zdi1etaR}2~
+a|W_*YC|Ra7>dqZfWK6Vu>MFIaz$Hldq@X<e0moRS2e*Fg<R5db1j}&&CpI|3DzcbC9dP9aU8AQ;jpYOvq#qh5;o>TMC>TGyFP@w
+eIY1Urv+QYC^o6YV!G%JFi(!BK_AnR;}r>3Pfp>NPsQZzic$LTU=2p?@}RX3L`dhxQT+aMGl+>V1LNd!lsS5q?8{w@caB)|7qpn+
+$A9{1P*QG<Y)T551AG`LItsOfgMG1Mkn^F5R^*DZqW!WEt)~Q=Hso^KKNq6<iDq=Hy~fYsh=Rc6XIe6mjJK93GA2*Wz_?0~buwRr
+-xM{`rS~?ByHwE3<aHS2%tFhXo5WT4B?%htho;jK%)~NPTI4;Gbt-*;?>cva#+}<{wjY+_``5<U$S9E>1Amm2tl)lsqR3R*sIr{=
+O!CcEf>U-i7@MC|^G#*WfSP3|YQCSv>S~pN`$k(d{WOThjb+%bWDSxgS;S3GpQ`U~$91(+)F(Ist6ts)?a)!$-5*1Qj+-){TAFF`
+mY?LMh&x>v^#R13jnH51G6pDph9bB7Kx!=TsQm)AV<Z<k=1AkN1L92McoA(kt)tyT&(V?>Pgh2Tk;{)_@JNL^W_7l4#)hh?+c7hC
+_n)mKePjaWp*=7KH)+xMOIYar6XW`nSds0w>D!DwaLc8P6pq)D!Zp8ftKEK%Z0RoCaL)(TN(elTy-STFQ{kU5BM7VOfS0p4m?5G|
+=B;TZ+M$U2Y*FTEVkN#cTui5}R$x_)6@6^dMaCz!7};1&I&gMAgwSg^$)@4f4eeBKU<#b{bZ`|TffLok$l`ly9@ax&`t;+Y{vxW~
+SVpyWUcoy$#eD1JbkcZSm3jAg417)m!P@s}RM1@xChxqU4)#akSpbJCX(vqDP#)D4>>2NUUPSYe1=F)89b4MvxOQ=Z%#pO`{B(z3
++|JFF@QuWi<}z#c;oK4w3CxG#)9XO1Zv>Pqqp|VU3^sH^m<g^o$F%Yg+Timq(K^J!mAMi8g@<I&F#a}{ZXbZguGwH+ycSQIe!&2z
+9I)8h&9xBBz|cn}AZ_=MyT56Yb}e+nH=%@T3$)>jYKprhDk0Y=l3o*<My5oXYy8{>Qd8c5^Hp<hmZLu1t<cAfITeb7V`+57j9R+K
+_zR6+{gs&7M}SDIEtvF8^5f++*<Jag_;!aYT)Y;ExlW52JSk2-tjWSO#ZqeFtpmrmPm#U9Dxf@2lTGXvf<E;=vixESZr!|_H5goh
+s`~daLuwqKCfgB@#q<AjH-j5XUCBMsV%-1T0XFy5($gCbqWM1`aVS248f8yYdADgCs?-Oe7BQ6EbDFRRf6`t_z~wQ<TzxwgR&{SU
+-h_Kp%B=uB2YSIHq?Xq6uaX3rHP~yzqcgSyP`BJDz{?An$t)-O;>UbuLSY?NH35y5y^9aDBCxN?41GpQ`2FpUd}S|5=DER9_|;KI
+=DCNXlV~X{*f9VrqN@;<pFn!(LU6X&hj;SM6Q95yusS1#ITNDn4)MO4qwhIpjqjbPl!hdPWh`J-pH$*{yF9R1_?hm?4J0?b3-HXz
+VAy{v7Nk`)sd-8(%y~N-BLxbudC6nSAHPQPdyGKW?i$THF+xkHHqzqkevluzfc&1N(55*_|1@F1=+s@lSI1JO@vtOgxaB*B-BVz%
+rAVP&)>@cb8Uq10c=(c;4Tgb_VU#P+#+F~k7V?nnJcZy=djfk#M4<hr4)f)(Fst$LEKH4mppnH($XV-HxSD<kR7^)9=2Rw~IxmUS
+wwajIaGRX_B}I2JEx?~CK^ERxhq1HsaAyUJ<;BCCU;m0SyYuq!#VR3EnkvVxSW!uAgs%WcZ#DZc(|{cI?}jA3L*Oqc0mpU-G9Rfh
+bL@j5Ywz(1yDu+*V-4D@zN{ARYij|SPDQ5lr#y4n!~+Tzh%(;>1F=<M1hS$Lm+SMuu2USedv&Qd`-{rfZAT#!A@)a1Elwn7!^O=!
+uKl<Yo3Z!<%vak2j-gH15+)0OODfVNqr2qg7z?ZR#lu;%{WvmfkXCiu!}@AtoLZDdPwQ&3%WoE9P+|j!Yu!fQH_PFD&Lr|(<}<<O
+jwq;cjW~Uq$!@LdgHJMwOw?ErY+;8n!7CnolDQD@U;%7Wb0x#(z(~hz=GxmukUeW;7+2w=80m5apPu&zi;cgrZ})YS|Luv-CZ|C-
+F&WkN*bv9<M$CX^8;#Ec@HhNLdB5+2)H_9d&5I%&E5b@RNw9xaNP)6hFkO|$;fE~{2MfVr;=WrBDmV9ljw1(apVkp!l}_xrW(yU~
+f{;=bj_wzyxm`U4{8MwBaNI|TiJDZ$6!$3pG_Q?Y<QLALa#V(tpZDO<-grz~Sqag?jo29-#9iLA1mZ$@@P~>LX!x83Tf5V6c<Kb4
+Ob?--{TJi>3u@3XPlxV*)rv72?qgE<8dz5!fs*a&tiZ-HYH5-O_YQ@_WRo?Tf7wV3l21ZY{zd2|daS&70_r{KL~{dCM)24mz5BzF
+j;>4LHa7gAmW&i`)z@PtzaM6E$1*vlb)WdNch<u^_fS$E_>2snnaxhk(Z=IV!c5ePEa*<0%Z#j1f;Z3d0r_Xa)nqdmnYEIKFQ@pv
+KiWV)){%+$oPpAEJUrb|1(WBcS<be4RN!;5Uh@Uqe0zcFw>aY9j#pGpJc=f5tRPqC2H-8HNAy*0779l@LRsW~sMj)Nv<`g5u10-+
+HPb+1$CMaf-zdz;P9zK5*3(#PVOTx-6$^!W@UvqFQQz?x%I*(B=+|ugTQDEK%FjaUtLBWZ^*wUXhTsJWXAG}X<)rM6L~FNs?6l1g
+VES&Rd3P@ihQuM;<;)ZwU&SA@yg}b{t8r1bGuCyDV0-KfQXeeNOxK#R;WI2*>@}crCE-x@Zzl4bbh&S~&W4Qi1MK2U%g|~fmFkC=
+;fjw|%t6Z(m~iINfa3{}Y(AIKnfOLK?-%0y8WWU%&`%^XiZQ)>Juqi(0C^?~M#I6NWvszmxj&bAkvU2guM2VSgD-!RiY8;w76smB
+LNF&N4IGlq!PK>l{&*{c-0V#>I^!%f-|{8`Z_c4=OCojmOC;vHgP<gO1|n}c!9tg4bQ!n9)LAi5^W+h}=(^39d$R<;&F4TtxjZT?
+41>S3Rba{fDm<Vp!|48T7_G&N@iae}pR8&|3c7WnbF&B|)u%u%4P{Y1g+fT3k%(d6_0d(+nVTrmfcKOa(3spoyx)-uQkBh^zpI+W
+L|q`(3E9NzuoIL>90%Fw7i-iH50FltIdh`A8isi3#NbsNZP$&)v#pjm(`%Bb?6{7kP!*bNQ;E$XiWio?g%2zJa7Dv9=1^cc4xIW*
+9qjDkSpQYJ(_}3Q+swx(&31tDs~{P1oj9c!f|8Xu^SZwm!~IRoIN2lAQAG>IyV8l!(l;RJk&F^nV^AWML{uM~#tz$$#93bpJpFl8
+u3C*%Qa(*HjMS=+q=zseU*>QxdWkV@KFirwX^NkV`=P{6o(c1~jDFirfoYuxCxMhfPJjU4b-4(0Q-1{pYwv+mSF6Eh?_$<9Yz8Z&
+F2F?ds!-R*5F1}*!&SFuAXb?R4Y%{SS{oKIS&~6edSEep)tCi-;%}h)PebTPFTfFj<)|}Xgno#V#kg&ruysiz?nrW=^5>MXsy~wM
+Gi`=MsYsmtQ<g0{{s?k?d00Iz4OfHjK>0MVImY+VA?i2uzAYnrDmD=HS2NA3@2axxqk8O=<RW^&GaUVS{xo#nI|z~Lt@hkD20S!{
+ft8hbe1`>I3ciGEo|KT(f<eq*whJ77iLgTEvg~G`UwBBQ3MXv)==&GG*j_t~Pg<LiYdeR;{v76ygylewb`Xe`snYKvS769f7GyJ@
+a|Jvu5X*o?pmk>uExJ=NE@h0~)VmI<edjUSpq{1`oy66*-omJFA-3v@VPU}(8J$Xj*J=-;I3$(3w7nFaBb@Q|UI`NLQWnCW70|#l
+BFwv9SuFQ3#~E6!)cQs<nt#e9%P|am8+5_eDh_|xWx`MAttfe1kkOHrVb`AjZ$C!|W8$_7>QXfbpHn%+si6Uk@5Exz5oZ$fs~Ntf
+pQ1PQU0~J9ohUsskI04n0ec+n_<pUU#Bja{>*6m!bM!Wm2c8;q_;nH1UN(lVhoUgrtAsPYU%>VH=8WebCFnRLz`j#T!o!E=fNq)s
+6hvPk6{|F<Nx1?%%oJlPcFM3ml3PH{1<h7_*HN$aT|_^+3eH{k0K3DnSa8mZZzEGpHeEV_$|nbEe%yVIY!b!LBZIIZJB%uBizJUn
+ACUZ}F*sdR4>nab@JQN}iv1Ohvm;EwtNtLKX;8u2?XRfVj!5uJp8;_W4%Aa9oHo{3GV?Y_L))29s;`{@g<c6TbD*6*zw`ja4?l$u
+TMgmstpvC%VF>OHGOUJPEv)x8<pzINfR{#juy~6igj=qr>Z#XYM%oR$Rl0>)wE78VM6oDVG8YmWO7TT*B2mqa!M`ULf#jn1q*!Gs
+`E8K{)^bRbi^8xa$rZgT&AB|OXgIq4F<6IvqqhA3_r*k*^~+R9{l`<FlrF)B_!%>A79RTV8_s0^UhWU$+ToPD@-|4{i-P2#Ui8z<
+$DKT7HZNrY%Kx;$XF7_k<tiRY!Ae**FA&TR9)N%vInXmn#HsD;&_2l<PPR)zOkOzr4^T@31T6pn00;m803iUjxDn$2|NsC0|Ns96
+02BaXF)nU!c>w?r00031000000L%aY000000GsR=>KhQr$WX>mt)7xvoLr=CrJ!z;W}>d6pq`drR8o|f7oT60k_r-cOUx-w1&SAE
+Bo?Fs`5MMXI+{8PwF=||u0)sBd)XZ~?Qv_6u)EZK&{mh-*7oZGHf#SSZ2KB{wQR+=DB8_kwcggZLu}vHtDkJ=M9i{TE?KpweO;yP
+gPeVPqr~NGZJy8H`!7&xuXEPLz2QgZ+D3b^+A+Hs+fA5v)RuqVn!PKu7w&ztm0@4}L7sie)r)MkZ7XffKHszbyY;9o08mQ<1T6pn
+00;m803iTscU7wY|NsC0|Ns9602BasGA?d#c>w?r000C4000000KWqO000000G-JHH`R9>z;Qa5-J-df5{3=emz(7Ja=(1uFJHD}
+>x|)~CPdeDFCFD_uh=2u6v}kwh}s;&hB*;VI#bJiy=bFhPD@dvc3Lviad3A|q|vqZFYNi-^HKH5{)ni9#zr|t`GORsR-q9{odlf9
+Pat#>sMMNljXWbstw~Y-=V9`rTIFlkrpYsvuirgT=p^#>5IPk&{oi=k66;VjlnbqzLN@lN7o2A@I5JsDSHB5ElQAi5)eP$NM$ODV
+=?tD`yD;y*9b`sI$R?qi9&MQg$?7P3VY!DKL&o8lT0<tp>wBXu4(p%JOTG&&g3^`EL5s=b=s4qsQ6WF0P-O!?83Rl|<jNXi_<dbl
+g|z5v3wH7Ez|`&zX3-eN@l|}C)nQlSi2|YI_J`nL9SKc70+O#6!Y{*OSTpP*S$`RfPWWT7OvG6pZ^vyfqghG639hG~X3xy>!QV>=
+Asv_5()UUn{&qJV5_{8)Suv&NFLQ>V1SalvhHchYSR#+1Hm3^*uO_q39a79M+=;g;YS{2c3RD+oWB8$R_Gyb7XRh?exsf`y;mE`2
+NFQc8@itV|s4*uei#d;ZvYJg#aH7AHX?u3Ub}JnlczA&w`0+aawO~%v=8dhBS$OH)O<3OMhZQF(Iq~#OF46uR_!Jyuff6s`T<d%5
+idVS@Wl79-q*c1*_sZUTPXzQ-l&A|CDZrWLMot-Jg)5_oQU^YCT;7gnTjUh;TRC%COu$!cf;_rv@Z4Avc(#|whQ`0*d}fO{&xR_x
+-hP4g1sKVG;0JRT_w}%9zw^x7Mz1@fXk@X90GMiWqg!eT#iw>*)R*b_=2AS9-*<v*rXSGE<M(OAaW8##F%VQ6Cn+^oMFZUdP#DOO
+?~Y(P_2P3hxm(Zpb4kRi3z)}S9E8rs(Z)}16fu1TgUUqI?Iwn~T6ef3_lHY{bkwX1v6O|7%=L~=GOPmOd^Ck;%c;;<kF~dd#e1vf
+5K$NjFHMh8s5FS~zL!dMvvIJ}kVi8$nKXSP7F?Wdsq}Aqsxd}9TffHIPufy<#3Pp5J<p0;(`cb1hNd4&Y4Fu%YA@4*M{+DQ*XBah
+S`X@ZV>tBu09j`>Fu}(U*nUe-%!}SYxkUv1^GrtJ1({&(?*RI*Gtk=LNQaNNpoNQpmG{`A!e4`<CyUt1l!0~fB(k)dr|6+V0e|!d
+LuSQMup2j{6XP<P6kC$nz&=`b*vmHh7MR3+nHeuh;dzOMw8fe9MamxRs@A~2P)h>@EdT%j2mk;8Aprc0ECv7n|NsC0|NjO66aZo}
+E^csn0RRvHoB#j-00000VgLXD00000o9q|r8xYCJP{vTLo|0OeT%>NLpl*|9qOPN$o|a!!Qk0k%pI?-c3KDlq%qdO<iWg@j7Ni3C
+8s<8hItsN46acP^&t}`~TcB&lD%oxu^i$P_JwtBa@y#y#)FT-80RT`-0Rk-pEdT%j2mk;8ApnG^M|G$Q004js000I60000000000
+004ji00000cQ7t)aCuNm0Rk-pEdT%j2mk;8ApkO7{f5i{00001000I60000000000004ji;0gc$VlXalaCuNm0Rk-pEdT%j2mk;8
+Apnb%$<s*>004jx000I60000000000004ji<O=`*cQGz*aCuNm0Rk-pEdT%j2mk;8Apo|x5#r1M00001000I60000000000004ji
+Wg7qhVlggmaCuNm0Rk-pEdT%j2mk;8ApmN3RjR)O00004000I60000000000004jiX&e9mcQP(+aCuNm0Rk-pEdT%j2mk;8Aprc0
+ECpf!005i-000I60000000000004jiU?2bhVlpmnaCuNm1qJ{B000I61^_q#008<R00000
 """
 
 
 @dataclass
 class Learned:
-    """The action that the network likes best, among those that can be carried out."""
+    """The action with the highest score among those that are possible."""
 
     def __post_init__(self) -> None:
         stored = np.load(io.BytesIO(base64.b85decode("".join(WEIGHTS.split()))))

@@ -1,13 +1,13 @@
 """Train a small PPO agent on simulated sessions and write it as a policy of its own: numpy and nothing else.
 
-    pip install 'kvstream[rl]'
+    pip install -e '.[rl]'
     python train_ppo.py --steps 60000 --out ppo_policy.py
     kvstream policy check ./ppo_policy.py:Learned
     kvstream simulate compare.toml --policy ./ppo_policy.py:Learned --policy cachegen --codec kvstream
     kvstream run compare.toml --policy ./ppo_policy.py:Learned --policy cachegen --codec kvstream
 
-The agent trains on the halves of the trace families that are there for tuning. The file that it writes is read by every
-command that takes a policy, over the emulated link as in the simulator; it needs neither Gymnasium nor torch.
+The agent trains on the `tune` halves of the trace families. Every command that takes a policy reads the file it writes,
+which needs neither Gymnasium nor torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HIDDEN = [32, 32]
 
 FILE = '''"""A policy learned by PPO over {steps} chunks, by examples/train_ppo.py: {layers} layers, {numbers} numbers.
 
-For contexts of {levels} levels; others, which it was not trained for, get the smallest one.
+For contexts of {levels} levels; others, which it was not trained on, get the smallest one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvstream import TEXT, Choice, Observation
-from policies.features import features
+from kvstream.policies.features import features
 
 LEVELS = {levels}
 WEIGHTS = """
@@ -49,7 +49,7 @@ WEIGHTS = """
 
 @dataclass
 class Learned:
-    """The action that the network likes best, among those that can be carried out."""
+    """The action with the highest score among those that are possible."""
 
     def __post_init__(self) -> None:
         stored = np.load(io.BytesIO(base64.b85decode("".join(WEIGHTS.split()))))
@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ppo_policy.py"), help="the policy's file")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    env = make_vec_env(lambda: gymnasium.make("testbed.gym_env:KVStream-v0"), n_envs=8, seed=args.seed)
+    env = make_vec_env(
+        lambda: gymnasium.make("kvstream.testbed.simulator.gym_env:KVStream-v0"), n_envs=8, seed=args.seed
+    )
     agent = PPO(
         "MlpPolicy", env, n_steps=256, batch_size=256, gamma=1.0, ent_coef=0.003, learning_rate=1e-3,
         policy_kwargs={"net_arch": HIDDEN}, seed=args.seed, device="cpu",

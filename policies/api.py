@@ -1,9 +1,9 @@
-"""What a policy sees, what it answers, and what it may do.
+"""What a policy observes, what it returns, and what it may do.
 
 A policy picks, chunk by chunk, the level at which the next chunk of a context is fetched, so that the first
 token comes before the deadline with as little distortion as possible. It is a plain object with one method,
-`choose`; a fresh one is built for every session, so it may keep state. It never learns whether a real link or
-the simulator drives it.
+`choose`; a fresh one is built for every session, so it may keep state. It cannot tell a real link from
+the simulator.
 
 All times are seconds since the request; sizes are bytes; rates are bits per second of goodput.
 """
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
-    from traces.trace import Trace
+    from kvstream.traces.trace import Trace
 
 TEXT: Final = "text"
-"""The level that is no level: the chunk's token ids travel and the receiver recomputes its KV. Lossless."""
+"""In place of a level: the chunk's token ids are sent and the receiver recomputes its KV. Lossless."""
 
 LevelOrText: TypeAlias = int | Literal["text"]
 
@@ -34,7 +34,11 @@ class Transfer:
     first_byte_s: float
     end_s: float
     goodput_bps: float
-    """Bits over (end - max(request, previous end)): waiting behind the previous chunk is not the link's."""
+    """Bits over (end - max(request, previous end)): time spent queued behind the previous chunk is excluded."""
+    burst_bytes: int = 0
+    """What came at once after a pause of the link, at no rate of its own."""
+    burst_end_s: float = 0.0
+    """When that had come; 0 where nothing did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,22 @@ class InFlight:
     bytes: int
     received_bytes: int
     since_s: float
+    """When it was requested."""
+    first_byte_s: float | None = None
+    """None until it shows one."""
+    burst_bytes: int = 0
+    """As in `Transfer`."""
+    burst_end_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A chunk that was decoded or recomputed."""
+
+    chunk: int
+    level: LevelOrText
+    start_s: float
+    end_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +97,21 @@ class Observation:
     transfers: tuple[Transfer, ...] = ()
     """Chunks that have arrived, newest last; empty at the first call."""
     in_flight: tuple[InFlight, ...] = ()
-    """Chunks under way, oldest first; empty at the first call and always with depth 1."""
+    """Chunks in flight, oldest first; empty at the first call and always with depth 1."""
     compute_backlog_s: float = 0.0
-    """Estimated seconds of decoding and recomputing for what has arrived or is under way. Of this request alone: what
-    others that share the decoder have waiting there is not in it."""
+    """Estimated seconds of decoding and recomputing for what has arrived or is in flight; a step that has overrun its
+    estimate counts with what such a step still needs. Of this request alone: the backlog of others that share the
+    decoder is not included."""
+    computed: tuple[Computed, ...] = ()
+    """Chunks that were decoded or recomputed, newest last. The estimates take them into account."""
+    decode_spread: float = 0.0
+    """Standard deviation of log(actual / estimated) seconds of a decoding to come; 0 if it is not known to vary."""
+    recompute_spread: float = 0.0
+    """The same of recomputing a chunk."""
+    prefill_spread: float = 0.0
+    """The same of the prefill."""
     rtt_s: float | None = None
-    """Round trip seen on the manifest; None if not measured."""
+    """Round trip measured on the manifest; None if not measured."""
     prior_bps: float | None = None
     """Goodput expected before the first chunk (an earlier session, or a probe); None if unknown."""
     concurrent: int = 1
@@ -123,7 +152,7 @@ Progress: TypeAlias = Literal["keep", "cancel"] | Replace
 
 @runtime_checkable
 class Policy(Protocol):
-    """One fresh instance a session.
+    """One fresh instance per session.
 
     Optional members: `progress(obs) -> KEEP | CANCEL | Replace(level)`, asked while a chunk is in flight, and,
     for policies with `clairvoyant = True`, `foresee(forecast)`, called once before the first choice.
@@ -133,8 +162,19 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
+class TrueCompute:
+    """What every step of a session will take, in seconds."""
+
+    decode_s: tuple[tuple[float, ...], ...]
+    """[chunk][level]."""
+    recompute_s: tuple[float, ...] | None
+    """[chunk]."""
+    prefill_s: float
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """The future, for clairvoyant policies only (`oracle`, `artifact-oracle`): marked in every table."""
+    """What clairvoyant policies see of the future; they only (`oracle`, `artifact-oracle`): marked in every table."""
 
     goodput: Trace
     """The link's true goodput from the session's start, bit/s of application bytes."""
@@ -142,4 +182,7 @@ class Forecast:
     depth: int
     initial_window_bytes: int | None = None
     """Slow start begins at this window; None: the connection is warm and starts at full rate."""
-    clairvoyant_note: ClassVar[str] = "told the future of the link"
+    compute: TrueCompute | None = None
+    """Only the simulator knows it."""
+    first: Observation | None = None
+    """The first observation as it is expected, where the clock is real: planning ahead then takes none of its time."""

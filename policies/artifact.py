@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from policies.api import TEXT, Choice, Forecast, LevelOrText, Observation
-from policies.errors import PolicyError
-from policies.future import begin_s, transfer_s
-from policies.measures import last_bps, named_level
+from kvstream.policies.api import TEXT, Choice, Forecast, LevelOrText, Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.future import begin_s, transfer_s
+from kvstream.policies.measures import last_bps, named_level
 
 
 def _fallback(obs: Observation) -> LevelOrText:
@@ -52,7 +52,7 @@ class ArtifactOracle:
 
     def choose(self, obs: Observation) -> Choice:
         if self._forecast is None:
-            raise PolicyError("artifact-oracle was not told the future: call foresee(forecast) before choose")
+            raise PolicyError("artifact-oracle has no forecast; call foresee(forecast) before choose")
         slice_s = obs.deadline_s / obs.n_chunks
         start_s = begin_s(self._forecast, obs)
         for level in range(obs.n_levels - 1, -1, -1):

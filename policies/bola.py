@@ -4,16 +4,16 @@ BOLA takes the level with the largest (V (u + g) - Q) / S: utility u and size S 
 pace lead (`policies.measures.Pace`), the lead over a straight line from the request to the deadline, so no bandwidth
 estimate is needed; u is the distortion saved against the lowest level. V and g follow from where the ladder is to be
 climbed, as in Puffer: the lowest level up to a lead of `low`, the highest from `high` on, both fractions of the
-deadline. BOLA would wait with a full buffer; a transfer with a deadline never does.
+deadline. BOLA pauses when the buffer is full; a transfer with a deadline never does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from policies.api import Choice, Observation
-from policies.errors import PolicyError
-from policies.measures import Pace
+from kvstream.policies.api import Choice, Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.measures import Pace
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Bola:
         lead_s = self._pace.lead_s(obs)
         sizes, distortion = obs.sizes_bytes[0], obs.distortion[0]
         useful = [0]
-        for level in range(1, len(sizes)):  # a level that costs more and saves nothing is never worth it
+        for level in range(1, len(sizes)):  # a larger level that saves nothing is never worth it
             if sizes[level] > sizes[useful[-1]] and distortion[level] < distortion[useful[-1]]:
                 useful.append(level)
         if len(useful) == 1:

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from policies.api import Choice, Observation
-from policies.errors import PolicyError
-from policies.measures import Pace, bytes_in_flight, bytes_left, last_bps
+from kvstream.policies.api import Choice, Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.measures import Pace, bytes_in_flight, bytes_left, last_bps
 
 BUFFERS = ("pace", "slack", "backlog")
 

@@ -3,7 +3,7 @@
 The receiver recomputes chunks from the front, where attention is cheapest, while encoded chunks are loaded from the
 back; compute and link are both busy and the two meet where they are equally fast. There are no levels and no deadline
 in Cake: every loaded chunk takes `level`. Text is requested whenever the receiver would otherwise run out of work
-before the next encoded chunk could arrive; the very last chunk goes the way that ends sooner. A receiver without a
+before the next encoded chunk could arrive; the last chunk goes whichever way ends sooner. A receiver without a
 model loads everything.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.api import TEXT, Choice, Observation
-from policies.measures import bytes_in_flight, last_bps, named_level
+from kvstream.policies.api import TEXT, Choice, Observation
+from kvstream.policies.measures import bytes_in_flight, last_bps, named_level
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Cake:
         if obs.recompute_s is None:
             return Choice(level)
         rate_bps = last_bps(obs)
-        if rate_bps is None:  # nothing is known of the link: the receiver gets work, then the link is tried
+        if rate_bps is None:  # the link is unknown: give the receiver work first, then try the link
             idle = obs.compute_backlog_s <= (obs.rtt_s or 0.0)
             return Choice(TEXT, chunk=front) if idle else Choice(level, chunk=back)
         size = obs.sizes_bytes[-1][level] + bytes_in_flight(obs)

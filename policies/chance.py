@@ -2,7 +2,7 @@
 
 The chance-constrained form of MPC: choose the plan of least distortion such that P(TTFT > deadline) <= `risk`. The
 throughput of what is left is log-normal around an EWMA estimate; its spread is the estimator's own error so far in this
-session, log(what came / what was estimated), on top of a prior worth `prior_weight` chunks. Over k remaining chunks
+session, log(actual / estimated), on top of a prior worth `prior_weight` chunks. Over k remaining chunks
 errors average out in part: the spread falls as k to the power -`averaging` (0: one error for all that is left, 0.5:
 chunks err independently). Fugu (NSDI 2020) also plans on a distribution, a learned one of transfer times. If nothing
 fits: the smallest level, or text if that ends sooner.
@@ -14,24 +14,24 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from policies.api import TEXT, Choice, Observation
-from policies.errors import PolicyError
-from policies.estimators import ewma, goodputs
-from policies.measures import bytes_in_flight, bytes_left, named_level, recompute_left_s, spend, tail_s
+from kvstream.policies.api import TEXT, Choice, Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.estimators import ewma, goodputs
+from kvstream.policies.measures import bytes_in_flight, bytes_left, named_level, recompute_left_s, spend, tail_s
 
 
 @dataclass
 class Chance:
-    """Plans at the throughput that is undercut with probability `risk` only."""
+    """Plans at the `risk` quantile of the throughput."""
 
     risk: float = 0.05
-    """P(TTFT > deadline) that is accepted."""
+    """Accepted P(TTFT > deadline)."""
     half_life: float = 2.0
     """Of the throughput estimate, in chunks."""
     prior_spread: float = 0.5
-    """Spread of log(actual / estimated) before any error was seen."""
+    """Spread of log(actual / estimated) before any error has been observed."""
     prior_weight: float = 2.0
-    """Chunks that the prior counts for."""
+    """Weight of the prior, in chunks."""
     averaging: float = 0.3
     """How errors average out over what is left, 0 to 0.5."""
     first: int | str = "medium"

@@ -1,7 +1,7 @@
-"""The error that every bad policy or policy setting raises."""
+"""The error raised for every invalid policy or policy setting."""
 
 from __future__ import annotations
 
 
 class PolicyError(ValueError):
-    """A policy that cannot be found, built or trusted; the message says what, where and what to do."""
+    """A policy that cannot be found, built or used; the message says what, where and what to do."""

@@ -1,7 +1,7 @@
 """Throughput estimators: pure functions of samples, oldest first.
 
-`rates` are bits per second, at least one; each function returns an estimate in bits per second. All of them give a
-constant back, and scale with their samples. A transfer of a KV cache has few chunks, so windows count chunks and
+`rates` are bits per second, at least one; each function returns an estimate in bits per second. All of them return a
+constant unchanged and scale with their samples. A transfer of a KV cache has few chunks, so windows count chunks and
 half-lives count chunks or bytes, never seconds.
 """
 
@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from policies.api import TEXT, Observation, Transfer
-from policies.errors import PolicyError
+from kvstream.policies.api import TEXT, Observation, Transfer
+from kvstream.policies.errors import PolicyError
 
-SAMPLE_BYTES = 16_384
-"""A chunk of fewer bytes shows no rate: most of it arrives with its first packets."""
+BURST_S = 0.003
+"""After a pause of the link, what comes within this time says nothing of its rate: a token bucket has filled (2 ms of
+the rate in our emulator), or a queue has formed."""
+SAMPLE_S = 0.01
+"""The rate of a chunk in flight is known after this time, burst included."""
+SAMPLE_BYTES = 8_192
+"""And after this many bytes beyond the burst."""
+MIN_BYTES = 4_096
+"""A smaller chunk measures latency, not a rate."""
 
 
 def last(rates: Sequence[float]) -> float:
@@ -107,40 +114,83 @@ ESTIMATORS: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def by_name(name: str) -> Callable[[Sequence[float]], float]:
-    """Raises PolicyError naming the known ones."""
+    """The estimator of this name. Raises PolicyError listing the valid ones."""
     if name not in ESTIMATORS:
-        raise PolicyError(f"no estimator is called {name!r}; known are {', '.join(ESTIMATORS)}")
+        raise PolicyError(f"unknown estimator {name!r}; choose from {', '.join(ESTIMATORS)}")
     return ESTIMATORS[name]
 
 
 def goodputs(obs: Observation) -> list[float]:
-    """Goodput of every encoded chunk that arrived; else the prior, if any; else nothing."""
-    rates = [done.goodput_bps for done in obs.transfers if done.level != TEXT]
-    return rates or ([] if obs.prior_bps is None else [obs.prior_bps])
+    """Goodput of every encoded chunk that arrived; else of the one in flight; else the prior, if any; else nothing.
+
+    A chunk that took less than SAMPLE_S counts together with the one before it: a receiver that was held up sees the
+    end of one chunk and all of the next at once.
+    """
+    rates: list[float] = []
+    bits = seconds = 0.0
+    for done in obs.transfers:
+        if done.level != TEXT:
+            before, bits = bits, done.bytes * 8.0
+            before_s, seconds = seconds, bits / max(done.goodput_bps, 1e-9)
+            is_short = seconds < SAMPLE_S and before_s > 0.0
+            rates.append((before + bits) / (before_s + seconds) if is_short else done.goodput_bps)
+    if rates:
+        return rates
+    flying = flight_sample(obs)
+    if flying is not None:
+        return [flying[0] / flying[1]]
+    return [] if obs.prior_bps is None else [obs.prior_bps]
 
 
 def link_samples(obs: Observation) -> list[tuple[float, float]]:
     """(bits, seconds) that the link spent on each chunk, without the wait for its first byte, oldest first.
 
-    The chunk in flight counts with what has come of it: that is the newest there is to know. Small chunks, text above
-    all, say nothing. The prior is left to the caller.
+    What came at once after a pause is left out; of a chunk shorter than SAMPLE_S, which may be nothing but that, all
+    counts, as if the burst had taken its longest. Shorter ones back to back count together. The chunk in flight counts
+    with what has come of it: the newest information there is. Text and the smallest chunks are left out, unless there
+    is nothing else. The prior is left to the caller.
     """
+    encoded = [done for done in obs.transfers if done.level != TEXT]
+    least = MIN_BYTES if any(done.bytes >= MIN_BYTES for done in encoded) else 0
     samples: list[tuple[float, float]] = []
     free_s = 0.0
     for done in obs.transfers:
-        seconds = done.end_s - max(done.first_byte_s, free_s)
-        free_s = done.end_s
-        if done.bytes >= SAMPLE_BYTES and seconds > 0.0:
-            samples.append((done.bytes * 8.0, seconds))
-    if obs.in_flight and obs.in_flight[0].received_bytes >= SAMPLE_BYTES:
-        flight = obs.in_flight[0]
-        seconds = obs.now_s - max(flight.since_s + (obs.rtt_s or 0.0), free_s)
+        begin_s, pause_s, free_s = max(done.first_byte_s, free_s), done.first_byte_s - free_s, done.end_s
+        seconds, bits = done.end_s - begin_s, done.bytes * 8.0
+        if done.level == TEXT or done.bytes < least:
+            continue
+        if pause_s > BURST_S:
+            if seconds < SAMPLE_S:
+                seconds += BURST_S
+            else:
+                bits -= done.burst_bytes * 8.0
+                seconds = done.end_s - max(begin_s, done.burst_end_s)
+        elif samples and (seconds < BURST_S or max(seconds, samples[-1][1]) < SAMPLE_S):
+            before = samples.pop()
+            bits, seconds = before[0] + bits, before[1] + seconds
         if seconds > 0.0:
-            samples.append((flight.received_bytes * 8.0, seconds))
+            samples.append((bits, seconds))
+    flying = flight_sample(obs)
+    if flying is not None:
+        samples.append(flying)
     return samples
 
 
+def flight_sample(obs: Observation) -> tuple[float, float] | None:
+    """(bits, seconds) of what has come of the oldest chunk in flight; None until that is enough to know a rate."""
+    if not obs.in_flight or obs.in_flight[0].level == TEXT:
+        return None
+    flight = obs.in_flight[0]
+    free_s = obs.transfers[-1].end_s if obs.transfers else 0.0
+    first_s = flight.since_s + (obs.rtt_s or 0.0) if flight.first_byte_s is None else flight.first_byte_s
+    begin_s = max(first_s, free_s)
+    size = flight.received_bytes - flight.burst_bytes
+    if obs.now_s - begin_s < SAMPLE_S - 1e-9 or size < SAMPLE_BYTES:
+        return None
+    return size * 8.0, obs.now_s - max(begin_s, flight.burst_end_s)
+
+
 def errors(transfers: Sequence[Transfer], estimate: Callable[[Sequence[float]], float]) -> list[float]:
-    """What came over what was estimated, for every chunk but the first: 1 is right, below 1 too hopeful."""
+    """Actual over estimated goodput, for every chunk but the first: below 1, the estimate was optimistic."""
     rates = [done.goodput_bps for done in transfers]
     return [rates[i] / max(estimate(rates[:i]), 1e-9) for i in range(1, len(rates))]

@@ -1,4 +1,4 @@
-"""An observation as a fixed number of numbers without units, for policies that were learned.
+"""An observation as a fixed number of numbers without units, for learned policies.
 
 Every number lies in [-1, 1]. Times are relative to the time left or to the deadline and bytes are counted in the time
 that the estimated link needs for them, so that what is learned on one link, model or deadline means the same on
@@ -12,18 +12,18 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.api import Observation
-from policies.estimators import harmonic, link_samples
-from policies.measures import bytes_in_flight, bytes_left
+from kvstream.policies.api import Observation
+from kvstream.policies.estimators import harmonic, link_samples
+from kvstream.policies.measures import bytes_in_flight, bytes_left
 
 RECENT = 3
-"""Chunks whose goodput is seen one by one."""
+"""Chunks whose goodput is given individually."""
 OTHERS = 7 + RECENT
-"""Features beside the two of each level."""
+"""Features besides the two of each level."""
 
 
 def length(n_levels: int) -> int:
-    """Number of features for so many levels."""
+    """Number of features for this many levels."""
     return 2 * n_levels + OTHERS
 
 
@@ -50,7 +50,7 @@ def features(obs: Observation) -> NDArray[np.float32]:
 
 
 def _squashed(part: float, whole: float) -> float:
-    """part / whole, from 0 to infinity, laid into [0, 1]: 0.5 where they are equal."""
+    """part / whole, from 0 to infinity, mapped to [0, 1]: 0.5 where they are equal."""
     return part / (part + whole) if part + whole > 0.0 else 0.0
 
 

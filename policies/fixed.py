@@ -1,11 +1,11 @@
-"""Baselines that never look: one level for every chunk, or the text of every chunk."""
+"""Baselines that ignore the link: one level for every chunk, or every chunk as text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.api import TEXT, Choice, Observation
-from policies.measures import named_level
+from kvstream.policies.api import TEXT, Choice, Observation
+from kvstream.policies.measures import named_level
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Fixed:
 
 @dataclass
 class Lowest:
-    """The smallest level always: the fastest of the encoded ones."""
+    """Always the smallest level."""
 
     def choose(self, obs: Observation) -> Choice:
         return Choice(0)
@@ -29,7 +29,7 @@ class Lowest:
 
 @dataclass
 class Highest:
-    """The best level always."""
+    """Always the highest level."""
 
     def choose(self, obs: Observation) -> Choice:
         return Choice(obs.n_levels - 1)
@@ -37,9 +37,9 @@ class Highest:
 
 @dataclass
 class Text:
-    """Every chunk as text, all of it recomputed: what a receiver does that has no cache to fetch.
+    """Every chunk as text, recomputed: what a receiver without a cache to fetch does.
 
-    A receiver without a model to recompute with gets the smallest level instead.
+    A receiver that cannot recompute gets the smallest level instead.
     """
 
     def choose(self, obs: Observation) -> Choice:

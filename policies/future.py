@@ -1,10 +1,10 @@
-"""What a clairvoyant policy reads out of its forecast and an observation."""
+"""What a clairvoyant policy derives from its forecast and an observation."""
 
 from __future__ import annotations
 
 import math
 
-from policies.api import Forecast, Observation
+from kvstream.policies.api import Forecast, Observation
 
 
 def transfer_s(forecast: Forecast, start_s: float, size_bytes: float, chunk: int) -> float:
@@ -19,7 +19,7 @@ def transfer_s(forecast: Forecast, start_s: float, size_bytes: float, chunk: int
 
 
 def flights(forecast: Forecast, obs: Observation) -> list[tuple[int, float, float]]:
-    """(chunk, first byte, last byte) of every chunk under way, oldest first, on the true link."""
+    """(chunk, first byte, last byte) of every chunk in flight, oldest first, on the true link."""
     ends, free_s = [], obs.transfers[-1].end_s if obs.transfers else 0.0
     for flight in obs.in_flight:
         first_s = max(flight.since_s + forecast.rtt_s, free_s)
@@ -33,6 +33,6 @@ def flights(forecast: Forecast, obs: Observation) -> list[tuple[int, float, floa
 
 
 def begin_s(forecast: Forecast, obs: Observation) -> float:
-    """When the answer to a request made now begins: after a round trip and after everything under way."""
+    """When the answer to a request made now begins: after a round trip and after everything in flight."""
     under_way = flights(forecast, obs)
     return max(obs.now_s + forecast.rtt_s, under_way[-1][2] if under_way else 0.0)

@@ -4,16 +4,16 @@ HiCache loads a prefix from storage until a timeout of a base plus a time per 1,
 (its prefetch policy `timeout`, formula in sgl-project/sglang pull request 10512). The defaults are those since pull
 request 23309 (April 2026): 2 s, 0.1 s per 1,024 tokens, at most 30 s; before, 1 s, 0.25 s and no bound. Mapping to a
 deadline: the timeout is at most `share` of it. Every fetched chunk takes `level`. At the timeout the chunk in flight is
-given up as well: `progress` replaces it by its text, and what had arrived of it is waste. A receiver without a model
-fetches on.
+given up as well: `progress` replaces it by its text, and what had arrived of it is wasted. A receiver without a model
+keeps fetching.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from policies.api import KEEP, TEXT, Choice, Observation, Progress, Replace
-from policies.measures import named_level
+from kvstream.policies.api import KEEP, TEXT, Choice, Observation, Progress, Replace
+from kvstream.policies.measures import named_level
 
 
 @dataclass
@@ -23,19 +23,19 @@ class HiCache:
     level: int | str = "highest"
     """Of the fetched chunks: lowest, medium, highest or a number."""
     base_s: float = 2.0
-    """Timeout of a context of no tokens."""
+    """Timeout of an empty context."""
     per_ki_token_s: float = 0.1
-    """What 1,024 tokens add to it."""
-    most_s: float = 30.0
-    """The timeout is at most this."""
+    """Added per 1,024 tokens."""
+    max_s: float = 30.0
+    """Upper bound on the timeout."""
     share: float = 0.5
-    """And at most this fraction of the deadline."""
+    """Upper bound as a fraction of the deadline."""
     _timeout_s: float = field(default=-1.0, init=False, repr=False, compare=False)
 
     def choose(self, obs: Observation) -> Choice:
         if self._timeout_s < 0.0:
             asked_s = self.base_s + self.per_ki_token_s * sum(obs.tokens) / 1024.0
-            self._timeout_s = min(asked_s, self.most_s, self.share * obs.deadline_s)
+            self._timeout_s = min(asked_s, self.max_s, self.share * obs.deadline_s)
         reason = {"timeout_s": self._timeout_s}
         if obs.recompute_s is not None and obs.now_s >= self._timeout_s:
             return Choice(TEXT, reason=reason)

@@ -1,76 +1,126 @@
-"""Our default: compute and link work towards each other, and levels are hedged against what the link may do.
+"""Our default: keep the deadline in at least `target` of the sessions that can keep it, then lose least.
 
-Two ideas, each from a weakness of CacheGen's Algorithm 1.
+Three ideas, each from a weakness of CacheGen's Algorithm 1.
 
 Algorithm 1 sends text only when everything left fits as text, so either the receiver's compute or the link stands idle.
 Here both work all the time, as in Cake (arXiv 2410.03065): text is recomputed from the front while encoded chunks are
 loaded from the back, as long as recomputing still ends before the deadline. Text is lossless, and every chunk of it
 takes bytes off the link.
 
-Algorithm 1 trusts the last chunk's throughput for all that is left. Here the throughput of the rest of the transfer is
-log-normal around a discounted mean over the link's recent time, with the spread of this session's own errors. For
-each level of the next chunk, the rest is planned in hindsight under each of a few equally likely throughputs (hindsight
-optimisation, Chong, Givan, Chang, CDC 2000): the least distortion that fits, or a miss. The level of least mean cost is
-taken, a miss costing `miss` times the distortion of the smallest level. Levels of the rest mix two neighbours
-of the ladder's convex hull, the LP bound of the knapsack.
+Algorithm 1 trusts the last chunk's throughput for all that is left, and compute not at all. Here both are
+distributions. The throughput of the rest of the transfer is log-normal around a discounted mean over the link's recent
+time, with the spread of this session's own errors; compute takes its estimates times exp(spread * z), with a Gumbel z,
+the long upper tail of measured times. So every plan has a probability of being in time: that its bytes come soon enough
+for what is computed after the last of them, and that all computing together fits before the deadline.
 
-Without a model to recompute with, chunks go out in order. Before any throughput is known, `first` is taken. The
-settings were chosen on the `tune` halves of the trace families; `benchmarks/adaptation.py` reports on the others.
+Algorithm 1 takes the best level at which the rest fits if nothing changes. Here a level is judged by what it leaves to
+later choices, a chance constraint with recourse (Charnes, Cooper, Management Science 1959): with the rest at its lowest
+level, the session must still be in time with at least `target` times the probability of a plan that has the lowest
+level throughout. A session that cannot be saved thus spends nothing, and one that can spends at most 1 - `target` of
+its chance on a choice. So that quality is spent evenly, the rest at the same level must be in time with FAIR times that
+probability. The best level that satisfies both is taken, and as many texts as satisfy the first.
+
+Before any throughput is known, the link is taken to be GUESS times as fast as the session needs it to be at the lowest
+level. So a first choice risks little where there is little to spare.
+
+Where N_c requests share the receiver, its compute is not idle when this one's is: recomputing and prefill count N_c
+times, and text is sent only where all that is left fits as text, as in Algorithm 1.
+
+Without a model to recompute with, chunks go out in order. The settings were chosen on the `tune` halves of the trace
+families; `benchmarks/adaptation.py` reports on the others.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from itertools import accumulate
 
-from policies.api import TEXT, Choice, Observation
-from policies.errors import PolicyError
-from policies.estimators import link_samples
-from policies.measures import bytes_in_flight, named_level
+from kvstream.policies.api import TEXT, Choice, Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.estimators import link_samples
+from kvstream.policies.measures import bytes_in_flight
 
-PRIOR_WEIGHT = 8.0
+PRIOR_WEIGHT = 16.0
 """Chunks whose errors weigh as much as the prior spread."""
+FAIR = 0.7
+"""Part of the chance of being in time that the rest at the same level must have."""
+GUESS = 4.0
+"""Median of an unknown link's throughput, over what the session needs at least."""
+WEIGHTS = (0.4, 0.4, 0.15, 0.05)
+"""Compute is fast, usual, slow or very slow with these probabilities: the middles of such parts of a Gumbel
+distribution with median 0 and standard deviation 1, its median first."""
+SLOWNESS = tuple(
+    (math.log(math.log(2.0)) - math.log(-math.log(q))) * math.sqrt(6.0) / math.pi for q in (0.2, 0.6, 0.875, 0.975)
+)
 
-SCENARIOS = 9
-"""Equally likely throughputs that a level is judged by."""
-Z_SCORES = tuple(NormalDist().inv_cdf((i + 0.5) / SCENARIOS) for i in range(SCENARIOS))
+
+USUAL = 1
+"""Of these cases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One of a few speeds of compute."""
+
+    weight: float
+    texts: int
+    """Chunks, from the front, that can be recomputed before the deadline."""
+    left_s: float
+    """Until prefill must begin."""
+    slower: float
+    """Times its estimate that decoding takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is still to come and to compute, texts apart."""
+
+    nbytes: int
+    """All of them."""
+    chunks: tuple[tuple[int, float], ...]
+    """(number, mean bytes) of those that are still to be asked for, smaller ones first."""
+    compute_s: float
+    """Estimate of all computing but prefill, that of texts included."""
+    last_s: float
+    """Estimate of what is decoded after the last byte."""
 
 
 @dataclass
 class KVStream:
-    """Text from the front, hedged levels from the back."""
+    """Text from the front, levels from the back that keep the deadline with enough probability."""
 
-    miss: float = 0.7
-    """Cost of a missed deadline, in distortions of the smallest level."""
+    target: float = 0.95
+    """Share of the feasible sessions that should meet the deadline."""
     memory: float = 0.6
     """Half-life of the throughput estimate, as a fraction of the deadline."""
-    spread: float = 0.5
-    """Spread of log(actual / estimated) throughput before any error was seen."""
-    slower: float = 1.15
-    """Recomputing is reckoned to take this many times its estimate: it shares the machine with decoding."""
-    margin: float = 0.01
-    """Fraction of the deadline kept free."""
-    first: int | str = "medium"
-    """Level of the first encoded chunk when no throughput is known: lowest, medium, highest or a number."""
+    spread: float = 0.9
+    """Spread of log(actual / estimated) throughput before any error has been observed."""
+    margin_s: float = 0.01
+    """Kept free for what no estimate knows: threads that wait for a processor."""
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.target < 1.0:
+            raise PolicyError(f"kvstream: target={self.target}; give a share between 0 and 1")
         if not self.memory > 0.0:
             raise PolicyError(f"kvstream: memory={self.memory}; give a fraction of the deadline above 0")
 
     def choose(self, obs: Observation) -> Choice:
+        cases = self._cases(obs)
         belief = self._belief(obs)
-        room = self._text_room(obs)
+        texts, chance = self._texts(obs, belief, cases)
+        if texts and (texts == len(obs.remaining) or _compute_runs_dry(obs, belief)):
+            return Choice(TEXT, chunk=obs.remaining[0], reason={"texts": texts, "in_time": chance})
         back = -1 if obs.recompute_s is not None else 0
-        if room and (room == len(obs.remaining) or self._compute_runs_dry(obs, belief)):
-            return Choice(TEXT, chunk=obs.remaining[0], reason={"text_room": room})
-        chunk = obs.remaining[back]
         if belief is None:
-            return Choice(named_level(self.first, obs.n_levels), chunk=chunk, reason={"text_room": room})
-        level, cost = self._hedge(obs, belief, room, back)
-        reason = {"estimate_bps": belief[0], "spread": belief[1], "text_room": room, "cost": cost}
-        return Choice(level, chunk=chunk, reason=reason)
+            needed = needed_bps(lowest(obs, 0), cases[USUAL], obs, 0)
+            if needed == math.inf:
+                return Choice(0, chunk=obs.remaining[back], reason={"texts": texts})
+            belief = GUESS * needed, self.spread
+        level, chance = self._level(obs, belief, cases, texts, back)
+        reason = {"estimate_bps": belief[0], "spread": belief[1], "texts": texts, "in_time": chance}
+        return Choice(level, chunk=obs.remaining[back], reason=reason)
 
     def _belief(self, obs: Observation) -> tuple[float, float] | None:
         """Median throughput of the rest of the transfer (bit/s), and the spread of its logarithm."""
@@ -87,83 +137,115 @@ class KVStream:
         spread = math.sqrt((PRIOR_WEIGHT * self.spread**2 + squares) / (PRIOR_WEIGHT + len(samples) - 1))
         return bits / seconds, spread
 
-    def _text_room(self, obs: Observation) -> int:
-        """How many of the remaining chunks can still be recomputed before the deadline, from the front."""
+    def _cases(self, obs: Observation) -> list[Case]:
+        """What compute leaves, from the fastest case to the slowest."""
+        left_s = obs.left_s - self.margin_s
+        texts = 0
+        if obs.recompute_s is not None:
+            texts = len(obs.remaining)
+            recompute_s = [0.0, *accumulate(obs.recompute_s)]
+            decode_s = [0.0, *accumulate([row[-1] for row in obs.decode_s])]
+        cases = []
+        for weight, z in zip(WEIGHTS, SLOWNESS, strict=True):
+            decode = math.exp(z * obs.decode_spread)
+            recompute = obs.concurrent * math.exp(z * obs.recompute_spread)
+            case_s = left_s - obs.concurrent * math.exp(z * obs.prefill_spread) * obs.prefill_s
+            free_s = case_s - max(recompute * obs.compute_backlog_s / obs.concurrent, obs.rtt_s or 0.0)
+            while texts and recompute * recompute_s[texts] + decode * (decode_s[-1] - decode_s[texts]) > free_s:
+                texts -= 1
+            if obs.concurrent > 1 and texts < len(obs.remaining):
+                texts = 0
+            cases.append(Case(weight, texts, case_s, decode))
+        return cases
+
+    def _texts(self, obs: Observation, belief: tuple[float, float] | None, cases: Sequence[Case]) -> tuple[int, float]:
+        """Most chunks that can come as text, from the front, at no more risk than allowed; the chance of being in time
+        with them and the rest at its lowest level, as far as compute goes where nothing is known of the link."""
         if obs.recompute_s is None:
-            return 0
-        left_s = obs.left_s - self.margin * obs.deadline_s - obs.prefill_s
-        left_s -= max(obs.compute_backlog_s, obs.rtt_s or 0.0)
-        decode_s = sum([row[-1] for row in obs.decode_s])
-        room = 0
-        for recompute_s, row in zip(obs.recompute_s, obs.decode_s, strict=True):
-            decode_s -= row[-1]
-            left_s -= recompute_s * self.slower
-            if left_s < decode_s:
-                break
-            room += 1
-        return room
-
-    def _compute_runs_dry(self, obs: Observation, belief: tuple[float, float] | None) -> bool:
-        """Whether compute would be idle before text asked for at the next choice could arrive."""
+            return 0, 0.0
+        counts = sorted({0, *[case.texts for case in cases]}, reverse=True)
         if belief is None:
-            return obs.compute_backlog_s <= (obs.rtt_s or 0.0)
-        size = bytes_in_flight(obs) + obs.sizes_bytes[-1][-1]
-        return obs.compute_backlog_s < (obs.rtt_s or 0.0) + size * 8.0 / belief[0]
+            chances = {texts: sum([case.weight for case in cases if case.texts >= texts]) for texts in counts}
+        else:
+            chances = {texts: in_time(lowest(obs, texts), belief, cases, obs, texts) for texts in counts}
+        enough = self.target * max(chances.values())
+        return next((texts, chance) for texts, chance in chances.items() if chance >= enough)
 
-    def _hedge(self, obs: Observation, belief: tuple[float, float], room: int, back: int) -> tuple[int, float]:
-        """The level of least expected cost for the next encoded chunk, and that cost."""
-        n, rtt_s = len(obs.remaining), obs.rtt_s or 0.0
-        others = range(n - 1) if back else range(1, n)
-        total = sum(obs.tokens)
-        hulls = []
-        for texts in sorted({0, min(room, n - 1) // 2, min(room, n - 1)}):
-            rest = others[texts:]
-            sizes = [sum([obs.sizes_bytes[i][level] for i in rest]) for level in range(obs.n_levels)]
-            loss = [sum([obs.tokens[i] * obs.distortion[i][level] for i in rest]) for level in range(obs.n_levels)]
-            hulls.append((texts * rtt_s, _hull(sizes, loss)))
-        own = [obs.tokens[back] * nats for nats in obs.distortion[back]]
-        miss = self.miss * total * obs.distortion[back][0]
-        tail_s = obs.decode_s[back][-1] + obs.prefill_s + self.margin * obs.deadline_s
-        time_s = obs.left_s - tail_s - (0.0 if obs.in_flight else rtt_s)
-        waiting = bytes_in_flight(obs)
-        costs = [0.0] * obs.n_levels
-        for z in Z_SCORES:
-            bytes_a_second = belief[0] * math.exp(z * belief[1]) / 8.0
-            for level in range(obs.n_levels):
-                spent = waiting + obs.sizes_bytes[back][level]
-                best = miss
-                for idle_s, hull in hulls:
-                    best = min(best, _least(hull, (time_s - idle_s) * bytes_a_second - spent) + own[level])
-                costs[level] += best
-        cost = min(costs)
-        return costs.index(cost), cost / (SCENARIOS * total)
+    def _level(
+        self, obs: Observation, belief: tuple[float, float], cases: Sequence[Case], texts: int, back: int
+    ) -> tuple[int, float]:
+        """The best level for the next encoded chunk, and the chance of being in time with the rest at its lowest."""
+        n = len(obs.remaining)
+        texts = min(texts, n - 1)
+        rest = slice(texts, n - 1) if back else slice(1, n)
+        text_s = sum(obs.recompute_s[:texts]) if obs.recompute_s else 0.0
+        flying, busy_s = bytes_in_flight(obs), obs.compute_backlog_s + text_s
+        own, own_s = obs.sizes_bytes[back], obs.decode_s[back]
+        sizes, decode_s = obs.sizes_bytes[rest], obs.decode_s[rest]
+        last_s = decode_s[0 if back else -1] if sizes else None
 
+        def plan(level: int, others: int) -> Plan:
+            size, compute_s = own[level], busy_s + own_s[level]
+            if last_s is None:
+                return Plan(flying + size, ((1, size),), compute_s, own_s[level])
+            more = sum([row[others] for row in sizes])
+            one, many = (1, size), (len(sizes), more / len(sizes))
+            chunks = (one, many) if size < many[1] else (many, one)
+            compute_s += sum([row[others] for row in decode_s])
+            return Plan(flying + size + more, chunks, compute_s, last_s[others])
 
-def _hull(sizes: list[int], loss: list[float]) -> tuple[list[float], list[float]]:
-    """The lower convex hull of (size, loss), by rising size."""
-    at: list[float] = []
-    value: list[float] = []
-    for size, lost in zip(sizes, loss, strict=True):
-        if at and lost >= value[-1]:
-            continue
-        while len(at) > 1 and (value[-1] - value[-2]) * (size - at[-2]) >= (lost - value[-2]) * (at[-1] - at[-2]):
-            at.pop()
-            value.pop()
-        if at and size <= at[-1]:
-            at.pop()
-            value.pop()
-        at.append(float(size))
-        value.append(lost)
-    return at, value
+        least = in_time(plan(0, 0), belief, cases, obs, texts)
+        for level in range(obs.n_levels - 1, 0, -1):
+            chance = in_time(plan(level, 0), belief, cases, obs, texts)
+            enough = chance > 0.0 and chance >= self.target * least
+            if enough and in_time(plan(level, level), belief, cases, obs, texts) >= FAIR * least:
+                return level, chance
+        return 0, least
 
 
-def _least(hull: tuple[list[float], list[float]], budget: float) -> float:
-    """Least loss within a budget of bytes; inf if nothing fits."""
-    at, value = hull
-    index = bisect_right(at, budget)
-    if index == 0:
-        return math.inf
-    if index == len(at):
-        return value[-1]
-    share = (budget - at[index - 1]) / (at[index] - at[index - 1])
-    return value[index - 1] + share * (value[index] - value[index - 1])
+def lowest(obs: Observation, texts: int) -> Plan:
+    """So many texts from the front, and the rest at its lowest level."""
+    sizes, decode_s = [row[0] for row in obs.sizes_bytes[texts:]], [row[0] for row in obs.decode_s[texts:]]
+    compute_s = obs.compute_backlog_s + sum(decode_s) + (sum(obs.recompute_s[:texts]) if obs.recompute_s else 0.0)
+    if not sizes:
+        return Plan(bytes_in_flight(obs), (), compute_s, 0.0)
+    nbytes = sum(sizes)
+    return Plan(bytes_in_flight(obs) + nbytes, ((len(sizes), nbytes / len(sizes)),), compute_s, decode_s[-1])
+
+
+def _compute_runs_dry(obs: Observation, belief: tuple[float, float] | None) -> bool:
+    """Whether compute would be idle before text asked for at the next choice could arrive."""
+    if belief is None:
+        return obs.compute_backlog_s <= (obs.rtt_s or 0.0)
+    size = bytes_in_flight(obs) + obs.sizes_bytes[-1][-1]
+    return obs.compute_backlog_s < (obs.rtt_s or 0.0) + size * 8.0 / belief[0]
+
+
+def in_time(plan: Plan, belief: tuple[float, float], cases: Sequence[Case], obs: Observation, texts: int) -> float:
+    """The probability that a plan and `texts` texts are here and computed in time."""
+    median_bps, spread = belief
+    scale = 1.0 / (spread * math.sqrt(2.0))
+    found = 0.0
+    for case in cases:
+        if case.texts >= texts and case.slower * plan.compute_s <= case.left_s:
+            needed = needed_bps(plan, case, obs, texts)
+            if needed < math.inf:
+                found += 0.5 * case.weight * math.erfc(scale * math.log(needed / median_bps))
+    return found
+
+
+def needed_bps(plan: Plan, case: Case, obs: Observation, texts: int) -> float:
+    """The least throughput (bit/s) at which a plan's bytes come in time; inf where none is enough.
+
+    A chunk takes a round trip at least: the one after it is not asked for before it begins to arrive.
+    """
+    rtt_s = obs.rtt_s or 0.0
+    # with nothing in flight, the next byte is a round trip away
+    left_s = case.left_s - case.slower * plan.last_s - (texts + (not obs.in_flight)) * rtt_s
+    nbytes: float = plan.nbytes
+    for count, size in plan.chunks:
+        if left_s <= 0.0 or size * left_s >= rtt_s * nbytes:
+            break
+        left_s -= count * rtt_s
+        nbytes -= count * size
+    return 8.0 * max(nbytes, 1.0) / left_s if left_s > 0.0 else math.inf

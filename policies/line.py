@@ -9,25 +9,25 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.errors import PolicyError
-from traces.fluid import (
+from kvstream.policies.errors import PolicyError
+from kvstream.traces.fluid import (
     FRAME_BYTES,
-    FRAMES_A_LARGE_ANSWER,
-    FRAMES_AN_ANSWER,
+    FRAMES_PER_ANSWER,
+    FRAMES_PER_LARGE_ANSWER,
     LARGE_FRAME_BYTES,
     MIN_FRAME_BYTES,
 )
-from traces.trace import Trace
+from kvstream.traces.trace import Trace
 
 Floats = NDArray[np.float64]
 
 
-def news_bits(bits: Floats | float) -> Floats:
+def first_frame_bits(bits: Floats | float) -> Floats:
     """Bits of an answer's first frame (`traces.fluid.frame_bytes`): with depth 2 the next chunk is requested when it is
     here, at the earliest."""
     size = np.asarray(bits) / 8.0
-    small = np.clip(np.floor(size / FRAMES_AN_ANSWER), MIN_FRAME_BYTES, FRAME_BYTES)
-    large = np.minimum(np.floor(size / FRAMES_A_LARGE_ANSWER), LARGE_FRAME_BYTES)
+    small = np.clip(np.floor(size / FRAMES_PER_ANSWER), MIN_FRAME_BYTES, FRAME_BYTES)
+    large = np.minimum(np.floor(size / FRAMES_PER_LARGE_ANSWER), LARGE_FRAME_BYTES)
     found: Floats = np.minimum(bits, 8.0 * np.maximum(small, large))
     return found
 
@@ -38,7 +38,7 @@ class Line:
 
     `distortion` is weighted already: a plan's distortion is the sum over its chunks. `start_s` is the earliest moment
     at which the first chunk's answer can begin, `compute_free_s` when the receiver can begin to compute.
-    `first_chunk` is the index of the first chunk, for traces with one rate a chunk.
+    `first_chunk` is the index of the first chunk, for traces with one rate per chunk.
     """
 
     goodput: Trace
@@ -62,6 +62,11 @@ class Line:
         return np.array(self.sizes_bytes, dtype=np.float64) * 8.0
 
     @cached_property
+    def frames(self) -> Floats:
+        """Bits of each answer's first frame."""
+        return first_frame_bits(self.bits)
+
+    @cached_property
     def compute(self) -> Floats:
         return np.array(self.compute_s, dtype=np.float64)
 
@@ -81,7 +86,7 @@ class Line:
             if self.depth == 1:
                 start_s = end_s + self.rtt_s
             else:
-                start_s = max(end_s, start_s + self._serve_s(float(news_bits(bits)), start_s, k) + self.rtt_s)
+                start_s = max(end_s, start_s + self._serve_s(float(self.frames[k, option]), start_s, k) + self.rtt_s)
         return free_s + self.prefill_s
 
     def _serve_s(self, bits: float, start_s: float, k: int) -> float:
@@ -104,6 +109,8 @@ class TrueLink:
             self._rates = np.array([rate for _, rate in steps])
             self._bits = np.concatenate(([0.0], np.cumsum(np.diff(self._edges) * self._rates)))
             self._flows = bool((self._rates > 0.0).all())
+        self.origin = line.start_s if self.per_chunk else float(self.at(np.array([line.start_s]))[0])
+        """Where the first answer can begin: in bits, or in seconds with one rate per chunk."""
 
     def at(self, t_s: Floats) -> Floats:
         """Bits carried by `t_s`."""
@@ -128,12 +135,13 @@ class TrueLink:
         """
         top = float(self._rates.max())
         slopes = top * np.exp2(-np.arange(0.0, 10.0, 0.25))
-        times = np.concatenate((self._edges, np.minimum(low_s, self._edges[-1]), np.maximum(high_s, 0.0)))
+        low_s = np.minimum(low_s, self._edges[-1])
+        high_s = np.maximum(high_s, low_s)  # equal but for rounding, or else no plan meets the deadline
+        times = np.concatenate((self._edges, low_s, high_s))
         bits = self.at(times)
         inside = (times >= low_s[:, None]) & (times <= high_s[:, None])
         excess = bits - slopes[:, None] * times  # [slope, time]
         beta = np.where(inside[:, None, :], excess, -np.inf).max(2)  # [span, slope]
-        beta = np.where(np.isfinite(beta), beta, 0.0)
         best = (beta + slopes * np.clip(at_s, low_s, high_s)[:, None]).argmin(1)
         slope = slopes[best]
         return slope, beta[np.arange(len(best)), best] + slope * end_s
@@ -152,23 +160,24 @@ class TrueLink:
     def send(self, start: Floats, pos: Floats, bits: Floats, k: int) -> tuple[Floats, Floats]:
         """End of the transfer and the position then."""
         if self.per_chunk:
-            return start + bits * self.seconds_a_bit(k), pos
+            return start + bits * self.seconds_per_bit(k), pos
         end_pos = pos + bits
         return self.when(end_pos), end_pos
 
     def next_start(
-        self, start: Floats, pos: Floats, bits: Floats, end: Floats, end_pos: Floats, k: int
+        self, start: Floats, pos: Floats, frame: Floats, end: Floats, end_pos: Floats, k: int
     ) -> tuple[Floats, Floats]:
-        """When the next answer can begin (see `testbed.session` for depth), and the position then."""
+        """When the next answer can begin (see `kvstream.testbed.session.session` for depth), and the position then;
+        `frame` holds the bits of first frames."""
         if self.rtt_s == 0.0:
             return end, end_pos
         if self.depth == 1:
             begin = end + self.rtt_s
             return begin, self.at(begin)
-        news, _ = self.send(start, pos, news_bits(bits), k)
-        begin = np.maximum(end, news + self.rtt_s)
+        framed, _ = self.send(start, pos, frame, k)
+        begin = np.maximum(end, framed + self.rtt_s)
         return begin, np.where(begin > end, self.at(begin), end_pos)
 
-    def seconds_a_bit(self, k: int) -> float:
+    def seconds_per_bit(self, k: int) -> float:
         rate = self._line.goodput.chunk_rate(self._line.first_chunk + k)
         return 1.0 / rate if rate > 0.0 else math.inf

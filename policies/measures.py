@@ -1,15 +1,16 @@
-"""What several policies compute from an observation; pure functions."""
+"""Quantities that several policies compute from an observation; pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policies.api import TEXT, Observation
-from policies.errors import PolicyError
+from kvstream.policies.api import Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.estimators import goodputs
 
 
 def named_level(level: int | str, n_levels: int) -> int:
-    """`lowest`, `medium`, `highest` or a number, as a level; medium leans to the smaller side of an even ladder."""
+    """`lowest`, `medium`, `highest` or a number, as a level; of an even ladder, medium is the lower middle."""
     if level == "lowest":
         return 0
     if level == "medium":
@@ -19,9 +20,9 @@ def named_level(level: int | str, n_levels: int) -> int:
     try:
         number = int(level)
     except ValueError:
-        raise PolicyError(f"level {level!r}; give lowest, medium, highest or 0 to {n_levels - 1}") from None
+        raise PolicyError(f"unknown level {level!r}; choose lowest, medium, highest or 0 to {n_levels - 1}") from None
     if not 0 <= number < n_levels:
-        raise PolicyError(f"level {number} does not exist; give 0 to {n_levels - 1}")
+        raise PolicyError(f"level {number} is out of range; give 0 to {n_levels - 1}")
     return number
 
 
@@ -31,7 +32,7 @@ def bytes_left(obs: Observation, level: int) -> int:
 
 
 def bytes_in_flight(obs: Observation) -> int:
-    """Bytes of the chunks under way that have not arrived."""
+    """Bytes of the chunks in flight that have not arrived."""
     return sum([flight.bytes - flight.received_bytes for flight in obs.in_flight])
 
 
@@ -41,11 +42,10 @@ def recompute_left_s(obs: Observation) -> float | None:
 
 
 def last_bps(obs: Observation) -> float | None:
-    """Goodput of the newest encoded chunk, else the prior, else None; a text is too small to measure a link with."""
-    for done in reversed(obs.transfers):
-        if done.level != TEXT:
-            return done.goodput_bps
-    return obs.prior_bps
+    """Goodput of the newest encoded chunk that arrived, else of the one in flight, else the prior, else None; text is
+    too small to measure a link."""
+    rates = goodputs(obs)
+    return rates[-1] if rates else None
 
 
 def tail_s(obs: Observation, level: int) -> float:
@@ -65,7 +65,7 @@ class Pace:
         self._reference: tuple[int, ...] = ()
 
     def lead_s(self, obs: Observation) -> float:
-        if not self._reference:  # asked first in mid-transfer, chunks count alike
+        if not self._reference:  # first asked in mid-transfer: all chunks count alike
             whole = len(obs.remaining) == obs.n_chunks
             self._reference = tuple([sizes[0] for sizes in obs.sizes_bytes]) if whole else (1,) * obs.n_chunks
         arrived = sum([self._reference[done.chunk] for done in obs.transfers])
@@ -78,8 +78,8 @@ def spend(sizes: Sequence[Sequence[float]], loss: Sequence[Sequence[float]], bud
     """Levels of least total loss whose sizes sum to at most `budget`; None if the smallest ones do not fit.
 
     `sizes` and `loss` run over [chunk][level]. Steps along each chunk's convex hull are bought in the order of what
-    they save a byte (the greedy rule for the multiple-choice knapsack, Zemel 1980), which is at most one step short of
-    the best. Of equal steps those of later chunks come first: what is bought late can still be given up.
+    they save per byte (the greedy rule for the multiple-choice knapsack, Zemel 1980), which is at most one step
+    short of the best. Of equal steps those of later chunks come first: what is bought late can still be given up.
     """
     levels = [0] * len(sizes)
     left = budget - sum([row[0] for row in sizes])

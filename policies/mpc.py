@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.api import TEXT, Choice, Observation
-from policies.errors import PolicyError
-from policies.estimators import goodputs, harmonic, robust
-from policies.measures import bytes_in_flight, bytes_left, named_level, recompute_left_s, spend, tail_s
+from kvstream.policies.api import TEXT, Choice, Observation
+from kvstream.policies.errors import PolicyError
+from kvstream.policies.estimators import goodputs, harmonic, robust
+from kvstream.policies.measures import bytes_in_flight, bytes_left, named_level, recompute_left_s, spend, tail_s
 
 
 @dataclass
@@ -24,13 +24,13 @@ class MPC:
     """Plans a few chunks ahead at the harmonic mean of the last five goodputs."""
 
     horizon: int = 5
-    """Chunks that are planned one by one."""
+    """Chunks planned individually."""
     first: int | str = "medium"
     """Level of the first chunk when no throughput is known: lowest, medium, highest or a number."""
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
-            raise PolicyError(f"mpc: horizon={self.horizon}; plan at least 1 chunk")
+            raise PolicyError(f"mpc: horizon={self.horizon}; give at least 1 chunk")
 
     def predict_bps(self, rates: list[float]) -> float:
         return harmonic(rates)

@@ -1,19 +1,19 @@
-"""A level drawn at random for every chunk: what any policy has to beat."""
+"""A random level for every chunk: the baseline any policy must beat."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
 
-from policies.api import TEXT, Choice, Observation
+from kvstream.policies.api import TEXT, Choice, Observation
 
 
 @dataclass
 class Random:
-    """Every level equally likely; the session's seed decides."""
+    """Every level equally likely, drawn from the session's seed."""
 
     text: bool = False
-    """Whether text is among the draws, where the receiver can recompute."""
+    """Also draw text, where the receiver can recompute."""
     _source: random.Random | None = field(default=None, init=False, repr=False, compare=False)
 
     def choose(self, obs: Observation) -> Choice:

@@ -12,30 +12,34 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from policies.api import Policy
-from policies.errors import PolicyError
+from kvstream.policies.api import Policy
+from kvstream.policies.errors import PolicyError
+from kvstream.traces.grammar import brief, is_file, plain
+from kvstream.traces.nearest import nearest
 
 ENTRY_POINT_GROUP = "kvstream.policies"
 
 POLICIES: dict[str, str] = {
-    "cachegen": "policies.cachegen:CacheGen",
-    "artifact": "policies.artifact:Artifact",
-    "artifact-oracle": "policies.artifact:ArtifactOracle",
-    "buffer-based": "policies.buffer_based:BufferBased",
-    "fixed": "policies.fixed:Fixed",
-    "lowest": "policies.fixed:Lowest",
-    "highest": "policies.fixed:Highest",
-    "text": "policies.fixed:Text",
-    "random": "policies.random_level:Random",
-    "throughput": "policies.throughput:Throughput",
-    "bola": "policies.bola:Bola",
-    "mpc": "policies.mpc:MPC",
-    "robust-mpc": "policies.mpc:RobustMPC",
-    "chance": "policies.chance:Chance",
-    "kvstream": "policies.kvstream:KVStream",
-    "cake": "policies.cake:Cake",
-    "hicache": "policies.hicache:HiCache",
-    "oracle": "policies.oracle:Oracle",
+    "cachegen": "kvstream.policies.cachegen:CacheGen",
+    "cachegen+compute": "kvstream.policies.cachegen:CacheGenCompute",
+    "artifact": "kvstream.policies.artifact:Artifact",
+    "artifact-oracle": "kvstream.policies.artifact:ArtifactOracle",
+    "buffer-based": "kvstream.policies.buffer_based:BufferBased",
+    "fixed": "kvstream.policies.fixed:Fixed",
+    "lowest": "kvstream.policies.fixed:Lowest",
+    "highest": "kvstream.policies.fixed:Highest",
+    "text": "kvstream.policies.fixed:Text",
+    "random": "kvstream.policies.random_level:Random",
+    "throughput": "kvstream.policies.throughput:Throughput",
+    "bola": "kvstream.policies.bola:Bola",
+    "mpc": "kvstream.policies.mpc:MPC",
+    "robust-mpc": "kvstream.policies.mpc:RobustMPC",
+    "chance": "kvstream.policies.chance:Chance",
+    "kvstream": "kvstream.policies.kvstream:KVStream",
+    "kvstream+replace": "kvstream.policies.replacing:Replacing",
+    "cake": "kvstream.policies.cake:Cake",
+    "hicache": "kvstream.policies.hicache:HiCache",
+    "oracle": "kvstream.policies.oracle:Oracle",
 }
 """Name to `module:class`; imported when first asked for."""
 
@@ -46,12 +50,12 @@ def names() -> list[str]:
 
 
 def policy_class(name: str) -> type[Any]:
-    """The class behind a name or a `./file.py:Class`. Raises PolicyError naming the known ones."""
+    """The class behind a name or a `./file.py:Class`. Raises PolicyError listing the valid names."""
     if name in POLICIES:
         module, _, attribute = POLICIES[name].partition(":")
         found: Any = getattr(import_module(module), attribute)
     elif ".py:" in name:
-        found = _from_file(name)
+        found = class_from_file(name, "policy", "choose")
     elif name in (plug_ins := _plug_ins()):
         try:
             found = plug_ins[name].load()
@@ -60,10 +64,15 @@ def policy_class(name: str) -> type[Any]:
                 f"policy plug-in {name!r} ({plug_ins[name].value}) cannot be imported: {error}"
             ) from error
     else:
-        raise PolicyError(f"no policy is called {name!r}; known are {', '.join(names())}, or give ./file.py:Class")
+        raise PolicyError(_unknown(name))
     if not (isinstance(found, type) and callable(getattr(found, "choose", None))):
-        raise PolicyError(f"policy {name!r} is {found!r}, not a class with a method choose(obs)")
+        raise PolicyError(f"policy {name!r} is {found!r}; it must be a class with a method choose(obs)")
     return found
+
+
+def _unknown(name: str) -> str:
+    otherwise = f"choose from {', '.join(names())}, or give ./file.py:Class"
+    return f"unknown policy {brief(name)}; {nearest(name, names(), otherwise)}"
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def make(name: str, given: Mapping[str, Any] | None = None) -> Policy:
     cls, given, known = policy_class(name), dict(given or {}), settings(name)
     for key in given:
         if key not in known:
-            raise PolicyError(f"policy {name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
+            raise PolicyError(f"policy {name} has no setting {brief(key)}; {nearest(key, known)}")
     try:
         policy: Policy = cls(**given)
     except PolicyError:
@@ -94,32 +103,36 @@ def make(name: str, given: Mapping[str, Any] | None = None) -> Policy:
 
 
 def is_clairvoyant(policy: object) -> bool:
-    """Whether the policy (or its class) is told the future."""
+    """Whether the policy (or its class) sees the future trace."""
     return bool(getattr(policy, "clairvoyant", False))
 
 
-def _from_file(name: str) -> Any:
+def class_from_file(name: str, what: str, method: str) -> Any:
+    """What `./file.py:Class` names; `what` and `method` say in errors what it should have been. Raises PolicyError."""
     path_text, _, attribute = name.rpartition(":")
-    path = Path(path_text)
-    if not path.is_file():
-        raise PolicyError(f"policy file {path_text} does not exist; give ./file.py:Class")
-    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    path, where = Path(path_text), plain(path_text)
+    if not is_file(path_text):
+        raise PolicyError(f"{what} file {where} does not exist; give ./file.py:Class")
+    source = path.read_bytes()
+    digest = hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:16]
     module_name = f"kvstream_policy_{digest}"
     module = sys.modules.get(module_name)
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None
-        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # dataclasses look their module up while the class is made
         try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
+            # not by its loader: that takes kept bytecode of a file of the same size and second for this one's
+            exec(compile(source, path, "exec"), module.__dict__)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a student's file raises
             del sys.modules[module_name]
-            raise PolicyError(f"policy file {path_text} cannot be imported: {type(error).__name__}: {error}") from error
+            raise PolicyError(f"{what} file {where} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
-        classes = [k for k, v in vars(module).items() if isinstance(v, type) and callable(getattr(v, "choose", None))]
-        raise PolicyError(f"policy file {path_text} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and callable(getattr(v, method, None))]
+        raise PolicyError(f"{what} file {where} has no class {brief(attribute)}; it has {', '.join(classes) or 'none'}")
     return getattr(module, attribute)
 
 

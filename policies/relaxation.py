@@ -1,8 +1,27 @@
-"""Lower bounds on the distortion that the rest of a transfer must cost, by prices on its two machines.
+r"""Lower bounds on the distortion of what is left of a transfer, by Lagrangian relaxation.
 
-Lagrangian relaxation: every plan that meets the deadline satisfies some sums over chunks. Put a price on each; then
-every chunk can choose alone, and what it chooses costs, less what the sums allow, is never above the best plan (weak
-duality). Good prices make the bound tight; bad ones keep it valid.
+A plan picks an option for every chunk k: loss d_k, compute c_k, and on the link s_k (by how much its position moves
+until the chunk has arrived) and w_k >= s_k (at least, until the next answer can begin). Every plan that meets the
+deadline satisfies (`Terms`), for every chunk m,
+
+    sum_{k<m} w_k + s_m + a_m * sum_{k>=m} c_k <= b_m       it arrives in time for its compute and all later compute
+    sum_k c_k <= C                                          all compute fits
+
+With prices mu_m >= 0 and lambda >= 0 on these constraints the chunks separate, and every plan that satisfies them costs
+at least (weak duality)
+
+    L(lambda, mu) = sum_k min_o [ d_ko + w_ko * sum_{m>k} mu_m + s_ko * mu_k + c_ko * (lambda + sum_{m<=k} a_m * mu_m) ]
+                    - lambda * C - sum_m mu_m * b_m
+
+Good prices make the bound tight; any prices keep it valid. For a state before chunk k, with compute time T left and the
+link at position p, the same prices bound the chunks from k on: their constraints have b_m - p in place of b_m, and
+those of earlier chunks still charge the compute that is left, which is at most T:
+
+    sum_{j>=k} (min_o [...]_j - mu_j * b_j) + p * sum_{m>=k} mu_m - T * (lambda + sum_{m<k} a_m * mu_m)
+
+Where one option takes far longer to compute than the others of its chunk (text), a state has a second bound. Time for
+3.9 texts is time for 3: with x_j = 1 where chunk j takes that option, sum_{j>=k} x_j <= N(T), the most of them whose
+extra compute fits. This constraint, at what a text's extra compute costs above, takes the place of sum_{j>=k} c_j <= T.
 """
 
 from __future__ import annotations
@@ -12,52 +31,84 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.line import Floats, Line, TrueLink, news_bits
+from kvstream.policies.line import Floats, Line, TrueLink
 
 ASCENT_STEPS = 150
 """Steps spent on the prices before a search."""
 
+HEAVY = 2.0
+"""An option is counted if it adds more than so many times the compute that any other of its chunk adds."""
+
+SAMPLE = 100
+"""With many states, only those sets of prices are tried that bound one of so many of them best."""
+
 AROUND = (0.5, 0.75, 0.9, 1.0, 1.1, 1.33, 2.0)
-"""Price sets are spread around the best one by these factors: states with other budgets are bounded by other prices."""
+"""Prices are spread around the best ones by these factors: states with other budgets are bounded by other prices."""
 
 
 def suffix_sums(values: Floats) -> Floats:
-    """[k]: sum of entries k and later; one entry more than `values`."""
-    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
+    """[..., k]: sum of entries k and later along the last axis; one entry more than `values`."""
+    sums = np.cumsum(values[..., ::-1], -1)[..., ::-1]
+    return np.concatenate((sums, np.zeros((*values.shape[:-1], 1))), -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """Prices on the constraints: one set of them, or with a leading axis, many."""
+
+    compute: Floats
+    """lambda, [...]: of a second of compute."""
+    arrival: Floats
+    """mu, [..., chunk]: of a unit of the link's position on the arrival of a chunk."""
+
+
+@dataclass(frozen=True, eq=False)
 class Terms:
-    """What every plan that meets the deadline satisfies.
+    """The constraints of the module docstring for one line and one deadline.
 
-    For every chunk m: it arrives early enough for the compute of m and all later ones,
-    sum(cost of chunks < m) + sent of m + slope_m * sum(compute of chunks >= m) <= limit_m, where (slope, limit) is a
-    line above the bits of the link. And all compute fits.
-
-    `sent` and `cost` are [k, option]: by how much the link's position moves until the chunk has arrived, and at least
-    until the next answer can begin; in bits, or in seconds where each chunk has its own rate.
+    Positions of the link are counted from where the first answer can begin (`TrueLink.origin`), in bits, or in seconds
+    where each chunk has its own rate.
     """
 
     line: Line
     sent: Floats
+    """s, [chunk, option]."""
     cost: Floats
+    """w, [chunk, option]."""
     slope: Floats
+    """a, [chunk]: with `limit`, a line above the bits of the link."""
     limit: Floats
+    """b, [chunk]."""
     compute_left: float
+    """C, seconds."""
 
     @classmethod
     def of(cls, line: Line, link: TrueLink, end_s: float, arrive_by: Floats) -> Terms:
         """`end_s` is when all compute must be done; the lines touch the link's bits about where chunks arrive."""
-        first = line.start_s if link.per_chunk else float(link.at(np.array([line.start_s]))[0])
         sent, cost = _moves(line, link, end_s)
         n = len(cost)
         if link.per_chunk:
             slope, limit = np.ones(n), np.full(n, end_s)
         else:
-            earliest = link.when(first + np.cumsum(cost.min(1)))
+            # a chunk has arrived when what it sends has passed: a round trip that its `cost` may hold comes later
+            least = cost.min(1)
+            earliest = link.when(link.origin + np.cumsum(least) - least + sent.min(1))
             latest = end_s - suffix_sums(line.compute.min(1))[:-1]
             slope, limit = link.above(earliest, latest, arrive_by, end_s)
-        return cls(line, sent, cost, slope, limit - first, end_s - line.compute_free_s)
+        return cls(line, sent, cost, slope, limit - link.origin, end_s - line.compute_free_s)
+
+    def priced(self, prices: Prices) -> Floats:
+        """[..., chunk, option]: loss, link and compute of each option at these prices (the brackets of L)."""
+        mu = prices.arrival
+        later = np.cumsum(mu[..., ::-1], -1)[..., ::-1] - mu
+        compute = prices.compute[..., None] + np.cumsum(mu * self.slope, -1)
+        priced: Floats = (
+            self.line.loss
+            + self.cost * later[..., None]
+            + self.sent * mu[..., None]
+            + self.line.compute * compute[..., None]
+        )
+        return priced
 
 
 def _moves(line: Line, link: TrueLink, end_s: float) -> tuple[Floats, Floats]:
@@ -66,97 +117,126 @@ def _moves(line: Line, link: TrueLink, end_s: float) -> tuple[Floats, Floats]:
     The next answer waits for a round trip, during which the link carries no less than in the worst stretch of that
     length between the earliest start and the latest end of the chunk.
     """
-    sent, news = line.bits, news_bits(line.bits)
+    sent, frame = line.bits, line.frames
     if link.per_chunk:
-        seconds = np.array([link.seconds_a_bit(k) for k in range(len(sent))])
+        seconds = np.array([link.seconds_per_bit(k) for k in range(len(sent))])
         seconds = np.where(np.isfinite(seconds), seconds, 1e30)[:, None]
-        sent, news = sent * seconds, news * seconds
+        sent, frame = sent * seconds, frame * seconds
     if line.rtt_s == 0.0 or len(sent) == 1:
         return sent, sent
     if line.depth == 1:
-        news = sent
+        frame = sent
     if link.per_chunk:
-        cost = np.maximum(sent, news + line.rtt_s)
+        cost = np.maximum(sent, frame + line.rtt_s)
         cost[-1] = sent[-1]
         return sent, cost
     cost, idle = sent, np.zeros(len(sent))
-    first = float(link.at(np.array([line.start_s]))[0])
     last = float(link.at(np.array([max(end_s - line.compute[-1].min(), 0.0)]))[0])
     for _ in range(3):  # narrower spans make idle bits dearer, which makes the spans narrower
-        cost = np.maximum(sent, news + idle[:, None])
+        cost = np.maximum(sent, frame + idle[:, None])
         cost[-1] = sent[-1]
         least = cost.min(1)
         upto = np.cumsum(least)
-        begins, ends = first + upto - least, last - (upto[-1] - upto)
+        begins, ends = link.origin + upto - least, last - (upto[-1] - upto)
         idle = link.least_in(line.rtt_s, link.when(np.maximum(begins, 0.0)), link.when(np.maximum(ends, 0.0)))
     return sent, cost
 
 
-@dataclass(frozen=True)
-class PriceSet:
-    """A price on compute and on each chunk's arrival."""
+class Bound:
+    """The best bound that several sets of prices give, for many states at once."""
 
-    compute: float
-    arrival: Floats
-
-
-class Prices:
-    """The bound of several price sets at once, for many states.
-
-    Chunk i pays for its cost (the arrivals of later chunks), for what it sends (its own arrival) and for its compute
-    (all of it, and the arrivals of chunks up to i).
-    """
-
-    def __init__(self, terms: Terms, sets: list[PriceSet]) -> None:
-        line = terms.line
-        mu = np.array([prices.arrival for prices in sets])
-        zero = np.zeros((len(sets), 1))
-        self._link_price = np.concatenate((np.cumsum(mu[:, ::-1], 1)[:, ::-1], zero), 1)
+    def __init__(self, terms: Terms, sets: Prices) -> None:
+        lam, mu = sets.compute[:, None], sets.arrival
+        priced, limits = terms.priced(sets), suffix_sums(mu * terms.limit)
+        self._link_price = suffix_sums(mu)
         """[set, k]: what a unit of the link's position costs when chunk k is next."""
-        self._compute_price = np.array([[prices.compute] for prices in sets]) + np.concatenate(
-            (zero, np.cumsum(mu * terms.slope, 1)), 1
-        )
-        """[set, k]: what a second of compute costs when chunk k is next, and in chunk k - 1."""
-        priced = (
-            line.loss
-            + terms.cost * self._link_price[:, 1:, None]
-            + terms.sent * mu[:, :, None]
-            + line.compute * self._compute_price[:, 1:, None]
-        )  # [set, chunk, option]
-        least = priced.min(2) - mu * terms.limit
-        self._rest = np.concatenate((np.cumsum(least[:, ::-1], 1)[:, ::-1], zero), 1)
+        self._compute_price = lam + np.concatenate((np.zeros_like(lam), np.cumsum(mu * terms.slope, 1)), 1)
+        """[set, k]: what a second of compute costs when chunk k is next."""
+        self._rest = suffix_sums(priced.min(2)) - limits
+        self._counts = _counts(terms.line.compute, priced, self._compute_price, limits)
 
     def rest(self, k: int, compute_left: Floats, position: Floats) -> Floats:
-        """Least loss of chunks k and later, for states with so much compute time left at so far a link position."""
-        prices = np.stack((self._compute_price[:, k], self._link_price[:, k]), 1)
-        return (prices @ np.stack((-compute_left, position)) + self._rest[:, k, None]).max(0)
+        """Least loss of chunks k and later, for states with this much compute time left and this link position."""
+        link_price = self._link_price[:, k]
+        bound = _highest(self._compute_price[:, k], link_price, self._rest[:, k], -compute_left, position)
+        if not self._counts:
+            return bound
+        count = self._counts[k]
+        return np.maximum(bound, _highest(count.price, link_price, count.rest, -count.most(compute_left), position))
 
 
-def ascend(terms: Terms, to_beat: float) -> list[PriceSet]:
-    """Raise the bound of the whole line by subgradient steps (Polyak's rule); the best prices, and others around."""
+@dataclass(frozen=True, eq=False)
+class _Count:
+    """The constraint on how many of the chunks k and later take the option that is heavy to compute."""
+
+    price: Floats
+    """[set]: of one of them."""
+    rest: Floats
+    """[set]: the bound on these chunks but for the terms in the state."""
+    least: float
+    """Seconds of compute if none does."""
+    extra: Floats
+    """[n]: seconds that n + 1 of them add at least."""
+
+    def most(self, compute_left: Floats) -> Floats:
+        """How many fit at most."""
+        return np.searchsorted(self.extra, compute_left - self.least, side="right").astype(np.float64)
+
+
+def _counts(compute: Floats, priced: Floats, compute_price: Floats, limits: Floats) -> list[_Count]:
+    """[k]; empty where no option is heavy, or some chunk has none."""
+    extra = compute - compute.min(1)[:, None]
+    by_size = np.sort(extra, 1)
+    if by_size.shape[1] < 2 or not (by_size[:, -1] > HEAVY * by_size[:, -2]).all():
+        return []
+    heavy, added, found = extra == by_size[:, -1:], by_size[:, -1], []
+    for k in range(len(compute)):
+        steps = np.sort(added[k:])
+        price = compute_price[:, k] * steps[0]
+        # compute is no longer charged for chunks before k, and each heavy option is
+        own = priced[:, k:] - compute_price[:, k, None, None] * compute[k:] + price[:, None, None] * heavy[k:]
+        rest = own.min(2).sum(1) - limits[:, k]
+        found.append(_Count(price, rest, float((compute[k:].min(1)).sum()), np.cumsum(steps) * (1.0 - 1e-9)))
+    return found
+
+
+def _highest(a: Floats, b: Floats, c: Floats, x: Floats, y: Floats) -> Floats:
+    """For each (x, y), about the highest of a x + b y + c, and never above it."""
+    if len(x) > 4 * SAMPLE:
+        some = np.linspace(0, len(x) - 1, SAMPLE).astype(np.intp)
+        best = np.unique((np.outer(a, x[some]) + np.outer(b, y[some]) + c[:, None]).argmax(0))
+        a, b, c = a[best], b[best], c[best]
+    highest: Floats = (np.stack((a, b), 1) @ np.stack((x, y)) + c[:, None]).max(0)
+    return highest
+
+
+def ascend(terms: Terms, to_beat: float) -> Prices:
+    """Sets of prices that bound the whole line well, by subgradient ascent of L, and others around them.
+
+    The steps are Polyak's, (to_beat - L) / |g|^2 along the subgradient g, which holds by how much the minimising
+    options violate each constraint; halved after eight steps without progress. Compute and link have different units,
+    so g is scaled by what a unit of each can save at most.
+    """
     line, cost, sent, slope, limit = terms.line, terms.cost, terms.sent, terms.slope, terms.limit
     n = len(cost)
     rows = np.arange(n)
     spread = float(line.loss.max(1).sum() - line.loss.min(1).sum())
     unit_c = spread / max(float(line.compute.max(1).sum() - line.compute.min(1).sum()), 1e-12)
     unit_b = spread / max(float(cost.max(1).sum() - cost.min(1).sum()), 1e-12)
-    lam, mu = 0.0, np.zeros(n)
-    mu[-1] = unit_b
-    best, best_at = -math.inf, (lam, mu)
+    now = Prices(np.array(0.0), np.append(np.zeros(n - 1), unit_b))
+    best, best_bound = now, -math.inf
     pace, stalled = 1.0, 0
     for _ in range(ASCENT_STEPS):
-        link_price = np.cumsum(mu[::-1])[::-1] - mu
-        compute_price = lam + np.cumsum(mu * slope)
-        priced = line.loss + cost * link_price[:, None] + sent * mu[:, None] + line.compute * compute_price[:, None]
+        lam, mu = now.compute, now.arrival
+        priced = terms.priced(now)
         pick = priced.argmin(1)
         bound = float(priced[rows, pick].sum() - lam * terms.compute_left - (mu * limit).sum())
-        if bound > best:
-            best, best_at, stalled = bound, (lam, mu), 0
+        if bound > best_bound:
+            best, best_bound, stalled = now, bound, 0
         else:
             stalled += 1
             if stalled == 8:
-                pace, stalled = pace / 2.0, 0
-                lam, mu = best_at
+                now, pace, stalled = best, pace / 2.0, 0
                 continue
         compute, costs = line.compute[rows, pick], cost[rows, pick]
         over_c = float(compute.sum()) - terms.compute_left
@@ -167,12 +247,8 @@ def ascend(terms: Terms, to_beat: float) -> list[PriceSet]:
         if length == 0.0:
             break
         step = pace * max(to_beat - bound, 0.01 * abs(to_beat)) / length
-        lam = max(lam + step * over_c * unit_c**2, 0.0)
-        mu = np.maximum(mu + step * over_b * unit_b**2, 0.0)
-    lam, mu = best_at
+        now = Prices(np.maximum(lam + step * over_c * unit_c**2, 0.0), np.maximum(mu + step * over_b * unit_b**2, 0.0))
+    lam, mu = best.compute, best.arrival
     last = np.append(np.zeros(n - 1), mu.sum())
-    return [
-        *(PriceSet(lam * c, mu * b) for c in AROUND for b in AROUND),
-        *(PriceSet(lam * b, last * b) for b in AROUND),
-        PriceSet(0.0, np.zeros(n)),
-    ]
+    around = [(c, b * mu) for c in AROUND for b in AROUND] + [(b, b * last) for b in AROUND] + [(0.0, 0.0 * mu)]
+    return Prices(np.array([c * lam for c, _ in around]), np.array([arrival for _, arrival in around]))

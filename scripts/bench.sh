@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the benchmarks, all or those named: scripts/bench.sh [NAME...], NAME as in benchmarks/NAME.py.
-# Each prints a table and writes JSON; results of another machine are in benchmarks/results.
+# Each prints a table and can write JSON; the reference results are in benchmarks/results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -d .venv/bin ] || export PATH=$PWD/.venv/bin:$PATH

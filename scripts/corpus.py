@@ -1,12 +1,13 @@
 """Assemble the text that the bundled models are trained on.
 
-    python scripts/corpus.py .corpus
+    python scripts/corpus.py [--installed] .corpus
 
 Every source is a pinned release under a permissive licence: the standard library of the running CPython, its
 documentation (Debian's `python3.11-doc`, the reStructuredText sources), and Python packages taken as source
 archives or wheels with pip. Kept are `.py`, `.rst`, `.txt` and `.md` files that read like text or code; dropped
 are duplicates, generated tables, minified and non-UTF-8 files, and leading licence comments, which repeat. Of a large
-source only a sample of its files is kept.
+source only a sample of its files is kept. `--installed` takes the packages of the running Python instead, for a machine
+without a network; the standard library, from which the calibration's texts are, is left out.
 
 Written to the folder: `train.xz` and `heldout.xz` (UTF-8 documents, each followed by one zero byte; the split is
 by file, decided by a hash of the file's name) and `sources.json` (name, version, licence, bytes of each source,
@@ -29,6 +30,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 HELDOUT_PERCENT = 2
@@ -41,7 +43,8 @@ SKIPPED_NAMES = ("license", "copying", "notice", "authors", "record", "top_level
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned release. `kind` says where pip finds text in it: `sdist`, `wheel`, or `stdlib` and `debian`."""
+    """One pinned release. `kind` says where pip finds text in it: `sdist`, `wheel`, or `stdlib` and `debian`; or that
+    it is `installed`."""
 
     name: str
     version: str
@@ -101,6 +104,12 @@ def files_of(source: Source, downloads: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (path inside the source, content) of every candidate file, in a stable order."""
     if source.kind == "stdlib":
         yield from _tree(Path(sysconfig.get_paths()["stdlib"]))
+        return
+    if source.kind == "installed":
+        for file in sorted(metadata.files(source.name) or [], key=str):
+            path = Path(str(file.locate()))
+            if file.name.endswith(SUFFIXES) and path.is_file():
+                yield str(file), path.read_bytes()
         return
     archive = fetch(source, downloads / source.name)
     if source.kind == "debian":
@@ -165,12 +174,21 @@ def _name_hash(source: Source, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{source.name}/{name}".encode()).digest()[:8], "big")
 
 
-def build(folder: Path) -> dict:
+def installed() -> tuple[Source, ...]:
+    """Every package of the running Python, once."""
+    found = {}
+    for one in metadata.distributions():
+        licence = one.metadata.get("License-Expression") or one.metadata.get("License") or "see the package"
+        found[one.name] = Source(one.name, one.version, licence.splitlines()[0][:60], "installed")
+    return tuple(found[name] for name in sorted(found))
+
+
+def build(folder: Path, sources: tuple[Source, ...] = SOURCES, preset: int = 6) -> dict:
     """Write `train.xz`, `heldout.xz` and `sources.json` into `folder` and return the last one's content."""
     seen: set[bytes] = set()
     parts: dict[str, list[bytes]] = {"train": [], "heldout": []}
     rows = []
-    for source in SOURCES:
+    for source in sources:
         documents: dict[str, bytes] = {}
         for name, content in files_of(source, folder / "downloads"):
             document = clean(name, content)
@@ -197,7 +215,7 @@ def build(folder: Path) -> dict:
     report: dict = {"sources": rows}
     for split, chosen in parts.items():
         text = b"".join(chosen)
-        packed = lzma.compress(text, preset=6)
+        packed = lzma.compress(text, preset=preset)
         (folder / f"{split}.xz").write_bytes(packed)
         report[split] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         print(f"{split}: {len(text):,} bytes, {len(packed):,} compressed")
@@ -216,9 +234,13 @@ def load(folder: Path, split: str) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="where the corpus and the downloads go")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    build(folder)
+    parser.add_argument("--installed", action="store_true", help="take the packages of the running Python")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.installed:  # not to be kept: little time for compressing it
+        build(options.folder, installed(), preset=0)
+    else:
+        build(options.folder)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The emulated link on a machine that has Linux and a GPU, but none of the network tools and no way to install them.
+# Runs the emulated link on a Linux machine with a GPU but without network tools and without a way to install them.
 #   scripts/gpu_machine.sh fetch KIT [3.12]     here, once: the Debian packages and Python wheels it takes, into KIT;
 #                                               for the Python that is there
 #   scripts/gpu_machine.sh run KIT COMMAND...   there: unpack KIT into a prefix of its own, and run COMMAND with it
-# Nothing outside the prefix (KVSTREAM_PREFIX, by default under TMPDIR) is written, nothing needs to be root to unpack.
-# torch, triton, numba, transformers and aiohttp must be there already.
+# Nothing is written outside the prefix (KVSTREAM_PREFIX, by default under TMPDIR); unpacking needs no root.
+# torch, triton, numba, transformers and aiohttp must be installed already.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 

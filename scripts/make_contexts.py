@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import corpus
 
-from testbed.workload import BUNDLED_CONTEXTS, make_context
+from kvstream.testbed.workloads.contexts import BUNDLED_CONTEXTS, make_context
 
 TOKENS = 4_096
 STDLIB, DOCS = corpus.SOURCES[:2]

@@ -2,7 +2,7 @@
 
     python scripts/make_reference.py [--check]
 
-`--check` writes nothing and exits with 1 when the page is out of date. The sources are parsed, not imported, so
+`--check` writes nothing and exits with 1 if the page is out of date. The sources are parsed, not imported, so
 neither torch nor numba is needed.
 """
 
@@ -27,10 +27,10 @@ def page() -> str:
     """The whole page; the same code gives the same text."""
     parts = [
         "# Reference",
-        "Made from the code by `python scripts/make_reference.py`. Units stand in the names: `_s` seconds, `_bytes`, "
-        "`_bps` bits per second.",
-        "[Commands](#commands) · [Public names](#public-names) · [Policies](#policies-that-come-with-kvstream) · "
-        "[Estimators](#throughput-estimators) · [Codecs](#codecs-that-come-with-kvstream) · "
+        "Generated from the code by `python scripts/make_reference.py`. Units are part of the names: `_s` seconds, "
+        "`_bytes`, `_bps` bits per second.",
+        "[Commands](#commands) · [Public names](#public-names) · [Policies](#built-in-policies) · "
+        "[Estimators](#throughput-estimators) · [Codecs](#built-in-codecs) · "
         "[Generators](#trace-generators)",
         *commands(),
         *public_names(),
@@ -46,13 +46,13 @@ def page() -> str:
 
 
 def commands() -> Iterator[str]:
-    from testbed.cli import build_parser
-    from testbed.commands.completion import children, parsers
+    from kvstream.testbed.cli import build_parser
+    from kvstream.testbed.commands.completion import children, parsers
 
     yield "## Commands"
     yield (
-        "Exit status of every command: 0 ok, 1 a bar or check was missed, 2 bad usage or input, 3 the emulated link "
-        "was not what the traces say, 4 the machine lacks something, 70 internal error, 130 interrupted."
+        "Exit status of every command: 0 ok, 1 a threshold was violated or a check failed, 2 bad usage or input, 3 the "
+        "emulated link deviated from its trace, 4 the machine lacks something, 70 internal error, 130 interrupted."
     )
     about = helps(build_parser())
     for path, parser in parsers(build_parser()):
@@ -117,7 +117,7 @@ def public_names() -> Iterator[str]:
     import kvstream
 
     yield "## Public names"
-    yield "All of these come from `import kvstream`, which loads a part when it is first used."
+    yield "All of these come from `import kvstream`, which loads each part when it is first used."
     by_room: dict[str, list[tuple[str, str, str]]] = {room: [] for room in ROOMS}
     for name, place in kvstream._NAMES.items():
         module, _, attribute = place.partition(":")
@@ -142,7 +142,7 @@ def entry(name: str, module: str, attribute: str) -> str:
 
 
 def fields(node: ast.ClassDef) -> Iterator[str]:
-    """Annotated attributes with the text below them; what begins with an underscore is private."""
+    """Public annotated attributes with the text below them."""
     for this, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(this, ast.AnnAssign) or not isinstance(this.target, ast.Name):
             continue
@@ -169,10 +169,10 @@ def methods(node: ast.ClassDef) -> Iterator[str]:
 
 
 def policies() -> Iterator[str]:
-    from policies import registry
+    from kvstream.policies import registry
 
-    yield "## Policies that come with kvstream"
-    yield "`--policy name,setting=value`. Those marked * are told the future of the link: they are bounds, not rivals."
+    yield "## Built-in policies"
+    yield "`--policy name,setting=value`. Those marked * are clairvoyant: they see the future trace and are bounds."
     for name, place in sorted(registry.POLICIES.items()):
         module, _, attribute = place.partition(":")
         node = definition(module, attribute)
@@ -193,14 +193,14 @@ def settings_of(node: ast.AST, module: str) -> list[str]:
 
 def estimators() -> Iterator[str]:
     yield "## Throughput estimators"
-    yield "Pure functions in `policies.estimators`; rates in bit/s, oldest first."
-    yield "\n".join(functions("policies.estimators"))
+    yield "Pure functions in `kvstream.policies.estimators`; rates in bit/s, oldest first."
+    yield "\n".join(functions("kvstream.policies.estimators"))
 
 
 def codecs() -> Iterator[str]:
-    from codec import registry
+    from kvstream.codec import registry
 
-    yield "## Codecs that come with kvstream"
+    yield "## Built-in codecs"
     yield "`--codec name,setting=value`."
     for name, place in sorted(registry.CODECS.items()):
         module, _, attribute = place.partition(":")
@@ -214,7 +214,7 @@ def codecs() -> Iterator[str]:
 def generators() -> Iterator[str]:
     yield "## Trace generators"
     yield "`--trace name,setting=value`; see [traces](traces.md) for the transforms that go with any trace."
-    yield "\n".join(functions("traces.generators", decorated="generator"))
+    yield "\n".join(functions("kvstream.traces.generators", decorated="generator"))
 
 
 def functions(module: str, decorated: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Rate and distortion of the codecs' levels on the bundled model: testbed/workloads/ladders.json.
+"""Rate and distortion of the codecs' levels on the bundled model: testbed/workloads/data/ladders.json.
 
     python scripts/measure_ladders.py [CODEC ...]
 
@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
-from codec import cachegen
-from codec.api import Codec, Level
-from testbed import calibrate, machine
-from testbed.compute import set_threads
-from testbed.llm import Model, bundled_model_path, calculate_kv, mean_kl
-from testbed.results import write_whole
+from kvstream.codec import cachegen
+from kvstream.codec.api import Codec, Level
+from kvstream.testbed.encoding import calibrate
+from kvstream.testbed.engine.loading import bundled_model_path, load_model
+from kvstream.testbed.engine.model import Model, calculate_kv, mean_kl
+from kvstream.testbed.engine.threads import set_threads
+from kvstream.testbed.host import machine
+from kvstream.testbed.results.folder import write_whole
 
-OUT = Path(calibrate.__file__).with_name("workloads") / "ladders.json"
+OUT = Path(__file__).resolve().parent.parent / "testbed" / "workloads" / "data" / "ladders.json"
 PAPER_BITS = 176e6 * 8 / (622e6 / 65_536) / 65_536
 """CacheGen's default level on Mistral-7B (Table 1): 176 MB where 8 bit, 65,536 bytes a token, takes 622 MB."""
 CHUNK_TOKENS = 1_536
@@ -33,7 +35,7 @@ TOLERANCE = 0.005
 
 def main(codecs: list[str]) -> None:
     set_threads(None)
-    model = Model.load(str(bundled_model_path()))
+    model = load_model(str(bundled_model_path()))
     body: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {"ladders": {}}
     for name in codecs:
         body["ladders"][name] = (

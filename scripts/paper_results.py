@@ -1,9 +1,9 @@
-"""Put the paper's experiments beside the paper: benchmarks/results/policies.json, docs/paper.md and its figures.
+"""Compare the paper's experiments with the paper: benchmarks/results/policies.json, docs/paper.md and its figures.
 
     kvstream simulate examples/paper_slo.toml
     kvstream simulate examples/paper_slo_time.toml
     kvstream simulate examples/paper_ttft.toml
-    kvstream run examples/paper_slo_link.toml           (the subset over emulated links; left as it was if not run)
+    kvstream run examples/paper_slo_link.toml           (the subset over emulated links; unchanged if not run)
     python scripts/paper_results.py [--runs DIR]
 
 The numbers are those of the runs' summaries. A test checks that the page agrees with the kept file.
@@ -33,7 +33,7 @@ Json = dict[str, Any]
 
 
 def kept(runs: Path, before: Mapping[str, Any]) -> Json:
-    """What is kept of each run: its settings one by one, its workload, and what it was made on."""
+    """What is kept of each run: its settings one by one, its workload, and the machine of the measurement."""
     found = dict(before)
     for name in RUNS:
         folder = runs / name
@@ -58,7 +58,7 @@ def kept(runs: Path, before: Mapping[str, Any]) -> Json:
 
 
 def blocks(result: Mapping[str, Any]) -> dict[str, str]:
-    """[name]: what stands between the page's markers of that name."""
+    """[name]: the content between the page's markers of that name."""
     made = {"sizes": sizes(result["paper_slo"]), "slo": slo(result["paper_slo"]), "ttft": ttft(result["paper_ttft"])}
     made["slo-time"] = slo(result["paper_slo_time"])
     if "paper_slo_link" in result:
@@ -67,23 +67,23 @@ def blocks(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def sizes(run: Mapping[str, Any]) -> str:
-    """What all numbers rest on: sizes of levels, decode and recompute times."""
+    """The assumptions of all numbers: sizes of levels, decode and recompute times."""
     facts = run["workload"]
-    rows = [["codec", "levels (KB a token)", "decoding a chunk"]]
+    rows = [["codec", "levels (KB per token)", "decoding a chunk"]]
     for codec, rungs in facts["kb_per_token"].items():
         words = ", ".join(f"{name}: {size:g}" for name, size in rungs.items())
         rows.append([codec, words, f"{facts['decode_s_per_chunk'][codec] * 1e3:.1f} ms"])
     recompute = facts["recompute_s"]
     first, last = recompute["chunks"][0], recompute["chunks"][-1]
     words = (
-        f"Text: {facts['text_kb_per_token'] * 1e3:g} bytes a token; recomputing all of `{recompute['context']}` takes "
-        f"{recompute['all']:.2f} s, its first chunk {first:.3f} s, its last {last:.3f} s."
+        f"Text: {facts['text_kb_per_token'] * 1e3:g} bytes per token; recomputing all of `{recompute['context']}` "
+        f"takes {recompute['all']:.2f} s, its first chunk {first:.3f} s, its last {last:.3f} s."
     )
     return table(rows) + f"\n\n{words}"
 
 
 def slo(run: Mapping[str, Any]) -> str:
-    """Deadlines missed, and distortion, of every scheme in every setting."""
+    """SLO violations and distortion of every scheme in every setting."""
     names = [scheme["name"] for scheme in run["schemes"]]
     several = len({entry["trace"] for entry in run["settings"]}) > 1
     rows = [[*(["rates"] if several else []), "deadline", "units", *names]]
@@ -102,7 +102,7 @@ def slo(run: Mapping[str, Any]) -> str:
 def form(trace: str) -> str:
     """How long the link keeps a rate."""
     settings = dict(part.partition("=")[::2] for part in trace.split(",")[1:])
-    return f"held {settings['hold'].removesuffix('s')} s" if settings.get("per") == "time" else "one a chunk"
+    return f"held {settings['hold'].removesuffix('s')} s" if settings.get("per") == "time" else "one per chunk"
 
 
 def ttft(run: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def replaced(page: str, made: Mapping[str, str]) -> str:
-    """The page with every block that was made in place of the old one. Raises SystemExit where a marker is missing."""
+    """The page with every block replaced by its new content. Raises SystemExit where a marker is missing."""
     for name, block in made.items():
         begin, end = f"<!-- {name}: begin; written by scripts/paper_results.py -->", f"<!-- {name}: end -->"
         before, found, rest = page.partition(begin)
@@ -154,7 +154,7 @@ def replaced(page: str, made: Mapping[str, str]) -> str:
 def draw(result: Mapping[str, Any], folder: Path) -> None:
     from matplotlib import pyplot
 
-    from testbed.report.figures import theme
+    from kvstream.testbed.report.figures import theme
 
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Callable[[Mapping[str, Any]], Any]] = {"paper-slo": draw_slo, "paper-ttft": draw_ttft}
@@ -165,28 +165,35 @@ def draw(result: Mapping[str, Any], folder: Path) -> None:
             pyplot.close(figure)
 
 
-SLO_SCHEMES = ("8-bit", "fixed", "cachegen", "ours", "our-oracle")
+SLO_SCHEMES = ("8-bit", "fixed", "cachegen", "our-policy", "ours", "our-oracle")
+SLO_WORDS = {"our-policy": "our policy, CacheGen's codec", "ours": "our policy, our codec",
+             "our-oracle": "oracle, our codec (clairvoyant)"}  # fmt: skip
 WORDS = {
-    "8-bit": "8 bit", "fixed": "CacheGen's default level", "cachegen": "Algorithm 1", "ours": "ours",
-    "our-oracle": "oracle (told the future)", "text": "text", "cachegen-default": "CacheGen's default level",
-    "ours-1.2bit": "ours, 1.2 bit",
+    "8-bit": "8 bits", "fixed": "CacheGen's default level", "cachegen": "Algorithm 1", "ours": "ours",
+    "our-oracle": "oracle (clairvoyant)", "text": "text", "cachegen-default": "CacheGen's default level",
 }  # fmt: skip
 
 
+def words_of(name: str) -> str:
+    """A scheme of the TTFT figure in a legend; `ours-1.2bit` is our codec at the level of that rate."""
+    rate = name.removeprefix("ours-").removesuffix("bit")
+    return f"ours, {rate} bits" if name.startswith("ours-") else WORDS[name]
+
+
 def draw_slo(result: Mapping[str, Any]) -> Any:
-    """Deadlines missed against the deadline, a panel for each form of the trace model."""
+    """SLO violations vs deadline, one panel per form of the trace model."""
     from matplotlib import pyplot
 
     entries = [*result["paper_slo"]["settings"], *result["paper_slo_time"]["settings"]]
     traces = list(dict.fromkeys(entry["trace"] for entry in entries))
     figure, panels = pyplot.subplots(1, len(traces), figsize=(9.6, 3.4), sharey=True)
-    titles = {"one a chunk": "a rate for each chunk (the paper's)"}
+    titles = {"one per chunk": "one rate per chunk (the paper's)"}
     for axes, trace in zip(panels, traces, strict=True):
         mine = [entry for entry in entries if entry["trace"] == trace]
         for name in SLO_SCHEMES:
             look = style(name, result["paper_slo"])
             shares = [100 * entry["schemes"][name]["violations"] for entry in mine]
-            axes.plot([entry["deadline_s"] for entry in mine], shares, label=WORDS[name], **look)
+            axes.plot([entry["deadline_s"] for entry in mine], shares, label=SLO_WORDS.get(name) or WORDS[name], **look)
         axes.set_title(titles.get(form(trace), f"each rate {form(trace)}"), fontsize="medium")
         axes.set_xticks([entry["deadline_s"] for entry in mine])
         axes.set_xlabel("deadline (s)")
@@ -198,14 +205,14 @@ def draw_slo(result: Mapping[str, Any]) -> Any:
     panels[0].plot(
         [], [], marker="x", markeredgewidth=2.2, linestyle="none", color="#262626", label="the paper's figures"
     )
-    panels[0].set_ylabel("deadlines missed (% of units)")
+    panels[0].set_ylabel("SLO violations (% of units)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
 def draw_ttft(result: Mapping[str, Any]) -> Any:
-    """TTFT over bandwidth, and over context length."""
+    """TTFT vs bandwidth and vs context length."""
     from matplotlib import pyplot
 
     run = result["paper_ttft"]
@@ -217,7 +224,7 @@ def draw_ttft(result: Mapping[str, Any]) -> Any:
         by_length = [e for e in run["settings"] if e["trace"] == RATE]
         rates = [float(e["trace"].partition("rate=")[2].removesuffix("Gbps")) for e in by_rate]
         lengths = [run["workload"]["contexts"][e["context"]] for e in by_length]
-        left.plot(rates, [e["schemes"][name]["ttft_p50_s"] for e in by_rate], label=WORDS[name], **look)
+        left.plot(rates, [e["schemes"][name]["ttft_p50_s"] for e in by_rate], label=words_of(name), **look)
         right.plot(lengths, [e["schemes"][name]["ttft_p50_s"] for e in by_length], **look)
     left.set(xscale="log", yscale="log", xlabel="bandwidth (Gbit/s)", ylabel="TTFT (s)")
     left.set_title("LongChat, 9,490 tokens", fontsize="medium")
@@ -231,10 +238,10 @@ def draw_ttft(result: Mapping[str, Any]) -> Any:
 
 def style(name: str, run: Mapping[str, Any]) -> Json:
     """matplotlib's keywords for a scheme's look: the same as in every report."""
-    from testbed.report.style import scheme_style
+    from kvstream.testbed.report.style import scheme_style
 
-    known = {"our-oracle": "oracle", "ours": "kvstream", "ours-1.2bit": "kvstream", "cachegen-default": "fixed"}
-    label = known.get(name, "highest" if name == "8-bit" else name)
+    known = {"our-oracle": "oracle", "ours": "kvstream", "our-policy": "kvstream", "cachegen-default": "fixed"}
+    label = known.get(name.partition("-1.")[0], "highest" if name == "8-bit" else name)
     [scheme] = [scheme for scheme in run["schemes"] if scheme["name"] == name]
     look = scheme_style({"scheme": label, "policy": label, "codec": scheme["codec"]})
     return {"color": look.colour, "marker": look.marker, "markersize": 6, "linewidth": 1.8, "linestyle": look.dash}
@@ -244,7 +251,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are kept")
     args = parser.parse_args()
-    from testbed.results import write_whole
+    from kvstream.testbed.results.folder import write_whole
 
     result = kept(args.runs, json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {})
     write_whole(KEPT, result)

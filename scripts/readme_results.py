@@ -2,8 +2,9 @@
 
     python scripts/readme_results.py [RUN]        default: runs/main
 
-The numbers are those of the run's summary.json. They are kept, with what they were measured on, in
-benchmarks/results/main.json, from which the README's block is made; a test checks that the two agree.
+The numbers are those of the run's summary.json, with those of the same experiment in the simulator beside them. They
+are kept, with the machine they were measured on, in benchmarks/results/main.json, from which the README's block is
+generated; a test checks that the two agree.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ FACTS = ("git", "kernel", "processor", "cores", "command")
 
 
 def kept(run: Path) -> dict[str, Any]:
-    """What is kept of a run: its summary, and what it was measured on."""
+    """What is kept of a run: its summary, and the commit and machine of the measurement."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     if summary["backend"] != "mininet":
@@ -36,12 +37,16 @@ def kept(run: Path) -> dict[str, Any]:
 
 def block(result: Mapping[str, Any]) -> str:
     """The README's block, markers included."""
-    from testbed.summary import HEADINGS, cells, notes
+    from kvstream.testbed.results.table import HEADINGS, cells, notes
 
     summary, facts = result["summary"], result["measured_on"]
-    rule = ["---", *["---:"] * (len(HEADINGS) - 1)]
-    rows = [list(HEADINGS), rule, *cells(summary)]
+    rows = [list(HEADINGS), *cells(summary)]
+    beside = summary.get("simulated")
+    if beside:
+        rows = [[*row, *more] for row, more in zip(rows, _simulated(rows, beside), strict=True)]
+    rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
     units = summary["units"]
+    title = "SLO violations and distortion by deadline" if summary.get("deadlines") else "SLO violations vs distortion"
     source = (
         f"Printed by `./run_testbed.sh` at commit `{facts['git']}` on {facts['cores']} cores of {facts['processor']} "
         f"(Linux {facts['kernel'].partition('-')[0]}): {units['counted']} of {units['seen']} units counted, every "
@@ -50,7 +55,7 @@ def block(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             BEGIN,
-            f"![Share of missed deadlines against distortion, one point a scheme]({PICTURE.relative_to(ROOT)})",
+            f"![{title}, for each scheme]({PICTURE.relative_to(ROOT)})",
             "",
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
@@ -62,6 +67,16 @@ def block(result: Mapping[str, Any]) -> str:
             END,
         ]
     )
+
+
+def _simulated(rows: Sequence[Sequence[str]], beside: Mapping[str, Any]) -> list[list[str]]:
+    """For each row of the table: deadlines met and distortion of the same scheme in the simulator."""
+    from kvstream.testbed.results.table import HEADINGS, cells
+
+    met, distortion = HEADINGS.index("deadline met"), HEADINGS.index("distortion")
+    found = {row[0]: [row[met], row[distortion]] for row in cells(dict(beside))}
+    head = [f"simulated: met (n={beside['units']['counted']:,})", "distortion"]
+    return [head, *(found.get(row[0], ["-", "-"]) for row in rows[1:])]
 
 
 def replaced(readme: str, new: str) -> str:

@@ -2,8 +2,8 @@
 
     python scripts/screenshots.py [RUN]           default: runs/main
 
-Writes docs/images/report.png (the session viewer) and docs/images/dashboard.png (a session played again, stopped on its
-way). Needs Playwright and the distribution's Chromium, as the browser tests do (`./run_testbed.sh test`).
+Writes docs/images/report.png (the session viewer) and docs/images/dashboard.png (the replay of a session, paused).
+Needs Playwright and the distribution's Chromium, as the browser tests do (`./run_testbed.sh test`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 IMAGES = ROOT / "docs" / "images"
 WIDTH, SCALE = 1000, 1.5
+OURS = "kvstream"
+"""The scheme that is shown, in a run that has it."""
 STOP_AT = 0.6
 """Of the session's length."""
 
@@ -24,15 +26,18 @@ STOP_AT = 0.6
 def main(arguments: list[str]) -> int:
     from playwright.sync_api import sync_playwright
 
-    from testbed.dashboard.beside import beside
+    from kvstream.testbed.dashboard.live import live_dashboard
 
     run = Path(arguments[0]) if arguments else ROOT / "runs" / "main"
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    with beside(run) as url, sync_playwright() as driver:
+    with live_dashboard(run) as url, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         context = browser.new_context(viewport={"width": WIDTH, "height": 700}, device_scale_factor=SCALE)
         report = context.new_page()
         report.goto((run / "report.html").resolve().as_uri())
+        ours = report.locator(f"#picker label:has(input[value='{OURS}'])")
+        if ours.count():
+            ours.click()
         unit, scheme = shown(report)
         report.locator("section[aria-labelledby=sessions]").screenshot(path=str(IMAGES / "report.png"))
         page = context.new_page()
@@ -48,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def shown(report: Any) -> tuple[str, str]:
-    """(unit, scheme) of the session that the report shows first."""
+    """(unit, scheme) of the session that the report shows."""
     return str(report.locator("#unit").input_value()), str(report.locator("#picker :checked[type=radio]").input_value())
 
 

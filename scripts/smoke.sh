@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The shortest answer to "does it work at all": tests/test_smoke.py. Below five seconds.
+# Does it work at all? tests/test_smoke.py, in under five seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -d .venv/bin ] || export PATH=$PWD/.venv/bin:$PATH

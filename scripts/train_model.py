@@ -1,14 +1,14 @@
 """Train the bundled byte-level Llama models and measure them.
 
     python scripts/corpus.py .corpus
-    python scripts/train_model.py --variant bundled --seconds 330 --out testbed/models/tiny-kv
-    python scripts/train_model.py --evaluate testbed/models/tiny-kv
+    python scripts/train_model.py --variant bundled --seconds 330 --out testbed/engine/models/tiny-kv
+    python scripts/train_model.py --evaluate testbed/engine/models/tiny-kv
 
 Two kinds of sequence share a batch: plain text, and key-value lines between passages of text (the format of
-`testbed.workload`) with questions at the end. Loss falls on every byte of text and on the questions' answers,
-never on the numbers in the lines, which nothing predicts. Two thirds of the time goes to short sequences with
-many lines, where retrieval is learnt, the rest to the full length. `--seconds` bounds the training loop; the
-learning rate follows the clock, so a slower machine trains less but ends properly.
+`kvstream.testbed.workloads.contexts`) with questions at the end. Loss falls on every byte of text and on the
+questions' answers, never on the numbers in the lines, which nothing predicts. Two thirds of the time goes to short
+sequences with many lines, where retrieval is learnt, the rest to the full length. `--seconds` bounds the training
+loop; the learning rate follows the clock, so a slower machine trains less but ends properly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import corpus
 
-from testbed.workload import make_context
+from kvstream.testbed.workloads.contexts import make_context
 
 IGNORED, TEXT, ANSWER = 0, 1, 2
 LONGEST_LINE = 43  # bytes of a key-value line, newline included
@@ -53,7 +53,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that tells one variant's training from another's."""
+    """Everything in which the training of two variants differs."""
 
     layers: int
     hidden: int
@@ -74,12 +74,29 @@ class Recipe:
 RECIPES = {
     "bundled": Recipe(8, 320, 10, 5, 32, 896, 100_000.0, 1 / 3, 0.5, seed=1),
     "second": Recipe(6, 384, 8, 4, 64, 848, 10_000.0, 1 / 4, 0.4, seed=2),
+    # A model of real proportions, 189 M parameters, to judge codecs by: learns in minutes on a GPU, and is not kept.
+    "large": Recipe(
+        16,
+        1_024,
+        8,
+        4,
+        128,
+        2_816,
+        10_000.0,
+        1 / 4,
+        0.4,
+        seed=4,
+        learning_rate=1e-3,
+        warmup_steps=60,
+        phases=(Phase(0.5, 32, 1_024), Phase(1.0, 16, 2_048)),
+        max_positions=4_096,
+    ),
     "smoke": Recipe(2, 64, 4, 2, 16, 128, 10_000.0, 1 / 3, 0.5, 3, phases=(Phase(0.6, 6, 512), Phase(1, 3, 1_024))),
 }
 
 
 def config_of(recipe: Recipe) -> LlamaConfig:
-    """The Llama architecture of a recipe: one token a byte, no special tokens."""
+    """The Llama architecture of a recipe: one token per byte, no special tokens."""
     return LlamaConfig(
         vocab_size=256,
         hidden_size=recipe.hidden,
@@ -256,7 +273,7 @@ def bits_per_byte(model: Any, text: bytes, device: str, length: int = 2_048, win
 
 
 def right_answers(model: Any, context: bytes, questions: Sequence[tuple[bytes, bytes]], device: str) -> int:
-    """How many questions greedy decoding answers right from the exact cache of the context (teacher-forced)."""
+    """How many questions greedy decoding answers correctly with the exact cache of the context (teacher-forced)."""
     with torch.inference_mode():
         ids = torch.tensor([list(context)], device=device)
         cache = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1).past_key_values
@@ -272,7 +289,7 @@ def right_answers(model: Any, context: bytes, questions: Sequence[tuple[bytes, b
 
 
 def evaluate(folder: Path, heldout: bytes, device: str, contexts: int) -> dict:
-    """Held-out bit/byte, and the share of questions answered right at each context length; prints both."""
+    """Held-out bit/byte, and the share of questions answered correctly at each context length; prints both."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     report: dict = {"bits_per_byte": round(bits_per_byte(model, heldout, device), 4), "retrieval": {}}
     print(f"held-out text: {report['bits_per_byte']} bit/byte", flush=True)

@@ -8,22 +8,27 @@ The word after a fence's language says what a block is for:
     ```console no-run WHY     only read: commands must exist
     ```console exit=2         the last command ends with that status
 
-All blocks of a page share one folder and one Python namespace.
+A command that ends with `&` goes on until the page ends; what it prints first must be there before the next one. All
+blocks of a page share one folder and one Python namespace. PORT, where a page's sender listens, is a free one instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PORT = "8700"
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.M | re.S
 )
@@ -115,8 +120,8 @@ def steps(block: Block) -> list[Step]:
 
 
 def words(command: str) -> list[str]:
-    """A command as a shell splits it, comments left out."""
-    return shlex.split(command.replace("\\\n", " "), comments=True)
+    """A command as a shell splits it, comments and a `&` at the end left out."""
+    return shlex.split(command.replace("\\\n", " ").removesuffix("&"), comments=True)
 
 
 def kvstream_arguments(command: str) -> list[str] | None:
@@ -147,9 +152,20 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._names: dict[str, Any] = {"__name__": "__main__"}
+        self._background: list[subprocess.Popen[str]] = []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = str(free.getsockname()[1])
 
     def follow(self, page: Path) -> None:
-        for block in blocks(page):
+        try:
+            self._follow(page)
+        finally:
+            for process in self._background:
+                process.terminate()
+                process.communicate()
+
+    def _follow(self, page: Path) -> None:
+        for block in (replace(block, body=block.body.replace(PORT, self._port)) for block in blocks(page)):
             if block.file is not None:
                 target = self.folder / block.file
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,14 +179,31 @@ class Reader:
     def _type_in(self, block: Block) -> None:
         todo = steps(block)
         for step in todo:
+            if step.command.endswith("&"):
+                self._begin(step, block)
+                continue
             status, output = self._run(step.command)
             expected = block.status if step is todo[-1] else 0
             assert status == expected, f"{block.where}: `{step.command}` ended with {status}:\n{output}"
             missing = first_missing(step.output, output)
             assert missing is None, f"{block.where}: `{step.command}` does not print {missing!r} but:\n{output}"
 
+    def _begin(self, step: Step, block: Block) -> None:
+        """Start a command and read as many lines as the page shows of it, at least one."""
+        argv = kvstream_arguments(step.command)
+        assert argv is not None, f"{block.where}: only kvstream is run in the background"
+        argv += ["--port", self._port] if argv[0] == "serve" else []
+        command = [sys.executable, "-m", "kvstream.testbed.cli", *argv]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, text=True, env=environment)
+        self._background.append(process)
+        assert process.stdout is not None
+        output = "".join(process.stdout.readline() for _ in step.output or [""])
+        missing = first_missing(step.output, output)
+        assert missing is None, f"{block.where}: `{step.command}` does not print {missing!r} but:\n{output}"
+
     def _run(self, command: str) -> tuple[int, str]:
-        from testbed.cli import main
+        from kvstream.testbed.cli import main
 
         argv = kvstream_arguments(command)
         if argv is None:

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from testbed.cli import build_parser
-from testbed.commands.completion import children
+from kvstream.testbed.cli import build_parser, split_program
+from kvstream.testbed.commands.completion import children
 from tests import pages
 from tests.pages import ROOT, Block, Reader
 from tests.testbed.made_run import make_run
@@ -74,7 +74,7 @@ def check_parses(command: str, where: str) -> None:
     if argv is not None:
         status: object = None
         try:
-            build_parser().parse_args(argv)
+            build_parser().parse_args(split_program(argv)[0])
         except SystemExit as stop:
             status = stop.code
         assert not status, f"{where}: `{command}` cannot be parsed"
@@ -83,7 +83,7 @@ def check_parses(command: str, where: str) -> None:
 def check_words(argv: list[str], where: str) -> None:
     """Commands and options of a call in prose, whose arguments may be placeholders."""
     parser: argparse.ArgumentParser = build_parser()
-    for word in argv:
+    for word in split_program(argv)[0]:
         below = children(parser)
         if word.startswith("--"):
             flags = {flag for action in parser._actions for flag in action.option_strings}
@@ -113,7 +113,16 @@ def test_every_page_is_in_the_index():
     assert [name for name in missing if "/solutions/" not in name] == []
 
 
-@pytest.mark.parametrize("generator", ["make_reference", "draw_architecture", "codec_results"])
+def test_every_page_is_in_the_sites_menu():
+    menu = re.findall(r"^ +- (?:.*: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(menu) == sorted({*NAMES, *(path for path in menu if not path.startswith("docs/"))})
+    assert all((ROOT / path).is_file() for path in menu)
+
+
+@pytest.mark.parametrize(
+    "generator",
+    ["make_reference", "make_experiment", "draw_architecture", "codec_results", "scale_results", "engine_results"],
+)
 def test_generated_files_are_current(generator, capsys):
     assert script(generator).main(["--check"]) == 0, capsys.readouterr().out
 
@@ -125,8 +134,8 @@ class TestFacts:
         return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
     def test_routes_of_the_sender(self, tmp_path):
-        from testbed.sender import Sender
-        from testbed.store import Store
+        from kvstream.testbed.net.sender import Sender
+        from kvstream.testbed.store.store import Store
 
         routes = Sender(Store(tmp_path)).app().router.routes()
         served = {(route.method, route.resource.canonical) for route in routes if route.resource is not None}
@@ -137,10 +146,11 @@ class TestFacts:
         assert listed == served
 
     def test_schema_of_the_manifest(self):
-        from testbed import manifest, shipped
+        from kvstream.testbed.store import manifest
+        from kvstream.testbed.workloads import precomputed
 
         schema = json.loads(self.text("manifest.schema.json"))["properties"]
-        offer = shipped.load("docs", "cachegen")
+        offer = precomputed.load("docs", "cachegen")
         assert offer is not None
         body = offer.manifest.to_json()
         assert set(body) == set(schema)
@@ -152,10 +162,10 @@ class TestFacts:
         assert schema["levels"]["maxItems"] == manifest.MAX_LEVELS
         assert schema["chunks"]["maxItems"] == manifest.MAX_CHUNKS
 
-    def test_every_check_of_doctor_has_its_line(self):
-        from testbed import doctor
+    def test_every_check_of_doctor_is_explained(self):
+        from kvstream.testbed.emulator import doctor
 
-        source = (ROOT / "testbed" / "doctor.py").read_text(encoding="utf-8")
+        source = (ROOT / "testbed" / "emulator" / "doctor.py").read_text(encoding="utf-8")
         names = set(re.findall(r'(?:Check|_try)\(\s*"([^"]+)"', source)) | {*doctor.PROGRAMS, *doctor.PACKAGES}
         rows = [
             line.split("|")[1] for line in self.text("howto/troubleshooting.md").splitlines() if line.startswith("|")
@@ -164,15 +174,22 @@ class TestFacts:
         assert len(names) > 15
         assert {name for name in names if name not in explained and name not in ", ".join(explained)} == set()
 
-    def test_metrics_of_bars(self):
-        from testbed.bars import METRICS
+    def test_metrics_of_thresholds(self):
+        from kvstream.testbed.results.thresholds import METRICS
 
         assert [name for name in METRICS if f"`{name}`" not in self.text("howto/ci.md")] == []
 
     def test_number_of_trace_formats(self):
-        from traces.formats import FORMATS
+        from kvstream.traces.formats import FORMATS
 
-        assert len(FORMATS) == 14, "README, own-trace.md and CHANGELOG.md say fourteen"
+        assert len(FORMATS) == 18, "README, own-trace.md and CHANGELOG.md say eighteen"
+
+
+def test_files_named_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:codec|policies|testbed|traces|tests|scripts)/[\w./]*)`", text)
+    assert len(named) > 40
+    assert sorted({name for name in named if "NAME" not in name and not (ROOT / name).exists()}) == []
 
 
 class TestPaper:
@@ -210,7 +227,7 @@ class TestReadme:
     def test_result_of_a_run_goes_in(self, tmp_path):
         results = script("readme_results")
         run = make_run(tmp_path / "run")
-        from testbed.summary import summarise
+        from kvstream.testbed.results.summary import summarise
 
         manifest = run.manifest | {"git": "0123456", "processor": "a processor", "cores": 2}
         (run.path / "manifest.json").write_text(json.dumps(manifest))

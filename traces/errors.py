@@ -1,4 +1,4 @@
-"""The error that every bad trace raises."""
+"""The error raised for every invalid trace."""
 
 from __future__ import annotations
 

@@ -13,25 +13,25 @@ from bisect import bisect_right
 from functools import lru_cache
 from typing import Final
 
-from traces.errors import TraceError
-from traces.trace import Trace
+from kvstream.traces.errors import TraceError
+from kvstream.traces.trace import Trace
 
 FRAME_BYTES: Final = 65_536
 MIN_FRAME_BYTES: Final = 4_096
-FRAMES_AN_ANSWER: Final = 8
+FRAMES_PER_ANSWER: Final = 8
 LARGE_FRAME_BYTES: Final = 524_288
-FRAMES_A_LARGE_ANSWER: Final = 32
+FRAMES_PER_LARGE_ANSWER: Final = 32
 
 
 def frame_bytes(total_bytes: int) -> int:
     """Size of the frames in which a receiver learns of an answer's bytes: an eighth of it, within 4 to 64 KiB, and of
     more than 2 MiB a thirty-second, up to 512 KiB.
 
-    A frame is seen when it is complete, so a slow link needs small ones for a rate to be known before the chunk is. On
-    a fast one each frame costs both ends time, and what is large for either is a matter of the answer's size.
+    A frame counts once it is complete, so a slow link needs small ones for a rate to be known before the chunk ends. On
+    a fast link each frame costs both ends time, so large answers have large frames.
     """
-    small = min(FRAME_BYTES, max(MIN_FRAME_BYTES, total_bytes // FRAMES_AN_ANSWER))
-    return max(small, min(LARGE_FRAME_BYTES, total_bytes // FRAMES_A_LARGE_ANSWER))
+    small = min(FRAME_BYTES, max(MIN_FRAME_BYTES, total_bytes // FRAMES_PER_ANSWER))
+    return max(small, min(LARGE_FRAME_BYTES, total_bytes // FRAMES_PER_LARGE_ANSWER))
 
 
 class FluidLink:
@@ -72,7 +72,7 @@ class FluidLink:
     def transfer(self, request_s: float, size_bytes: float, chunk: int = 0) -> tuple[float, float]:
         """First and last byte (seconds) of an answer of `size_bytes` requested at `request_s`; inf if it never comes.
 
-        Takes the link: the next request is served after it. `chunk` picks the rate of a trace with one rate a chunk.
+        Takes the link: the next request is served after it. `chunk` picks the rate of a trace with one rate per chunk.
         """
         first_s, _, last_s = self.answer(request_s, size_bytes, size_bytes, chunk)
         return first_s, last_s
@@ -105,9 +105,14 @@ class FluidLink:
         """Bytes that a warm connection carries from `start_s` to `end_s`."""
         if self.goodput.per == "chunk":
             return self.goodput.chunk_rate(chunk) * (end_s - start_s) / 8.0
-        if start_s != self._from[0]:  # asked again and again about one transfer
+        if start_s != self._from[0]:  # asked repeatedly about one transfer
             self._from = (start_s, self.goodput.bits_by(start_s))
         return (self.goodput.bits_by(end_s) - self._from[1]) / 8.0
+
+    def is_dead(self, after_s: float) -> bool:
+        """Whether an answer that never ends, though it began, gets no byte more: it waits for a change of the rate that
+        does not come, or, where the trace repeats itself, for a first bit of it."""
+        return self.goodput.end == "loop" or self.next_change_s(after_s) == math.inf
 
     def next_change_s(self, after_s: float) -> float:
         """When the rate changes next, seconds; inf if it never does again."""

@@ -6,7 +6,7 @@ A shaper counts Ethernet frames without preamble, checksum and gap. A full TCP s
 
 from __future__ import annotations
 
-from traces.errors import TraceError
+from kvstream.traces.errors import TraceError
 
 IP_TCP_HEADER_BYTES = 52
 ETHERNET_HEADER_BYTES = 14

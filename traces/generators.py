@@ -3,8 +3,8 @@
 Every setting is keyword-only and SI: rates in bit/s at layer 2, times in seconds, fractions from 0 to 1. The
 annotations say which (`Rate`, `Time`, `Fraction`, `Rates`, `Times`, `Weights`), so that a spec such as
 `uniform,low=100Mbps,high=10Gbps,hold=0.2s,seed=7` maps onto them. The same settings always give the same trace: rates
-come out as whole bit/s and random durations as whole microseconds, so that the last digit of a machine's logarithm
-does not show. A trace's provenance holds the full spec that makes it again.
+come out as whole bit/s and random durations as whole microseconds, so that the last digit of a platform's logarithm
+does not matter. A trace's provenance holds the full spec that makes it again.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from traces.errors import TraceError
-from traces.trace import MAX_ROWS, End, Floats, Per, Provenance, Trace
-from traces.units import Fraction, Rate, Time
+from kvstream.traces.errors import TraceError
+from kvstream.traces.trace import MAX_ROWS, End, Floats, Per, Provenance, Trace
+from kvstream.traces.units import Fraction, Rate, Time
 
 Rates = Annotated[Sequence[float], "rates"]
 """Several rates in bit/s; `2Gbps:200Mbps:1Gbps` in a spec."""
@@ -36,40 +36,45 @@ GENERATORS: dict[str, Callable[..., Trace]] = {}
 """Generators by the name a spec uses."""
 MAX_BINS = 10_000
 IDLE = {"chunk": ("hold", "length"), "time": ("chunks",)}
-"""Settings that say nothing for a trace with one rate a chunk, and for one over time: refused rather than ignored."""
+"""Settings without meaning for a trace with one rate per chunk, and for one over time: refused, not ignored."""
 
 
 def generator(function: Callable[P, Trace]) -> Callable[P, Trace]:
     """Register a generator under its name (with hyphens) and let it note its full spec in the provenance."""
     name = function.__name__.rstrip("_").replace("_", "-")
     signature = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Trace:
         bound = signature.bind(*args, **kwargs)
-        given = _spec(name, bound.arguments)
+        given = _spec(name, bound.arguments, hints)
         bound.apply_defaults()
         idle = IDLE.get(bound.arguments.get("per", ""), ())
         for key in idle:
             if key in kwargs:
                 other = "chunk" if bound.arguments["per"] == "time" else "time"
                 value = f"{kwargs[key]:g}s" if other == "time" else kwargs[key]
-                raise TraceError(f"{key} is for per={other}: write per={other},{key}={value}, or leave {key} away")
+                raise TraceError(f"{key} is for per={other}: write per={other},{key}={value}, or omit {key}")
         full = {key: value for key, value in bound.arguments.items() if key not in idle}
-        record = Provenance(source=_spec(name, full), format="generator", licence="Apache-2.0 (generated)")
+        record = Provenance(source=_spec(name, full, hints), format="generator", licence="Apache-2.0 (generated)")
         return replace(function(*args, **kwargs), name=given, provenance=(record,))
 
     GENERATORS[name] = made
     return made
 
 
-def _spec(name: str, settings: dict[str, Any]) -> str:
-    def written(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            return ":".join(map(written, value))
-        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+_SUFFIX = {"rate": "bps", "rates": "bps", "time": "s", "times": "s"}
 
-    return ",".join([name, *(f"{key}={written(value)}" for key, value in settings.items())])
+
+def _spec(name: str, settings: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    def written(value: Any, unit: str) -> str:
+        if isinstance(value, (list, tuple)):
+            return ":".join(written(one, unit) for one in value)
+        return f"{int(value) if isinstance(value, float) and value.is_integer() else value}{unit}"
+
+    units = {key: _SUFFIX.get(getattr(hints.get(key), "__metadata__", ("",))[0], "") for key in settings}
+    return ",".join([name, *(f"{key}={written(value, units[key])}" for key, value in settings.items())])
 
 
 def _at_least(low: float, inclusive: bool = False, **settings: float) -> None:
@@ -107,9 +112,9 @@ def constant(*, rate: Rate = 30e6, length: Time = 60.0) -> Trace:
 
 @generator
 def step(*, rates: Rates = (40e6, 10e6, 25e6), hold: Times = (2.0,)) -> Trace:
-    """The given rates (bit/s), each for its `hold` (seconds; one for all, or one a rate); the last rate stays."""
+    """The given rates (bit/s), each for its `hold` (seconds; one for all, or one per rate); the last rate stays."""
     if len(hold) not in (1, len(rates)):
-        raise TraceError(f"step: {len(rates)} rates and {len(hold)} holds; give one hold for all, or one a rate")
+        raise TraceError(f"step: {len(rates)} rates and {len(hold)} holds; give one hold for all, or one per rate")
     return _made(np.resize(np.asarray(hold, float), len(rates)), rates, end="hold")
 
 

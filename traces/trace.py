@@ -11,53 +11,37 @@ import hashlib
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, cast, get_args, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from traces.errors import TraceError
-from traces.framing import goodput_per_capacity
+from kvstream.traces.columns import Floats, checked_column, sequence
+from kvstream.traces.errors import TraceError
+from kvstream.traces.framing import goodput_per_capacity
+from kvstream.traces.provenance import Provenance as Provenance
 
-Floats = NDArray[np.float64]
 End = Literal["loop", "hold", "stop"]
 Kind = Literal["capacity", "achieved"]
 Per = Literal["time", "chunk"]
 
-MAX_ROWS = 5_000_000
+MAX_ROWS = 20_000_000
 MAX_RATE_BPS = 1e14
 MIN_ROW_S = 1e-9
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where the rates of a trace come from.
-
-    ``source`` is a file name, a URL or a generator spec; ``format`` the name of the reader or ``generator``;
-    ``licence`` the licence of the data as far as known; ``transforms`` what was done since, oldest first;
-    ``sha256`` the hash of the source file's bytes (empty when there is no file).
-    """
-
-    source: str
-    format: str
-    licence: str = "unknown"
-    transforms: tuple[str, ...] = ()
-    sha256: str = ""
-
-
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a link carries over time. Arrays are copied and read-only; traces of equal content are equal.
+    """What a link carries over time. Arrays are read-only, writeable ones copied; traces of equal content are equal.
 
     ``durations_s`` and ``rates_bps`` are float64 of one length n >= 1: seconds (> 0), bit/s at layer 2 (>= 0).
     ``end`` says what follows the last row: ``loop`` starts again, ``hold`` keeps the last rate, ``stop`` sends
     nothing more. ``kind`` is ``capacity`` for what the link could carry, ``achieved`` for what some sender got.
-    ``per="chunk"`` holds one rate a chunk instead: the link steps to ``chunk_rate(i)`` as chunk i's first byte
-    leaves. Such a trace has no time line: ``durations_s`` is empty and methods about time raise TraceError.
+    ``per="chunk"`` holds one rate per chunk instead: the link steps to ``chunk_rate(i)`` as chunk i's first byte
+    leaves. Such a trace has no time axis: ``durations_s`` is empty and methods about time raise TraceError.
     ``delay_s`` (one way, seconds) and ``loss`` (a fraction of packets) are optional columns of length n.
-    ``story`` says in a sentence or two what the link goes through, for people; like the name it is a label.
+    ``story`` says in a sentence or two what the link goes through, for people; like the name, it is a label.
     """
 
     name: str
@@ -70,64 +54,48 @@ class Trace:
     delay_s: Floats | None = None
     loss: Floats | None = None
     story: str = ""
-    _edges: list[float] = field(init=False, repr=False)
-    _bits: list[float] = field(init=False, repr=False)
-    _rates: list[float] = field(init=False, repr=False)
+    _edges: Sequence[float] = field(init=False, repr=False)
+    _bits: Sequence[float] = field(init=False, repr=False)
+    _rates: Sequence[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for what, allowed in (("end", End), ("kind", Kind), ("per", Per)):
             value, choices = getattr(self, what), get_args(allowed)
             if value not in choices:
-                raise TraceError(f"trace {self.name!r}: {what}={value!r}; use one of {', '.join(choices)}")
-        rates = self._column("rates_bps", self.rates_bps, 0.0, MAX_RATE_BPS, length=None)
+                raise TraceError(f"trace {self.name!r}: {what}={str(value)[:60]!r}; choose from {', '.join(choices)}")
+        rates = checked_column(self.name, "rates_bps", self.rates_bps, 0.0, MAX_RATE_BPS)
         n = len(rates)
         if not 1 <= n <= MAX_ROWS:
             raise TraceError(f"trace {self.name!r} has {n} rows; a trace has 1 to {MAX_ROWS}")
-        durations = self._column(
-            "durations_s", self.durations_s, MIN_ROW_S, math.inf, length=n if self.per == "time" else 0
-        )
+        length = n if self.per == "time" else 0
+        durations = checked_column(self.name, "durations_s", self.durations_s, MIN_ROW_S, math.inf, length)
         for what in ("delay_s", "loss"):
             values = getattr(self, what)
             if values is not None:
                 top = 1.0 if what == "loss" else math.inf
-                object.__setattr__(self, what, self._column(what, values, 0.0, top, length=n))
+                object.__setattr__(self, what, checked_column(self.name, what, values, 0.0, top, n))
+        edges, bits = np.zeros(len(durations) + 1), np.zeros(len(durations) + 1)
         with np.errstate(over="ignore"):  # an overflow is an infinity, refused below
-            edges = np.concatenate(([0.0], np.cumsum(durations)))
-            bits = np.concatenate(([0.0], np.cumsum(durations * rates[: len(durations)])))
+            np.cumsum(durations, out=edges[1:])
+            np.multiply(durations, rates[: len(durations)], out=bits[1:])
+            np.cumsum(bits[1:], out=bits[1:])
         if not math.isfinite(edges[-1] + bits[-1]):
             raise TraceError(f"trace {self.name!r} is too long: its length or its bits overflow")
-        if not np.all(np.diff(edges) > 0.0):
-            row = int(np.argmin(np.diff(edges) > 0.0))
-            raise TraceError(
-                f"trace {self.name!r}: durations_s[{row}] = {durations[row]:g} s is lost after {edges[row]:g} s"
-            )
+        if not (rising := edges[1:] > edges[:-1]).all():
+            row = int(np.argmin(rising))
+            lost = f"durations_s[{row}] = {durations[row]:g} s is lost after {edges[row]:g} s"
+            raise TraceError(f"trace {self.name!r}: {lost}")
         for attribute, content in (
             ("rates_bps", rates),
             ("durations_s", durations),
-            ("_edges", edges.tolist()),
-            ("_bits", bits.tolist()),
-            ("_rates", rates.tolist()),
+            ("_edges", sequence(edges)),
+            ("_bits", sequence(bits)),
+            ("_rates", sequence(rates)),
         ):
             object.__setattr__(self, attribute, content)
 
-    def _column(self, what: str, values: ArrayLike, low: float, high: float, length: int | None) -> Floats:
-        try:
-            column = np.array(values, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise TraceError(f"trace {self.name!r}: {what} is not a list of numbers") from None
-        if column.ndim != 1 or (length is not None and len(column) != length):
-            wanted = "one-dimensional" if length is None else f"of length {length}"
-            raise TraceError(f"trace {self.name!r}: {what} has shape {column.shape}; it must be {wanted}")
-        good = np.isfinite(column) & (column >= low) & (column <= high)
-        if not good.all():
-            row = int(np.argmin(good))
-            raise TraceError(
-                f"trace {self.name!r}: {what}[{row}] = {column[row]}; "
-                f"it must be a finite number from {low:g} to {high:g}"
-            )
-        column += 0.0  # turns -0.0 into 0.0, so that equal content hashes equally
-        column.setflags(write=False)
-        return column
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, one.name) for one in fields(self) if one.init)
 
     # ---- what it is
 
@@ -136,7 +104,9 @@ class Trace:
         """Hash of the content: rows, end, kind, per. The name and the provenance are labels and stay out."""
         digest = hashlib.sha256(f"kvstream-trace-1 {self.end} {self.kind} {self.per} {len(self)}".encode())
         for column in (self.durations_s, self.rates_bps, self.delay_s, self.loss):
-            digest.update(b"-" if column is None else b"+" + column.astype("<f8").tobytes())
+            digest.update(b"-" if column is None else b"+")
+            if column is not None:
+                digest.update(column.astype("<f8", copy=False).data)
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -200,7 +170,7 @@ class Trace:
         edges, bits = self._edges, self._bits
         length = edges[-1]
         if not 0.0 <= t_s < math.inf:
-            raise TraceError(f"trace {self.name!r}: time {t_s} s; times are finite and not negative")
+            raise TraceError(f"trace {self.name!r}: time {t_s} s; times must be finite and not negative")
         if t_s >= length:
             if self.end == "loop":
                 passes, t_s = divmod(t_s, length)
@@ -216,7 +186,7 @@ class Trace:
 
     def _bits_by_array(self, t_s: Floats) -> Floats:
         if not np.all(np.isfinite(t_s) & (t_s >= 0.0)):
-            raise TraceError(f"trace {self.name!r}: times are finite and not negative")
+            raise TraceError(f"trace {self.name!r}: times must be finite and not negative")
         edges, bits = np.asarray(self._edges), np.asarray(self._bits)
         length = self._edges[-1]
         passes, within = np.divmod(t_s, length) if self.end == "loop" else (np.zeros_like(t_s), t_s)
@@ -285,7 +255,7 @@ class Trace:
             raise TraceError(f"trace {self.name!r} is over time; chunk_rate is for per=chunk")
         n = len(self._rates)
         if chunk < 0:
-            raise TraceError(f"trace {self.name!r}: chunk {chunk}; chunks count from 0")
+            raise TraceError(f"trace {self.name!r}: chunk {chunk}; chunks are numbered from 0")
         if chunk >= n and self.end == "stop":
             return 0.0
         return self._rates[chunk % n if self.end == "loop" else min(chunk, n - 1)]
@@ -325,12 +295,12 @@ class Trace:
 
     def _position(self, t_s: float) -> float:
         if not 0.0 <= t_s < math.inf:
-            raise TraceError(f"trace {self.name!r}: time {t_s} s; times are finite and not negative")
+            raise TraceError(f"trace {self.name!r}: time {t_s} s; times must be finite and not negative")
         return math.fmod(t_s, self._edges[-1]) if self.end == "loop" else t_s
 
     def _needs_time(self, what: str) -> None:
         if self.per == "chunk":
-            raise TraceError(f"trace {self.name!r} has one rate a chunk and no time line: {what} needs per=time")
+            raise TraceError(f"trace {self.name!r} has one rate per chunk and no time axis: {what} needs per=time")
 
     # ---- traces made from it
 
@@ -357,6 +327,15 @@ class Trace:
         """The same trace under another name."""
         return replace(self, name=name)
 
+    def without(self, column: str) -> Trace:
+        """The same rows without a column: `delay` or `loss`."""
+        name = {"delay": "delay_s", "loss": "loss"}.get(column)
+        if name is None:
+            raise TraceError(f"trace {self.name!r}: {column[:60]!r} cannot be dropped; choose from delay, loss")
+        if getattr(self, name) is None:
+            return self
+        return self._derived(f"{column} dropped", **{name: None})
+
     def with_end(self, end: End) -> Trace:
         """The same rows with another end."""
         return self._derived(f"end {end}", end=end)
@@ -381,17 +360,15 @@ class Trace:
         """Every rate brought into [low_bps, high_bps]."""
         if not 0.0 <= low_bps <= high_bps:
             raise TraceError(f"trace {self.name!r}: clip to {low_bps}..{high_bps} bit/s; low must not exceed high")
-        return self._derived(
-            f"clipped {low_bps:.9g}..{high_bps:.9g} bit/s",
-            rates_bps=np.clip(self.rates_bps, low_bps, high_bps),
-        )
+        rates_bps = np.clip(self.rates_bps, low_bps, high_bps)
+        return self._derived(f"clipped {low_bps:.9g}..{high_bps:.9g} bit/s", rates_bps=rates_bps)
 
     def sliced(self, start_s: float, length_s: float) -> Trace:
         """The rows from ``start_s`` for ``length_s`` seconds, past the last row as ``end`` says. The end stays."""
         return self._derived(f"sliced {start_s:.9g}+{length_s:.9g} s", **self._window(start_s, length_s))
 
     def shifted(self, offset_s: float) -> Trace:
-        """The link for one who starts later: ``shifted(o).bits_by(t) == bits_by(o + t) - bits_by(o)``."""
+        """The link as seen from a later start: ``shifted(o).bits_by(t) == bits_by(o + t) - bits_by(o)``."""
         self._needs_time("shifted")
         length = self._edges[-1]
         if self.end != "loop" and offset_s >= length:
@@ -418,9 +395,7 @@ class Trace:
         """
         self._needs_time("resampled")
         if not 0.0 < step_s < math.inf or self._edges[-1] / step_s > MAX_ROWS:
-            raise TraceError(
-                f"trace {self.name!r}: step of {step_s} s; give a step above 0 s, at most {MAX_ROWS} of them"
-            )
+            raise TraceError(f"trace {self.name!r}: step of {step_s} s; give one above 0 s, at most {MAX_ROWS} rows")
         grid = step_s * np.arange(math.floor(self._edges[-1] / step_s + 1e-6) + 1)
         sliver = len(grid) > 1 and self._edges[-1] - grid[-1] < 2.0 * MIN_ROW_S
         grid = np.append(grid[:-1] if sliver else grid, self._edges[-1])
@@ -463,7 +438,7 @@ class Trace:
     def over_time(self, hold_s: float) -> Trace:
         """A per-chunk trace laid out in time, each rate for ``hold_s`` seconds: another link, and noted as such."""
         if self.per != "chunk":
-            raise TraceError(f"trace {self.name!r} is over time already; hold is for a trace of one rate a chunk")
+            raise TraceError(f"trace {self.name!r} is already over time; hold is for a trace with one rate per chunk")
         if not 0.0 < hold_s < math.inf:
             raise TraceError(f"trace {self.name!r}: hold of {hold_s} s; give a finite time above 0 s")
         transform = f"per chunk to per time, each rate held {hold_s:.9g} s"

@@ -4,6 +4,17 @@ Kernels are compiled on first use for one set of types each (read-only inputs, o
 call meets an unexpected compilation; they run without the GIL. Machine code is kept in numba's cache where one is
 writable (beside this file, the user's cache directory, or NUMBA_CACHE_DIR). All kernels are in one file because the
 cache notices a change only in the file of the kernel itself, not in what it inlines.
+
+A rANS decoder's table has one 32-bit word per slot (`tables.Tables.packed`), from which a step takes everything:
+
+    bit 31        20 19          8 7        0
+        +-----------+-------------+----------+
+        | remainder |  frequency  |  symbol  |     remainder = slot - the symbol's first slot, in 0..1023
+        +-----------+-------------+----------+     frequency in 1..1024, its bit 19 unused
+
+    state = frequency * (state >> 10) + remainder
+
+A decoder works on tiles: `LANES` columns side by side, one per lane of its vectors, and `TILE` tokens.
 """
 
 # numba gives these functions their types; mypy cannot see them.
@@ -22,13 +33,29 @@ from llvmlite import ir
 from numba import int64, types, uint8, uint32, uint64
 from numba.extending import intrinsic
 
+from kvstream.codec.entropy.kinds import KINDS
+from kvstream.codec.entropy.tables import FREQUENCY_SHIFT, PROB_BITS, PROB_SCALE, REMAINDER_SHIFT
+
 Kernel = Callable[..., Any]
-_VECTOR = 16
+VECTOR = 16
 """Lanes of one vector: 16 float32 are a cache line of token-major output."""
-_LANES = 32
+LANES = 32
 """Columns decoded into one tile: two vectors, so that one's memory accesses hide the other's."""
-_TILE = 128
+TILE = 128
 """Tokens of a tile: it stays in the L1 cache."""
+VECTOR_BYTES = 4 * VECTOR
+"""Of 32-bit lanes."""
+ROW_BYTES = 4 * LANES
+"""A row of `lookup`: one float32 per lane."""
+
+SYMBOL, FLOAT32, FLOAT16, BFLOAT16 = (KINDS[kind] for kind in ("uint8", "float32", "float16", "bfloat16"))
+SLOT_MASK = PROB_SCALE - 1
+FREQUENCY_MASK = 2 * PROB_SCALE - 1
+WORD_BITS = 16
+LOWER_BOUND = 1 << WORD_BITS
+"""A decoder whose state falls below this takes in the stream's next word."""
+RECIPROCAL_BITS = 42
+"""x < f * 2^22 when x is divided by a frequency f, so x // f == (x * ceil(2^42 / f)) >> 42 exactly, in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +80,8 @@ _LENGTHS_OUT = _array(types.int64, 1, readonly=False)
 _GRID16, _GRID32 = _array(types.uint16, 2), _array(types.uint32, 2)
 _SYMBOLS = _array(types.uint8, 2, "A")
 _FLOATS, _FLOAT_GRID = _array(types.float32, 1), _array(types.float32, 2)
-_JOB = (_LENGTHS, types.int64, types.int64, types.int64, types.int64)
-"""offsets, low, high, first, last"""
-_RECONSTRUCTION = (_FLOAT_GRID, _FLOATS, _FLOATS, _FLOAT_GRID, types.int64, types.boolean)
-"""values, scale, offset, token_scale, kind, linear"""
-_STRIDES = (types.int64, types.int64, types.int64, types.int64)
-"""width, block_stride, token_stride, lane_stride"""
+_TASK = types.Tuple((_LENGTHS, types.int64, types.int64, types.int64, types.int64))
+"""`sections.Task` as a plain tuple: with a class in a signature, numba's cache breaks when the class is renamed."""
 
 
 @cache
@@ -67,7 +90,7 @@ def lengths() -> LengthKernels:
         pack=_compile(
             _pack_deltas, types.void(_array(types.int64, 2), _BYTES, _array(types.uint32, 1, readonly=False))
         ),
-        unpack=_compile(_unpack_lengths, types.int64(_WORDS, _BYTES, _BYTES, _LENGTHS_OUT)),
+        unpack=_compile(_unpack_lengths, types.int64(_WORDS, _BYTES, _array(types.uint32, 1), _LENGTHS_OUT)),
     )
 
 
@@ -91,12 +114,16 @@ def arithmetic() -> CoderKernels:
 
 def _decoders(function: Kernel, *leading: types.Type) -> dict[str, Kernel]:
     return {
-        str(dtype): _compile(
-            function,
-            types.int64(*leading, *_JOB, *_RECONSTRUCTION, _array(dtype, 1, readonly=False), *_STRIDES),
-        )
+        str(dtype): _compile(function, types.int64(*leading, _TASK, _output(dtype)))
         for dtype in (types.uint8, types.uint16, types.float32)
     }
+
+
+def _output(dtype: types.Type) -> Any:
+    """`sections.Output` as a plain tuple."""
+    reconstruction = (_FLOAT_GRID, _FLOATS, _FLOATS, _FLOAT_GRID, types.int64, types.boolean)
+    strides = (types.int64, types.int64, types.int64, types.int64)
+    return types.Tuple((*reconstruction, _array(dtype, 1, readonly=False), *strides))
 
 
 def _compile(function: Kernel, signature: Any) -> Kernel:
@@ -111,7 +138,7 @@ def _compile(function: Kernel, signature: Any) -> Kernel:
 def _rans_encode(symbols, table_of_column, frequencies, starts, words, lengths):
     """Code `symbols` [C, T]; returns the words written, or -1 - column for a symbol without a slot.
 
-    Each stream is written from the end of its longest possible place downward, then moved up against the one before.
+    Each stream is written downward from the end of the longest room it can need, then moved next to the one before.
     """
     columns, tokens = symbols.shape
     n_symbols = frequencies.shape[1]
@@ -121,8 +148,7 @@ def _rans_encode(symbols, table_of_column, frequencies, starts, words, lengths):
         k = table_of_column[c]
         for s in range(n_symbols):
             f = uint64(frequencies[k, s])
-            # x < f * 2^22 here, so x // f == (x * ceil(2^42 / f)) >> 42 exactly, and the product fits 64 bits.
-            step[s, 0] = (uint64(1 << 42) + f - uint64(1)) // f if f > uint64(0) else uint64(0)
+            step[s, 0] = (uint64(1 << RECIPROCAL_BITS) + f - uint64(1)) // f if f > uint64(0) else uint64(0)
             step[s, 1] = f | (uint64(starts[k, s]) << uint64(32))
         top = used + tokens + 2
         at = top
@@ -132,12 +158,12 @@ def _rans_encode(symbols, table_of_column, frequencies, starts, words, lengths):
             if s >= n_symbols or step[s, 0] == uint64(0):
                 return -1 - c
             f = step[s, 1] & uint64(0xFFFFFFFF)
-            if x >= (f << uint64(22)):
+            if x >= (f << uint64(32 - PROB_BITS)):
                 at -= 1
                 words[at] = x & uint64(0xFFFF)
                 x >>= uint64(16)
-            q = (x * step[s, 0]) >> uint64(42)
-            x = (q << uint64(10)) + (x - q * f) + (step[s, 1] >> uint64(32))
+            q = (x * step[s, 0]) >> uint64(RECIPROCAL_BITS)
+            x = (q << uint64(PROB_BITS)) + (x - q * f) + (step[s, 1] >> uint64(32))
         if x > uint64(0):
             at -= 1
             words[at] = x & uint64(0xFFFF)
@@ -152,36 +178,34 @@ def _rans_encode(symbols, table_of_column, frequencies, starts, words, lengths):
     return used
 
 
-def _rans_decode(
-    table_of_column, frequencies, packed, shared, words, offsets, low, high, first, last,
-    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride,
-):  # fmt: skip
-    """Decode columns low to high, tokens first to last; returns a damaged column or -1.
+def _rans_decode(table_of_column, frequencies, packed, shared, words, task, output):
+    """Decode a task's streams; returns a damaged column or -1.
 
-    `offsets` are the segment's. Column c, token t goes to element (c // width) * block_stride + t * token_stride +
-    (c % width) * lane_stride of `out`. `linear` says that `values` is one row of equal steps of 1. Lanes without a
-    column decode an empty stream into a part of the tile nobody reads.
+    With `shared`, all columns use the rows of `packed`, else each lane's table is unpacked from `frequencies` first.
+    Lanes without a column decode an empty stream into a part of the tile that is never read.
     """
+    offsets, low_column, high_column, first, last = task
+    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride = output
     columns = table_of_column.shape[0]
     n_symbols = frequencies.shape[1]
-    columns_a_group = columns // token_scale.shape[0]
-    state = np.empty(_LANES, np.uint32)
-    at = np.empty(_LANES, np.int32)
-    end = np.empty(_LANES, np.int32)
-    row = np.empty(_LANES, np.int32)
-    tile = np.empty((_TILE, _LANES), np.uint8)
-    level = np.empty((256, _LANES), np.float32)
-    line = np.empty(_VECTOR, np.float32)
-    own = np.empty((1 if shared else _LANES, 1024), np.uint32)
+    columns_per_group = columns // token_scale.shape[0]
+    state = np.empty(LANES, np.uint32)
+    at = np.empty(LANES, np.int32)
+    end = np.empty(LANES, np.int32)
+    row = np.empty(LANES, np.int32)
+    tile = np.empty((TILE, LANES), np.uint8)
+    lookup = np.empty((256, LANES), np.float32)
+    line = np.empty(VECTOR, np.float32)
+    own = np.empty((1 if shared else LANES, PROB_SCALE), np.uint32)
     table = packed if shared else own
-    base = low
-    while base < high:
-        block, place, group = base // width, base % width, base // columns_a_group
-        # All lanes of a tile lie in one block of `out` and one group of `token_scale`.
-        lanes = min(_LANES, high - base, width - place, (group + 1) * columns_a_group - base)
+    base = low_column
+    while base < high_column:
+        block, place, group = base // width, base % width, base // columns_per_group
+        # All lanes of a tile lie in one block of the output and one group of `token_scale`.
+        lanes = min(LANES, high_column - base, width - place, (group + 1) * columns_per_group - base)
         # Words are read in pairs of which the second counts, so the first place read from is 1.
         origin = max(offsets[base] - 1, 0)
-        for lane in range(_LANES):
+        for lane in range(LANES):
             state[lane], at[lane], end[lane], row[lane] = 0, 1, 1, 0
             if lane >= lanes:
                 continue
@@ -190,28 +214,28 @@ def _rans_decode(
             x = uint32(0)
             start, stop = offsets[c], offsets[c + 1]
             for _ in range(min(2, stop - start)):
-                x = uint32(x << uint32(16)) | uint32(words[start])
+                x = uint32(x << uint32(WORD_BITS)) | uint32(words[start])
                 start += 1
             state[lane], at[lane], end[lane] = x, max(start - origin, 1), max(stop - origin, 1)
-            row[lane] = (int64(k) if shared else lane) << 10
+            row[lane] = (int64(k) if shared else lane) << PROB_BITS
             if not shared:
                 slot = 0
                 for s in range(n_symbols):
                     f = int64(frequencies[k, s])
-                    entry = uint32(s) | (uint32(f) << uint32(8))
+                    entry = uint32(s) | (uint32(f) << uint32(FREQUENCY_SHIFT))
                     for i in range(f):
-                        own[lane, slot + i] = entry + (uint32(i) << uint32(20))
+                        own[lane, slot + i] = entry + (uint32(i) << uint32(REMAINDER_SHIFT))
                     slot += f
-            _prepare(values, scale[c], offset[c], k, kind, linear, level, lane)
-        for t0 in range(first, last, _TILE):
-            n = min(_TILE, last - t0)
+            _fill_lookup(lookup, lane, k, values, scale[c], offset[c], kind, linear)
+        for t0 in range(first, last, TILE):
+            n = min(TILE, last - t0)
             _rans_tile(
                 uint64(words.ctypes.data + 2 * origin), uint64(table.ctypes.data), uint64(state.ctypes.data),
                 uint64(at.ctypes.data), uint64(end.ctypes.data), uint64(row.ctypes.data), uint64(tile.ctypes.data), n,
             )  # fmt: skip
             corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
             factors = token_scale[group, t0 : t0 + n]
-            _emit(kind, linear, tile, level, line, factors, out, corner, token_stride, lane_stride, lanes)
+            _write_tile(tile, lookup, line, factors, kind, linear, out, corner, token_stride, lane_stride, lanes)
         for lane in range(lanes):
             if state[lane] != 0 or at[lane] != end[lane]:
                 return base + lane
@@ -220,52 +244,53 @@ def _rans_decode(
 
 
 @numba.njit(inline="always")
-def _prepare(values, scale, offset, k, kind, linear, level, lane):
-    """What symbols of a lane stand for: `level` [symbol, lane], or first value, scale and offset if `linear`."""
+def _fill_lookup(lookup, lane, k, values, scale, offset, kind, linear):
+    """What the symbols of a lane with table k stand for: `lookup` [symbol, lane]; where that is linear in the symbol,
+    rows 0 to 2 hold the first value, scale and offset instead."""
     if linear:
-        level[0, lane], level[1, lane], level[2, lane] = values[0, 0], scale, offset
-    elif kind > 0:
+        lookup[0, lane], lookup[1, lane], lookup[2, lane] = values[0, 0], scale, offset
+    elif kind != SYMBOL:
         row = k if values.shape[0] > 1 else 0
         for s in range(values.shape[1]):
-            level[s, lane] = values[row, s] * scale + offset
+            lookup[s, lane] = values[row, s] * scale + offset
 
 
 @numba.njit(inline="always")
-def _emit(kind, linear, tile, level, line, factors, out, corner, token_stride, lane_stride, lanes):
-    """Write one tile, symbols (kind 0) or reconstructed values, to `out` from element `corner` on."""
+def _write_tile(tile, lookup, line, factors, kind, linear, out, corner, token_stride, lane_stride, lanes):
+    """Write a tile's symbols, or what they stand for, to `out` from element `corner` on."""
     for t in range(uint64(factors.shape[0])):
-        for first in range(0, lanes, _VECTOR):
-            n = min(_VECTOR, lanes - first)
-            whole = n == _VECTOR and lane_stride == 1
+        for first in range(0, lanes, VECTOR):
+            valid = min(VECTOR, lanes - first)
+            whole = valid == VECTOR and lane_stride == 1
             at = corner + t * uint64(token_stride) + uint64(first * lane_stride)
-            symbols = uint64(tile.ctypes.data) + t * uint64(_LANES) + uint64(first)
+            symbols = uint64(tile.ctypes.data) + t * uint64(LANES) + uint64(first)
             address = uint64(out.ctypes.data) + at * uint64(out.itemsize)
-            if kind == 0:
+            if kind == SYMBOL:
                 if whole:
                     _copy_row(address, symbols)
                 else:
-                    for i in range(uint64(n)):
+                    for i in range(uint64(valid)):
                         out[at + i * uint64(lane_stride)] = tile[t, uint64(first) + i]
                 continue
-            levels, values = uint64(level.ctypes.data) + uint64(4 * first), uint64(line.ctypes.data)
+            entries, values = uint64(lookup.ctypes.data) + uint64(4 * first), uint64(line.ctypes.data)
             if linear:
-                _linear_row(values, symbols, levels)
+                _linear_row(values, symbols, entries)
             else:
-                _lookup_row(values, symbols, levels)
+                _lookup_row(values, symbols, entries)
             if whole:
-                if kind == 1:
+                if kind == FLOAT32:
                     _write_row_float32(address, values, factors[t])
-                elif kind == 2:
+                elif kind == FLOAT16:
                     _write_row_float16(address, values, factors[t])
                 else:
                     _write_row_bfloat16(address, values, factors[t])
             else:
-                for i in range(uint64(n)):
+                for i in range(uint64(valid)):
                     y = line[i] * factors[t]
                     to = at + i * uint64(lane_stride)
-                    if kind == 1:
+                    if kind == FLOAT32:
                         out[to] = y
-                    elif kind == 2:
+                    elif kind == FLOAT16:
                         out[to] = _float16_bits(y)
                     else:
                         out[to] = _bfloat16_bits(y)
@@ -275,11 +300,11 @@ _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 
 
 def _vector(element):
-    return ir.VectorType(element, _VECTOR)
+    return ir.VectorType(element, VECTOR)
 
 
 def _all(value, element=_I32):
-    return ir.Constant(_vector(element), [value] * _VECTOR)
+    return ir.Constant(_vector(element), [value] * VECTOR)
 
 
 def _broadcast(builder, value):
@@ -306,7 +331,7 @@ def _gather(builder, address, index, scale_bits, align):
     pointers = _vector(_I32.as_pointer())
     places = builder.inttoptr(builder.add(_broadcast(builder, address), distance), pointers)
     kind = ir.FunctionType(_vector(_I32), [pointers, _I32, _vector(ir.IntType(1)), _vector(_I32)])
-    name = f"llvm.masked.gather.v{_VECTOR}i32.v{_VECTOR}p0"
+    name = f"llvm.masked.gather.v{VECTOR}i32.v{VECTOR}p0"
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     return builder.call(function, [places, _I32(align), _all(1, ir.IntType(1)), _all(0)])
 
@@ -315,19 +340,19 @@ def _gather(builder, address, index, scale_bits, align):
 def _rans_tile(typing_context, words, table, state, at, end, row, tile, n):
     """Decode n > 0 tokens of all lanes into rows of `tile`; states and places are read and written back.
 
-    A step looks up a slot's (symbol, frequency, slot - start), takes the symbol out of the state, and pulls a word in
-    if that left less than 2^16 and the stream has one. Explicit vectors: where the processor gathers, this is twice as
+    A step looks up the slot's word, takes the symbol out of the state, and takes in the stream's next word, if any,
+    where that left less than `LOWER_BOUND`. Explicit vectors: where the processor gathers, this is twice as
     fast as scalar code, and elsewhere the compiler makes scalar code of it.
     """
 
     def generate(context, builder, signature, args):
         words, table, state, at, end, row, tile, n = args
-        vectors = range(_LANES // _VECTOR)
+        vectors = range(LANES // VECTOR)
         starts, ends, rows = [], [], []
         for v in vectors:
-            starts.append((_load(builder, state, _I32, 64 * v), _load(builder, at, _I32, 64 * v)))
-            ends.append(_load(builder, end, _I32, 64 * v))
-            rows.append(_load(builder, row, _I32, 64 * v))
+            starts.append((_load(builder, state, _I32, VECTOR_BYTES * v), _load(builder, at, _I32, VECTOR_BYTES * v)))
+            ends.append(_load(builder, end, _I32, VECTOR_BYTES * v))
+            rows.append(_load(builder, row, _I32, VECTOR_BYTES * v))
         before = builder.block
         loop, after = builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
@@ -341,17 +366,17 @@ def _rans_tile(typing_context, words, table, state, at, end, row, tile, n):
         then = []
         for v in vectors:
             x, place = now[v]
-            entry = _gather(builder, table, builder.or_(builder.and_(x, _all(1023)), rows[v]), 2, 4)
-            word = builder.lshr(_gather(builder, words, builder.sub(place, _all(1)), 1, 2), _all(16))
-            frequency = builder.and_(builder.lshr(entry, _all(8)), _all(2047))
-            x = builder.mul(frequency, builder.lshr(x, _all(10)))
-            x = builder.add(x, builder.lshr(entry, _all(20)))
-            low, more = builder.icmp_unsigned("<", x, _all(1 << 16)), builder.icmp_signed("<", place, ends[v])
+            entry = _gather(builder, table, builder.or_(builder.and_(x, _all(SLOT_MASK)), rows[v]), 2, 4)
+            word = builder.lshr(_gather(builder, words, builder.sub(place, _all(1)), 1, 2), _all(WORD_BITS))
+            frequency = builder.and_(builder.lshr(entry, _all(FREQUENCY_SHIFT)), _all(FREQUENCY_MASK))
+            x = builder.mul(frequency, builder.lshr(x, _all(PROB_BITS)))
+            x = builder.add(x, builder.lshr(entry, _all(REMAINDER_SHIFT)))
+            low, more = builder.icmp_unsigned("<", x, _all(LOWER_BOUND)), builder.icmp_signed("<", place, ends[v])
             need = builder.and_(low, more)
-            x = builder.select(need, builder.or_(builder.shl(x, _all(16)), word), x)
+            x = builder.select(need, builder.or_(builder.shl(x, _all(WORD_BITS)), word), x)
             then.append((x, builder.add(place, builder.zext(need, _vector(_I32)))))
-            to = builder.add(tile, builder.mul(token, _I64(_LANES)))
-            _store(builder, builder.trunc(entry, _vector(_I8)), to, _VECTOR * v)
+            to = builder.add(tile, builder.mul(token, _I64(LANES)))
+            _store(builder, builder.trunc(entry, _vector(_I8)), to, VECTOR * v)
         following = builder.add(token, _I64(1))
         token.add_incoming(following, loop)
         for v in vectors:
@@ -360,8 +385,8 @@ def _rans_tile(typing_context, words, table, state, at, end, row, tile, n):
         builder.cbranch(builder.icmp_signed("<", following, n), loop, after)
         builder.position_at_end(after)
         for v in vectors:
-            _store(builder, then[v][0], state, 64 * v)
-            _store(builder, then[v][1], at, 64 * v)
+            _store(builder, then[v][0], state, VECTOR_BYTES * v)
+            _store(builder, then[v][1], at, VECTOR_BYTES * v)
         return context.get_dummy_value()
 
     addresses = [types.uint64] * 7
@@ -410,15 +435,15 @@ def _copy_row(typing_context, to, symbols):
 
 
 @intrinsic
-def _linear_row(typing_context, line, symbols, level):
-    """A vector of symbols to float32: plus level[0], times level[1], plus level[2], a value a lane each."""
+def _linear_row(typing_context, line, symbols, lookup):
+    """A vector of symbols to float32: (symbol + lookup[0]) * lookup[1] + lookup[2], lane by lane."""
 
     def generate(context, builder, signature, args):
-        line, symbols, level = args
+        line, symbols, lookup = args
         y = builder.uitofp(_load(builder, symbols, _I8), _vector(_F32))
-        y = builder.fadd(y, _load(builder, level, _F32))
-        y = builder.fmul(y, _load(builder, level, _F32, 4 * _LANES))
-        y = builder.fadd(y, _load(builder, level, _F32, 8 * _LANES))
+        y = builder.fadd(y, _load(builder, lookup, _F32))
+        y = builder.fmul(y, _load(builder, lookup, _F32, ROW_BYTES))
+        y = builder.fadd(y, _load(builder, lookup, _F32, 2 * ROW_BYTES))
         _store(builder, y, line)
         return context.get_dummy_value()
 
@@ -426,15 +451,15 @@ def _linear_row(typing_context, line, symbols, level):
 
 
 @intrinsic
-def _lookup_row(typing_context, line, symbols, level):
-    """A vector of symbols to float32: level[symbol, lane]."""
+def _lookup_row(typing_context, line, symbols, lookup):
+    """A vector of symbols to float32: lookup[symbol, lane]."""
 
     def generate(context, builder, signature, args):
-        line, symbols, level = args
+        line, symbols, lookup = args
         symbol = builder.zext(_load(builder, symbols, _I8), _vector(_I32))
-        lane = ir.Constant(_vector(_I32), list(range(_VECTOR)))
-        index = builder.add(builder.mul(symbol, _all(_LANES)), lane)
-        _store(builder, _gather(builder, level, index, 2, 4), line)
+        lane = ir.Constant(_vector(_I32), list(range(VECTOR)))
+        index = builder.add(builder.mul(symbol, _all(LANES)), lane)
+        _store(builder, _gather(builder, lookup, index, 2, 4), line)
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint64), generate
@@ -489,24 +514,20 @@ def _bfloat16_bits(y):
 
 
 def _unpack_lengths(shortest, widths, deltas, offsets):
-    """First words of all streams; returns the last stream's end. `deltas` holds 4 bytes a width, widths are <= 16."""
+    """First words of all streams; returns the last stream's end. `deltas` holds a word a width, and one more that is
+    not used; widths are <= 16."""
     n = offsets.shape[0] - 1
     at = int64(0)
     first_bit = int64(0)
     for group in range(widths.shape[0]):
         width = int64(widths[group])
-        mask = (uint32(1) << uint32(width)) - uint32(1)
+        mask = (uint64(1) << uint64(width)) - uint64(1)
+        least = int64(shortest[group])
         for i in range(min(32, n - group * 32)):
             offsets[group * 32 + i] = at
             bit = first_bit + i * width
-            delta = uint32(0)
-            if width > 0:
-                for j in range(3):
-                    byte = (bit >> 3) + j
-                    if byte < deltas.shape[0]:
-                        delta |= uint32(deltas[byte]) << uint32(8 * j)
-                delta = (delta >> uint32(bit & 7)) & mask
-            at += int64(shortest[group]) + int64(delta)
+            both = uint64(deltas[bit >> 5]) | uint64(deltas[(bit >> 5) + 1]) << uint64(32)
+            at += least + int64((both >> uint64(bit & 31)) & mask)
         first_bit += 32 * width
     offsets[n] = at
     return at
@@ -582,28 +603,27 @@ def _arithmetic_encode(symbols, table_of_column, cdf, data, lengths):
     return int64(used)
 
 
-def _arithmetic_decode(
-    table_of_column, cdf, data, offsets, low_column, high_column, first, last,
-    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride,
-):  # fmt: skip
+def _arithmetic_decode(table_of_column, cdf, data, task, output):
     """As `_rans_decode`, with `cdf` [K, S + 1] in place of tables."""
+    offsets, low_column, high_column, first, last = task
+    values, scale, offset, token_scale, kind, linear, out, width, block_stride, token_stride, lane_stride = output
     columns = table_of_column.shape[0]
     n_symbols = cdf.shape[1] - 1
-    columns_a_group = columns // token_scale.shape[0]
-    low = np.empty(_LANES, np.uint32)
-    high = np.empty(_LANES, np.uint32)
-    value = np.empty(_LANES, np.uint32)
-    bits = np.empty(_LANES, np.uint64)
-    n_bits = np.empty(_LANES, np.int64)
-    at = np.empty(_LANES, np.uint64)
-    taken = np.empty(_LANES, np.int64)
-    tile = np.empty((_TILE, _LANES), np.uint8)
-    level = np.empty((256, _LANES), np.float32)
-    line = np.empty(_VECTOR, np.float32)
+    columns_per_group = columns // token_scale.shape[0]
+    low = np.empty(LANES, np.uint32)
+    high = np.empty(LANES, np.uint32)
+    value = np.empty(LANES, np.uint32)
+    bits = np.empty(LANES, np.uint64)
+    n_bits = np.empty(LANES, np.int64)
+    at = np.empty(LANES, np.uint64)
+    taken = np.empty(LANES, np.int64)
+    tile = np.empty((TILE, LANES), np.uint8)
+    lookup = np.empty((256, LANES), np.float32)
+    line = np.empty(VECTOR, np.float32)
     base = low_column
     while base < high_column:
-        block, place, group = base // width, base % width, base // columns_a_group
-        lanes = min(_LANES, high_column - base, width - place, (group + 1) * columns_a_group - base)
+        block, place, group = base // width, base % width, base // columns_per_group
+        lanes = min(LANES, high_column - base, width - place, (group + 1) * columns_per_group - base)
         for lane in range(lanes):
             c = base + lane
             low[lane], high[lane] = uint32(0), uint32(0xFFFFFFFF)
@@ -613,9 +633,9 @@ def _arithmetic_decode(
             value[lane] = uint32(bits[lane] >> uint64(n_bits[lane] - 32))
             n_bits[lane] -= 32
             taken[lane] = 0
-            _prepare(values, scale[c], offset[c], table_of_column[c], kind, linear, level, lane)
-        for t0 in range(first, last, _TILE):
-            n = min(_TILE, last - t0)
+            _fill_lookup(lookup, lane, table_of_column[c], values, scale[c], offset[c], kind, linear)
+        for t0 in range(first, last, TILE):
+            n = min(TILE, last - t0)
             for lane in range(lanes):
                 k = table_of_column[base + lane]
                 end = uint64(offsets[base + lane + 1])
@@ -644,7 +664,7 @@ def _arithmetic_decode(
                 low[lane], high[lane], value[lane], bits[lane], n_bits[lane], at[lane] = lo, hi, v, b, n_b, a
             corner = uint64(block * block_stride + t0 * token_stride + place * lane_stride)
             factors = token_scale[group, t0 : t0 + n]
-            _emit(kind, linear, tile, level, line, factors, out, corner, token_stride, lane_stride, lanes)
+            _write_tile(tile, lookup, line, factors, kind, linear, out, corner, token_stride, lane_stride, lanes)
         for lane in range(lanes):
             # The encoder ended with two bits, then zeros to a full byte.
             ending = uint32(0x80000000) if low[lane] & uint32(0x40000000) else uint32(0x40000000)

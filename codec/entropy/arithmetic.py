@@ -2,12 +2,12 @@
 
 The classic 32-bit coder (Nelson, "Data compression with arithmetic coding", Dr. Dobb's 2014) with 16-bit cumulative
 counts: CacheGen's public code uses it through torchac. A stream holds one column of one segment and is what torchac
-returns for that column alone; `codec.entropy.sections` has the layout around the streams. Two identities remove the
-division and the loop over bits: a symbol's count reaches c exactly when value - low >= (span * c) >> 16, and the
-bits to shift out are counted by leading zeros, first of low ^ high, then of what straddles the middle.
+returns for that column alone; `kvstream.codec.entropy.sections` has the layout around the streams. Two identities
+remove the division and the loop over bits: a symbol's count reaches c exactly when value - low >= (span * c) >> 16,
+and the bits to shift out are counted by leading zeros, first of low ^ high, then of what straddles the middle.
 
-A decoder checks a stream's length and the 32 bits that must remain at its end. That notices most damage, not all:
-whatever carries the section must checksum it.
+A decoder checks a stream's length and the 32 bits that must remain at its end. That detects most damage, but not all:
+the container must checksum the section.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.entropy import sections
-from codec.entropy.sections import Data, Reconstruction, Streams
-from codec.entropy.tables import MAX_SYMBOLS, MAX_TABLES, PROB_BITS, Tables
-from codec.errors import CodecError
+from kvstream.codec.entropy import sections
+from kvstream.codec.entropy.sections import Data, Output, Reconstruction, Streams, Task
+from kvstream.codec.entropy.tables import MAX_SYMBOLS, MAX_TABLES, PROB_BITS, Tables
+from kvstream.codec.errors import CodecError
 
 if TYPE_CHECKING:
-    from codec.entropy._kernels import CoderKernels
+    from kvstream.codec.entropy._kernels import CoderKernels
 
 CDF_BITS = 16
 
@@ -78,7 +78,7 @@ def from_tables(tables: Tables) -> Cdfs:
 
 
 def from_counts(counts: NDArray[Any]) -> Cdfs:
-    """CDFs from histograms `[K, S]` as CacheGen's public code makes them: scaled to 65,535 - S, plus 1 a symbol."""
+    """CDFs from histograms `[K, S]` as CacheGen's public code makes them: scaled to 65,535 - S, plus 1 per symbol."""
     histogram = np.asarray(counts, dtype=np.float64)
     if histogram.ndim != 2 or not np.isfinite(histogram).all() or histogram.min(initial=0) < 0:
         raise CodecError("counts must be a finite, non-negative histogram [tables, symbols]")
@@ -132,7 +132,7 @@ def decode_streams(
     streams: Streams, table_of_column: NDArray[Any], cdfs: Cdfs, out: NDArray[np.uint8] | None = None, *,
     threads: int | None = None,
 ) -> NDArray[np.uint8]:  # fmt: skip
-    """As `decode`, for streams whose places are known otherwise than from a section's header."""
+    """As `decode`, for streams whose offsets do not come from a section's header."""
     columns, tokens = streams.columns, streams.tokens
     rows = sections.table_rows(table_of_column, cdfs.count, columns)
     out = sections.symbol_target(out, columns, tokens)
@@ -157,8 +157,8 @@ def decode_dequantised(
 
 
 def parse(data: Data, columns: int, tokens: int, segment_tokens: int | None = None) -> Streams:
-    """Check a section's header and lengths against its bytes. Raises CodecError, also for segments other than an
-    encoder makes that is told `segment_tokens`, if that is given."""
+    """Check a section's header and lengths against its bytes. `segment_tokens` as in `rans.parse`. Raises
+    CodecError."""
     return sections.parse(data, columns, tokens, 1, segment_tokens)
 
 
@@ -176,13 +176,13 @@ def _decode(
 ) -> None:  # fmt: skip
     kernel = _kernels().decode[str(target.dtype)]
 
-    def decode_columns(*job: Any) -> int:
-        return int(kernel(rows, cdfs.bounds, *job))
+    def decode_columns(units: NDArray[Any], task: Task, output: Output) -> int:
+        return int(kernel(rows, cdfs.bounds, units, tuple(task), tuple(output)))
 
     sections.decode(streams, target, kind, how, threads, decode_columns)
 
 
 def _kernels() -> CoderKernels:
-    from codec.entropy import _kernels
+    from kvstream.codec.entropy import _kernels
 
     return _kernels.arithmetic()

@@ -1,8 +1,9 @@
 """Arithmetic coding on a GPU: torchac's bitstream, decoded (with reconstruction) and encoded by Triton kernels.
 
-A lane codes one stream, with the two identities of `codec.entropy.arithmetic` in place of a division and a loop over
-bits. Symbols are found by binary search; when nearly every column has a CDF of its own, CDFs are stored symbol by
-symbol, so that the lanes of a warp, which look at about the same symbol of neighbouring columns, read the same lines.
+A lane codes one stream, with the two identities of `kvstream.codec.entropy.arithmetic` in place of a division and a
+loop over bits. Symbols are found by binary search; when nearly every column has a CDF of its own, CDFs are stored
+symbol by symbol, so that the lanes of a warp, which look at about the same symbol of neighbouring columns, read the
+same lines.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -20,23 +21,23 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.entropy import device as shared
-from codec.entropy import sections
-from codec.entropy.arithmetic import Cdfs
-from codec.entropy.device import DeviceReconstruction, DeviceStreams, places, reconstruct
-from codec.entropy.sections import Data
-from codec.errors import CodecError
+from kvstream.codec.entropy import device as shared
+from kvstream.codec.entropy import sections
+from kvstream.codec.entropy.arithmetic import Cdfs
+from kvstream.codec.entropy.device import Coded, DeviceReconstruction, DeviceStreams, places, reconstruct
+from kvstream.codec.entropy.sections import Data
+from kvstream.codec.errors import CodecError
 
 DECODE_LANES = 32
 """Streams a program decodes, one warp."""
 ENCODE_LANES = 32
 _MANY = 256
-"""From this many CDFs on they are stored symbol by symbol."""
+"""From this many CDFs on, they are stored symbol by symbol."""
 
 
 @dataclass(frozen=True)
 class DeviceCdfs:
-    """`Cdfs` and the CDF of each column on a device; keep it, it does not change from chunk to chunk."""
+    """`Cdfs` and the CDF of each column on a device; reusable for every chunk."""
 
     rows: Tensor
     """int32 `[C]`."""
@@ -87,7 +88,7 @@ def decode_dequantised(
 
 
 def upload(data: Data, cdfs: DeviceCdfs, tokens: int) -> DeviceStreams:
-    """Copy a section to the CDFs' device. Raises CodecError where its header does not fit it."""
+    """Copy a section to the CDFs' device. Raises CodecError for a header that does not fit."""
     return shared.upload(data, cdfs.columns, tokens, 1, cdfs.rows.device)
 
 
@@ -124,16 +125,11 @@ def encode(symbols: Tensor, cdfs: DeviceCdfs, *, segment_tokens: int | None = No
     segment_tokens = shared.symbols_on_device(symbols, segment_tokens)
     if len(symbols) != cdfs.columns:
         raise CodecError(f"{len(symbols)} columns of symbols for CDFs of {cdfs.columns}")
-    data, lengths, damaged = launch_encode(symbols, cdfs, segment_tokens)
-    stream = int(damaged.item()) - 1
-    if stream >= 0:
-        raise CodecError(f"column {stream % len(symbols)} holds a symbol outside its alphabet of {cdfs.symbols}")
-    n = lengths.cpu().numpy().astype(np.int64)
-    return sections.assemble(n, [data.cpu().numpy()], symbols.shape[1], segment_tokens)
+    return bytes(launch_encode(symbols, cdfs, segment_tokens).section()())
 
 
-def launch_encode(symbols: Tensor, cdfs: DeviceCdfs, segment_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bytes (uint8) of all streams, their lengths (int32 `[N]`) and a flag, all on the device."""
+def launch_encode(symbols: Tensor, cdfs: DeviceCdfs, segment_tokens: int) -> Coded:
+    """Start encoding symbols `[C, T]` on the current stream."""
     columns, tokens = symbols.shape
     segments = triton.cdiv(tokens, segment_tokens)
     # At most 18 bits a symbol and two at the end, in whole words.
@@ -147,7 +143,8 @@ def launch_encode(symbols: Tensor, cdfs: DeviceCdfs, segment_tokens: int) -> tup
         cdfs.cdf.stride(0), cdfs.cdf.stride(1),
         N_SYMBOLS=cdfs.symbols, BLOCK=ENCODE_LANES, num_warps=1,
     )  # fmt: skip
-    return shared.compact(scratch.view(torch.uint8), lengths, from_end=False), lengths, damaged
+    complaint = f"column {{}} holds a symbol outside its alphabet of {cdfs.symbols}"
+    return Coded(scratch.view(torch.uint8), lengths, damaged, symbols, segment_tokens, complaint, from_end=False)
 
 
 @triton.jit
@@ -155,7 +152,7 @@ def _decode(
     payload, offsets, rows, cdf, damaged,
     values, scale, offset, token_scale, out,
     units, columns, tokens, segment_tokens, table_stride, symbol_stride,
-    width, block_stride, token_stride, lane_stride, columns_a_group, value_stride,
+    width, block_stride, token_stride, lane_stride, columns_per_group, value_stride,
     KIND: tl.constexpr, SCALED: tl.constexpr, N_SYMBOLS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     programs = tl.cdiv(columns, BLOCK)
@@ -171,7 +168,7 @@ def _decode(
     base = tl.load(values)
     slope = tl.load(scale + column)
     shift = tl.load(offset + column)
-    factors = token_scale + (column // columns_a_group) * tokens
+    factors = token_scale + (column // columns_per_group) * tokens
     to = places(column, segment, segment_tokens, out, width, block_stride, token_stride, lane_stride)
 
     # A reservoir of bits, filled by aligned words, each read one word ahead.

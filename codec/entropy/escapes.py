@@ -1,6 +1,6 @@
-"""Values that a column's table cannot code, kept beside the symbols so that nothing is clipped silently.
+"""Values that a column's table cannot code, kept next to the symbols so that nothing is clipped silently.
 
-The symbol coded in such a place is the nearest one that the table has; the place and the true value follow in a short
+Such an element codes the nearest symbol that the table has; its position and true value follow in a short
 list. A decoder, CPU or GPU, decodes all symbols as if there were none and then overwrites these few elements.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.entropy.tables import Tables
-from codec.errors import CodecError
+from kvstream.codec.entropy.tables import Tables
+from kvstream.codec.errors import CodecError
 
 RECORD = np.dtype([("column", "<u4"), ("token", "<u2"), ("value", "<i2")])
 """One escape: 8 bytes."""
@@ -28,7 +28,7 @@ def split(
     if values.ndim != 2 or values.dtype.kind not in "iu":
         raise CodecError(f"values are integers [columns, tokens], not {values.dtype} of shape {values.shape}")
     if values.shape[1] > 1 << 16:
-        raise CodecError(f"escapes address 65,536 tokens at most, not {values.shape[1]}; cut the chunk")
+        raise CodecError(f"escapes address at most 65,536 tokens, not {values.shape[1]}; cut the chunk")
     coded = tables.frequencies > 0
     lowest = coded.argmax(axis=1) - centre
     highest = tables.symbols - 1 - coded[:, ::-1].argmax(axis=1) - centre
@@ -49,16 +49,17 @@ def split(
 
 
 def parse(data: bytes | memoryview, columns: int, tokens: int) -> NDArray[Any]:
-    """The escapes of a section of `escapes.tobytes()`. Raises CodecError for places outside it or out of order."""
+    """The escapes of a section of `escapes.tobytes()`. Raises CodecError for positions outside the chunk or out of
+    order."""
     if len(data) % RECORD.itemsize:
         raise CodecError(
-            f"escape section has {len(data)} bytes, no multiple of {RECORD.itemsize}; fetch the chunk again"
+            f"escape section has {len(data)} bytes, not a multiple of {RECORD.itemsize}; fetch the chunk again"
         )
     escapes = np.frombuffer(data, RECORD)
     place = escapes["column"].astype(np.int64) * tokens + escapes["token"]
     inside = (escapes["column"] < columns) & (escapes["token"] < tokens)
     if not inside.all() or (np.diff(place) <= 0).any():
-        raise CodecError(f"escape section names places outside {columns} columns of {tokens} tokens, or one twice")
+        raise CodecError(f"escape section has positions outside {columns} columns of {tokens} tokens, or out of order")
     return escapes
 
 

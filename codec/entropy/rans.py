@@ -3,12 +3,12 @@
 A stream's state x starts at 0 and lives in [2^16, 2^32) as soon as it is large enough; a symbol with frequency f and
 first slot c maps x to (x // f) * 1024 + x % f + c after at most one 16-bit word has been moved out. Tokens are coded
 last to first, so a decoder reads words front to back and yields tokens in order. A stream is its final state, high
-half first (one word if it is below 2^16, none if it is 0), then the words, last written first; `codec.entropy.sections`
-has the layout around the streams. Starting at 0 instead of 2^16 saves two bytes a stream: a decoder takes no word
-when its stream has none left.
+half first (one word if it is below 2^16, none if it is 0), then the words, last written first;
+`kvstream.codec.entropy.sections` has the layout around the streams. Starting at 0 instead of 2^16 saves two bytes a
+stream: a decoder takes no word when its stream has none left.
 
-A decoder checks that every stream ends at x = 0 with all of its words consumed. That notices wrong tables and most
-damage, not all: a stream has next to no redundancy, so whatever carries the section must checksum it.
+A decoder checks that every stream ends at x = 0 with all of its words consumed. That detects wrong tables and most
+damage, but not all: a stream has next to no redundancy, so the container must checksum the section.
 
 Duda, "Asymmetric numeral systems" (arXiv 1311.2540) is the method; Giesen, "Interleaved entropy coders" (arXiv
 1402.3392) has the renormalisation by words.
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.entropy import sections
-from codec.entropy.sections import Data, Reconstruction, Streams
-from codec.entropy.tables import Tables
-from codec.errors import CodecError
+from kvstream.codec.entropy import sections
+from kvstream.codec.entropy.sections import Data, Output, Reconstruction, Streams, Task
+from kvstream.codec.entropy.tables import Tables
+from kvstream.codec.errors import CodecError
 
 if TYPE_CHECKING:
-    from codec.entropy._kernels import CoderKernels
+    from kvstream.codec.entropy._kernels import CoderKernels
 
 MAX_SHARED_TABLES = 256
-"""Up to here decoding tables that columns share are built once (4 KiB each); others are built for each column."""
+"""Up to this number, decoding tables shared by columns are built once (4 KiB each); else one is built per column."""
 
 
 def encode(
@@ -40,7 +40,7 @@ def encode(
     """Code symbols uint8 `[C, T]` (any strides), column c with table `table_of_column[c]`.
 
     `segment_tokens` cuts columns into streams that decode independently (None: as few as possible). `threads` None
-    takes the cores this process may use. Raises CodecError for a symbol that its table cannot code.
+    means the cores this process may use. Raises CodecError for a symbol that its table cannot code.
     """
     streams = encode_streams(symbols, table_of_column, tables, segment_tokens=segment_tokens, threads=threads)
     return sections.join([streams])
@@ -75,7 +75,7 @@ def decode(
 ) -> NDArray[np.uint8]:  # fmt: skip
     """Symbols uint8 `[C, T]` of a section that `encode` wrote; `out` may have any strides.
 
-    Raises CodecError for bytes that `encode` did not write with these tables: then `out` may be partly written.
+    Raises CodecError for bytes that `encode` did not write with these tables; `out` may then be partly written.
     """
     return decode_streams(parse(data, columns, tokens), table_of_column, tables, out, threads=threads)
 
@@ -84,7 +84,7 @@ def decode_streams(
     streams: Streams, table_of_column: NDArray[Any], tables: Tables, out: NDArray[np.uint8] | None = None, *,
     threads: int | None = None,
 ) -> NDArray[np.uint8]:  # fmt: skip
-    """As `decode`, for what was parsed already, or a part of it."""
+    """As `decode`, for parsed streams, or a part of them."""
     columns, tokens = streams.columns, streams.tokens
     rows = sections.table_rows(table_of_column, tables.count, columns)
     out = sections.symbol_target(out, columns, tokens)
@@ -106,7 +106,7 @@ def decode_dequantised(
     `values` has one row). `values` is float32 `[K, S]` or `[1, S]` (default: the symbol itself); `scale` and `offset`
     are float32 `[C]` (default 1 and 0), `token_scale` float32 `[G, T]` where group g is c // (C / G) (default 1). All
     arithmetic is float32, rounded once into `out`: float32, float16, or uint16 holding the bits of `dtype` ("float16"
-    or "bfloat16"). `data` may be parsed already, or a part of what was. Raises CodecError as `decode` does.
+    or "bfloat16"). `data` may be parsed streams, or a part of them. Raises CodecError as `decode` does.
     """
     rows = sections.table_rows(table_of_column, tables.count, columns)
     streams = data if isinstance(data, Streams) else parse(data, columns, tokens)
@@ -119,8 +119,8 @@ def decode_dequantised(
 
 
 def parse(data: Data, columns: int, tokens: int, segment_tokens: int | None = None) -> Streams:
-    """Check a section's header and lengths against its bytes. Raises CodecError, also for segments other than an
-    encoder makes that is told `segment_tokens`, if that is given."""
+    """Check a section's header and lengths against its bytes. `segment_tokens` is the encoder's setting: segments
+    of any other length are refused; None accepts any. Raises CodecError."""
     return sections.parse(data, columns, tokens, 2, segment_tokens)
 
 
@@ -140,13 +140,13 @@ def _decode(
     shared = tables.count <= MAX_SHARED_TABLES and tables.count < streams.columns
     packed = tables.packed if shared else np.empty((1, 1), np.uint32)
 
-    def decode_columns(*job: Any) -> int:
-        return int(kernel(rows, tables.frequencies, packed, shared, *job))
+    def decode_columns(units: NDArray[Any], task: Task, output: Output) -> int:
+        return int(kernel(rows, tables.frequencies, packed, shared, units, tuple(task), tuple(output)))
 
     sections.decode(streams, target, kind, how, threads, decode_columns)
 
 
 def _kernels() -> CoderKernels:
-    from codec.entropy import _kernels
+    from kvstream.codec.entropy import _kernels
 
     return _kernels.rans()

@@ -1,9 +1,10 @@
-"""rANS on a GPU: the bitstream of `codec.entropy.rans`, decoded (with reconstruction) and encoded by Triton kernels.
+"""rANS on a GPU: the bitstream of `kvstream.codec.entropy.rans`, decoded (with reconstruction) and encoded by Triton
+kernels.
 
 A lane decodes one stream; the lanes of a warp write neighbouring columns of one token. Tables are two small levels,
-1,024 bytes of slot -> symbol and then symbol -> (frequency, start), which stay in the L1 cache; columns that are
-neighbours should use the same table where the codec can choose. A lane's next words are read ahead, two at a time, so
-that their latency is off the path from one symbol to the next.
+1,024 bytes of slot -> symbol and then symbol -> (frequency, start), which stay in the L1 cache; neighbouring
+columns should use the same table where the codec can choose. A lane's next words are read ahead, two at a time, so that
+their latency is off the critical path from one symbol to the next.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -21,21 +22,21 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codec.entropy import device as shared
-from codec.entropy import sections
-from codec.entropy.device import DeviceReconstruction, DeviceStreams, places, reconstruct
-from codec.entropy.sections import Data
-from codec.entropy.tables import Tables
-from codec.errors import CodecError
+from kvstream.codec.entropy import device as shared
+from kvstream.codec.entropy import sections
+from kvstream.codec.entropy.device import Coded, DeviceReconstruction, DeviceStreams, places, reconstruct
+from kvstream.codec.entropy.sections import Data
+from kvstream.codec.entropy.tables import Tables
+from kvstream.codec.errors import CodecError
 
 DECODE_LANES = 64
-"""Streams a program decodes, one warp: two a thread are up to 5 % faster than one where a segment has 512 tokens."""
+"""Streams a program decodes, one warp: two per thread are up to 5 % faster than one where a segment has 512 tokens."""
 ENCODE_LANES = 32
 
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """`Tables` and the table of each column on a device; keep it, it does not change from chunk to chunk."""
+    """`Tables` and the table of each column on a device; reusable for every chunk."""
 
     rows: Tensor
     """int32 `[C]`."""
@@ -53,8 +54,8 @@ def to_device(
     tables: Tables, table_of_column: NDArray[Any], device: torch.device | str = "cuda",
     values: NDArray[np.float32] | None = None,
 ) -> DeviceTables:  # fmt: skip
-    """Copy tables to a device. `values` float32 `[K, S]` is what symbols stand for, for kernels that `advance` gives
-    it. Raises CodecError for a column that names none of the tables."""
+    """Copy tables to a device. `values` float32 `[K, S]` is what symbols stand for, which `advance` hands to
+    kernels. Raises CodecError for a column that names none of the tables."""
     rows = sections.table_rows(table_of_column, tables.count, len(table_of_column))
     entries = tables.frequencies.astype(np.int64) | (tables.starts.astype(np.int64) << 16)
     if values is not None:
@@ -83,7 +84,7 @@ def decode_dequantised(
 ) -> Tensor:  # fmt: skip
     """Decode and reconstruct in one pass into float32, float16 or bfloat16 `[T, C]` or `[B, T, W]`, any strides.
 
-    Arguments and results as `rans.decode_dequantised`, to the bit. Waits for the device to see whether all is well.
+    Arguments and results as `rans.decode_dequantised`, to the bit. Waits for the device, to report damage.
     """
     if out.dtype == torch.uint8:
         raise CodecError("cannot reconstruct into a tensor of torch.uint8")
@@ -94,7 +95,7 @@ def decode_dequantised(
 
 
 def upload(data: Data, tables: DeviceTables, tokens: int, segment_tokens: int | None = None) -> DeviceStreams:
-    """Copy a section to the tables' device; as `rans.parse`. Raises CodecError where its header does not fit it."""
+    """Copy a section to the tables' device; as `rans.parse`. Raises CodecError for a header that does not fit."""
     return shared.upload(data, tables.columns, tokens, 2, tables.rows.device, segment_tokens)
 
 
@@ -130,16 +131,11 @@ def encode(symbols: Tensor, tables: DeviceTables, *, segment_tokens: int | None 
     segment_tokens = shared.symbols_on_device(symbols, segment_tokens)
     if len(symbols) != tables.columns:
         raise CodecError(f"{len(symbols)} columns of symbols for tables of {tables.columns}")
-    words, lengths, damaged = launch_encode(symbols, tables, segment_tokens)
-    stream = int(damaged.item()) - 1
-    if stream >= 0:
-        raise CodecError(f"column {stream % len(symbols)} holds a symbol that its table gives no slot; escape it")
-    n = lengths.cpu().numpy().astype(np.int64)
-    return sections.assemble(n, [words.cpu().numpy()], symbols.shape[1], segment_tokens)
+    return bytes(launch_encode(symbols, tables, segment_tokens).section()())
 
 
-def launch_encode(symbols: Tensor, tables: DeviceTables, segment_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Words (int16) of all streams, their lengths (int32 `[N]`) and a flag, all on the device."""
+def launch_encode(symbols: Tensor, tables: DeviceTables, segment_tokens: int) -> Coded:
+    """Start encoding symbols `[C, T]` on the current stream."""
     columns, tokens = symbols.shape
     segments = triton.cdiv(tokens, segment_tokens)
     # At most one word a symbol and two for the state.
@@ -151,7 +147,8 @@ def launch_encode(symbols: Tensor, tables: DeviceTables, segment_tokens: int) ->
         columns, tokens, segment_tokens, symbols.stride(0), symbols.stride(1),
         N_SYMBOLS=tables.entries.shape[1], BLOCK=ENCODE_LANES, num_warps=1,
     )  # fmt: skip
-    return shared.compact(scratch, lengths, from_end=True), lengths, damaged
+    complaint = "column {} holds a symbol that its table gives no slot; escape it"
+    return Coded(scratch, lengths, damaged, symbols, segment_tokens, complaint, from_end=True)
 
 
 @triton.jit
@@ -192,7 +189,7 @@ def _decode(
     payload, offsets, rows, slots, entries, damaged,
     values, scale, offset, token_scale, out,
     units, columns, tokens, segment_tokens,
-    width, block_stride, token_stride, lane_stride, columns_a_group, value_stride,
+    width, block_stride, token_stride, lane_stride, columns_per_group, value_stride,
     KIND: tl.constexpr, SCALED: tl.constexpr, N_SYMBOLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     programs = tl.cdiv(columns, BLOCK)
@@ -209,7 +206,7 @@ def _decode(
     base = tl.load(values)
     slope = tl.load(scale + column)
     shift = tl.load(offset + column)
-    factors = token_scale + (column // columns_a_group) * tokens
+    factors = token_scale + (column // columns_per_group) * tokens
     to = places(column, segment, segment_tokens, out, width, block_stride, token_stride, lane_stride)
 
     state, ahead, at = begin(payload, at, end)
@@ -246,12 +243,16 @@ def _encode(
     at = tl.zeros([BLOCK], tl.int32) + capacity
     state = tl.zeros([BLOCK], tl.uint32)
     wrong = tl.zeros([BLOCK], tl.int1)
-    for _ in range(0, n):
-        symbol = tl.load(source).to(tl.int32)
+    # Symbols are read two steps ahead and their entries one, off the critical path from one state to the next.
+    symbol = tl.load(source).to(tl.int32)
+    next_entry = tl.load(entries + symbol, mask=symbol < N_SYMBOLS, other=0)
+    symbol = tl.load(source - token_stride, mask=n > 1, other=0).to(tl.int32)
+    source = source - token_stride - token_stride
+    for done in range(0, n):
+        low = next_entry.to(tl.uint32)
+        next_entry = tl.load(entries + symbol, mask=symbol < N_SYMBOLS, other=0)
+        symbol = tl.load(source, mask=done + 2 < n, other=0).to(tl.int32)
         source -= token_stride
-        known = symbol < N_SYMBOLS
-        entry = tl.load(entries + symbol, mask=known, other=0)
-        low = entry.to(tl.uint32)
         frequency = low & 0xFFFF
         wrong |= frequency == 0
         frequency = tl.maximum(frequency, 1)

@@ -1,13 +1,13 @@
-"""What both coders share around their inner loops: streams in a section, jobs for threads, reconstruction.
+"""What both coders share around their inner loops: streams in a section, work for threads, reconstruction.
 
-A section holds one stream for each column and segment of `segment_tokens` tokens, so that any number of them decodes
-side by side. Its units are 16-bit words (rANS) or bytes (arithmetic coding). Layout, little-endian; N = segments *
-columns streams, segment by segment; G = ceil(N / 32) groups of consecutive streams:
+A section holds one stream for each column and segment of `segment_tokens` tokens, so that any number of them can be
+decoded in parallel. Its units are 16-bit words (rANS) or bytes (arithmetic coding). Layout, little-endian; N =
+segments * columns streams, segment by segment; G = ceil(N / 32) groups of consecutive streams:
 
     uint32 tokens, segment_tokens, units       T; units of all streams, padding excluded
     uint16 shortest[G], uint8 width[G]         length in units of a group's shortest stream; bits of its deltas
     (zeros to a multiple of 4)
-    uint32 deltas[sum(width)]                  32 deltas of `width` bits each a group, lowest bits first
+    uint32 deltas[sum(width)]                  32 deltas of `width` bits each per group, lowest bits first
     units of all streams, one after another, then two bytes of zeros
 """
 
@@ -19,25 +19,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.errors import CodecError
+from kvstream.codec.entropy.kinds import KINDS
+from kvstream.codec.errors import CodecError
 
 if TYPE_CHECKING:
-    from codec.entropy._kernels import LengthKernels
+    from kvstream.codec.entropy._kernels import LengthKernels
 
 Data = bytes | bytearray | memoryview | NDArray[np.uint8]
 GROUP = 32
 """Streams whose lengths share a base and a width: one GPU warp."""
 MAX_SEGMENT_TOKENS = 16_384
 """A stream's length in units then fits 16 bits for either coder."""
-KINDS = {"uint8": 0, "float32": 1, "float16": 2, "bfloat16": 3}
-"""What a decoder can write, and the number its kernels know it by; symbols are uint8."""
 _HEADER = struct.Struct("<III")
-_COLUMNS_A_JOB = 512
+_COLUMNS_PER_JOB = 512
 _PARALLEL_SYMBOLS = 1 << 18
 """Below this many symbols, a second thread costs more than it saves."""
 Job = TypeVar("Job")
@@ -46,7 +45,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Streams:
-    """Coded columns: where each stream's units lie. Nothing in it exceeds the bytes that came."""
+    """Coded columns: where each stream's units are. No offset exceeds the bytes received."""
 
     units: NDArray[Any]
     """uint16 or uint8: the units of all streams, then two bytes of padding at least."""
@@ -61,7 +60,7 @@ class Streams:
         return -(-self.tokens // self.segment_tokens)
 
     def part(self, segment: int, low: int, high: int) -> Streams:
-        """Columns low to high of one segment, to be decoded apart from the others."""
+        """Columns low to high of one segment, to be decoded alone."""
         first = segment * self.columns
         tokens = min(self.segment_tokens, self.tokens - segment * self.segment_tokens)
         return Streams(self.units, self.offsets[first + low : first + high + 1], high - low, tokens, tokens)
@@ -100,6 +99,36 @@ class Reconstruction:
         """`values` is one row v, v + 1, v + 2, ...: no lookup is needed."""
         steps = np.arange(self.values.shape[1], dtype=np.float32)
         return len(self.values) == 1 and bool((self.values[0] == self.values[0, 0] + steps).all())
+
+
+class Task(NamedTuple):
+    """What one thread decodes at a time: columns low to high of a segment, which has a chunk's tokens first to last."""
+
+    offsets: NDArray[np.int64]
+    """Of the segment's streams, read-only."""
+    low: int
+    high: int
+    first: int
+    last: int
+
+
+class Output(NamedTuple):
+    """What a decoder's kernel writes, and where: `Reconstruction`, then column c, token t in element (c // width) *
+    block_stride + t * token_stride + (c % width) * lane_stride of `out`."""
+
+    values: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32]
+    token_scale: NDArray[np.float32]
+    kind: int
+    """One of `KINDS`."""
+    linear: bool
+    out: NDArray[Any]
+    """One-dimensional."""
+    width: int
+    block_stride: int
+    token_stride: int
+    lane_stride: int
 
 
 def reconstruction(
@@ -161,7 +190,7 @@ def encode(
 
 
 def join(blocks: Sequence[Streams]) -> bytes:
-    """One section of blocks of columns that were coded apart, in order; they have the same tokens and segments."""
+    """One section of blocks of columns that were coded separately, in order; all have the same tokens and segments."""
     return assemble(*in_order(blocks), blocks[0].tokens, blocks[0].segment_tokens)
 
 
@@ -173,7 +202,7 @@ def in_order(blocks: Sequence[Streams]) -> tuple[NDArray[np.int64], list[NDArray
 
 
 def segment_length(tokens: int, segment_tokens: int | None) -> int:
-    """Tokens of a segment: what is asked for, checked, or as many as there may be."""
+    """Tokens of a segment: `segment_tokens`, checked, or by default the most there can be."""
     if segment_tokens is None:
         return min(tokens, MAX_SEGMENT_TOKENS)
     if not 1 <= segment_tokens <= MAX_SEGMENT_TOKENS:
@@ -200,9 +229,9 @@ def lengths_bytes(data: Data, columns: int, tokens: int, segment_tokens: int | N
 def layout(
     data: Data, columns: int, tokens: int, unit_bytes: int, segment_tokens: int | None = None, total: int | None = None
 ) -> Layout:
-    """Check a section's header against its bytes, of which `data` may be the beginning, with all lengths, and `total`
-    then says how many there are. `segment_tokens` is what the encoder was told: short segments cost a decoder many
-    times their bytes, so none but these are taken; None takes any. Raises CodecError."""
+    """Check a section's header against its bytes. `data` may be only its beginning, lengths included, if `total` is its
+    size. `segment_tokens` is the encoder's setting: short segments cost a decoder many times their bytes, so no others
+    are accepted; None accepts any. Raises CodecError."""
     _check_size(columns, tokens)
     view = _as_array(data)
     total = len(view) if total is None else total
@@ -223,7 +252,7 @@ def layout(
         or total != units_at + unit_bytes * units + 2
         or view[widths_at + groups : deltas_at].any()
     ):
-        raise CodecError(f"coded section has {total} bytes, its header says otherwise; fetch the chunk again")
+        raise CodecError(f"coded section has {total} bytes, which contradicts its header; fetch the chunk again")
     return Layout(view, n, segment_tokens, units, shortest, widths, deltas_at, units_at)
 
 
@@ -231,8 +260,8 @@ def parse(data: Data, columns: int, tokens: int, unit_bytes: int, segment_tokens
     """Check a section's header and lengths against its bytes; `segment_tokens` as in `layout`. Raises CodecError."""
     found = layout(data, columns, tokens, unit_bytes, segment_tokens)
     offsets = stream_offsets(found)
-    # Compiled code wants aligned units, and four bytes at least. The copy of a section that lies at an odd address is
-    # small beside decoding.
+    # Compiled code needs aligned units, and at least four bytes. Copying a section at an odd address is cheap next to
+    # decoding it.
     tail = found.data[found.units_at :] if found.units else np.zeros(4, np.uint8)
     payload = np.require(tail.view(f"<u{unit_bytes}"), requirements=["A", "C"])
     return Streams(payload, offsets, columns, tokens, found.segment_tokens)
@@ -241,15 +270,16 @@ def parse(data: Data, columns: int, tokens: int, unit_bytes: int, segment_tokens
 def stream_offsets(found: Layout) -> NDArray[np.int64]:
     """int64 `[N + 1]`: each stream's first unit, then the end of the last. Raises CodecError if they do not add up."""
     offsets = np.empty(found.streams + 1, np.int64)
-    deltas = found.data[found.deltas_at : found.units_at]
+    deltas = np.zeros((found.units_at - found.deltas_at) // 4 + 2, np.uint32)
+    deltas[:-2].view(np.uint8)[:] = found.data[found.deltas_at : found.units_at]
     if _kernels().unpack(found.shortest, found.widths, deltas, offsets) != found.units:
         raise CodecError("coded section's stream lengths do not add up; fetch the chunk again")
     return offsets
 
 
 def assemble(lengths: NDArray[np.int64], units: list[NDArray[Any]], tokens: int, segment_tokens: int) -> bytes:
-    """A section of streams of these lengths (in units, in order), whose units lie one after another in `units`."""
-    packed = _pack_lengths(lengths, tokens, segment_tokens)
+    """A section of streams of these lengths (in units, in order), whose units are concatenated in `units`."""
+    packed = before_units(lengths, tokens, segment_tokens)
     return b"".join([packed, *(part.data for part in units), b"\0\0"])
 
 
@@ -278,25 +308,23 @@ def value_target(out: NDArray[Any], dtype: str | None, columns: int, tokens: int
 
 def decode(
     streams: Streams, target: NDArray[Any], kind: str, how: Reconstruction, threads: int | None,
-    decode_columns: Callable[..., int],
+    decode_columns: Callable[[NDArray[Any], Task, Output], int],
 ) -> None:  # fmt: skip
-    """Decode every stream into `target` `[B, T, W]`. Raises CodecError where a stream does not end as it must.
+    """Decode every stream into `target` `[B, T, W]`. Raises CodecError for a stream that does not end as it must.
 
-    `decode_columns(units, offsets, low, high, first, last, emit)` decodes columns low to high of a segment whose
-    tokens are first to last, and returns a damaged column or -1; `emit` is what the kernels' `emit` takes.
+    `decode_columns(units, task, output)` decodes a task's streams and returns a damaged column or -1.
     """
     columns = streams.columns
     flat, strides = _flatten(target)
-    emit = (
-        how.values, how.scale, how.offset, how.token_scale, KINDS[kind], how.linear, flat, target.shape[2], *strides,
-    )  # fmt: skip
+    values, scale, offset, token_scale = map(_read_only, (how.values, how.scale, how.offset, how.token_scale))
+    output = Output(values, scale, offset, token_scale, KINDS[kind], how.linear, flat, target.shape[2], *strides)
 
     def work(job: tuple[int, int, int]) -> int:
         segment, low, high = job
         first = segment * streams.segment_tokens
         offsets = streams.offsets[segment * columns : (segment + 1) * columns + 1]
         last = min(first + streams.segment_tokens, streams.tokens)
-        return int(decode_columns(streams.units, offsets, low, high, first, last, *emit))
+        return decode_columns(streams.units, Task(_read_only(offsets), low, high, first, last), output)
 
     jobs = _jobs(columns, streams.segments)
     for (segment, _, _), bad in zip(jobs, _spread(work, jobs, columns * streams.tokens, threads), strict=True):
@@ -307,13 +335,20 @@ def decode(
             )
 
 
-def _flatten(out: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
-    """The memory that an array spans as one dimension, and the array's strides in elements."""
-    strides = tuple(stride // out.itemsize for stride in out.strides)
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A view of the one type that kernels take for their inputs; within a tuple, numba converts none to it."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _flatten(out: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, int, int]]:
+    """The memory that an array spans, as one dimension, and the array's strides in elements."""
+    block, token, lane = (stride // out.itemsize for stride in out.strides)
     if min(out.strides) < 0 or any(stride % out.itemsize for stride in out.strides) or not out.flags.aligned:
         raise CodecError(f"out has strides {out.strides}: they must be non-negative multiples of its element size")
-    span = 1 + sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True))
-    return np.lib.stride_tricks.as_strided(out, (span,), (out.itemsize,)), strides
+    span = 1 + sum((n - 1) * stride for n, stride in zip(out.shape, (block, token, lane), strict=True))
+    return np.lib.stride_tricks.as_strided(out, (span,), (out.itemsize,)), (block, token, lane)
 
 
 def _check_size(columns: int, tokens: int) -> None:
@@ -341,7 +376,14 @@ def _as_array(data: Data) -> NDArray[np.uint8]:
     return view
 
 
-def _pack_lengths(lengths: NDArray[np.int64], tokens: int, segment_tokens: int) -> bytes:
+def most_before_units(streams: int) -> int:
+    """The most bytes that can precede the units of so many streams; a multiple of 4."""
+    groups = -(-streams // GROUP)
+    return _HEADER.size + (3 * groups + 3) // 4 * 4 + 4 * 16 * groups
+
+
+def before_units(lengths: NDArray[np.int64], tokens: int, segment_tokens: int) -> bytes:
+    """What precedes the units of streams of these lengths."""
     if int(lengths.sum()) >= 1 << 32:
         raise CodecError("a section holds at most 2^32 units; cut the chunk")
     groups = -(-len(lengths) // GROUP)
@@ -362,14 +404,14 @@ def _pack_lengths(lengths: NDArray[np.int64], tokens: int, segment_tokens: int) 
 def _jobs(columns: int, segments: int) -> list[tuple[int, int, int]]:
     """(segment, first column, last column + 1), in the order of streams."""
     return [
-        (segment, low, min(low + _COLUMNS_A_JOB, columns))
+        (segment, low, min(low + _COLUMNS_PER_JOB, columns))
         for segment in range(segments)
-        for low in range(0, columns, _COLUMNS_A_JOB)
+        for low in range(0, columns, _COLUMNS_PER_JOB)
     ]
 
 
 def _spread(work: Callable[[Job], Result], jobs: list[Job], symbols: int, threads: int | None) -> list[Result]:
-    """Run jobs in order of the list, on several threads where that pays; the kernels hold no GIL."""
+    """Results of all jobs, in order; on several threads where that pays off: the kernels release the GIL."""
     n = _cores() if threads is None else threads
     n = min(n, len(jobs), max(1, symbols // _PARALLEL_SYMBOLS))
     if n <= 1:
@@ -384,6 +426,6 @@ def _cores() -> int:
 
 
 def _kernels() -> LengthKernels:
-    from codec.entropy import _kernels
+    from kvstream.codec.entropy import _kernels
 
     return _kernels.lengths()

@@ -1,8 +1,8 @@
 """Probability tables that both coders share, and which table each column of symbols uses.
 
 A *column* is what is coded with one distribution: one channel of one layer, keys or values. Probabilities are integers
-that sum to 1024, so a rANS decoder finds a symbol by looking its slot up and a chunk needs one byte a column instead
-of a table of its own.
+that sum to 1024, so a rANS decoder finds a symbol by looking up its slot, and a chunk needs one byte per column instead
+of a table per column.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codec.errors import CodecError
+from kvstream.codec.errors import CodecError
 
 PROB_BITS = 10
 PROB_SCALE = 1 << PROB_BITS
 MAX_SYMBOLS = 256
 MAX_TABLES = 1 << 16
+FREQUENCY_SHIFT = 8
+REMAINDER_SHIFT = 20
+"""Of the fields of `Tables.packed`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +71,13 @@ class Tables:
 
     @cached_property
     def packed(self) -> NDArray[np.uint32]:
-        """uint32 `[K, 1024]`, a decoder's step for each slot: bits 0-7 symbol, 8-18 frequency, 20-29 slot - start."""
+        """uint32 `[K, 1024]`, a decoder's step for each slot: bits 0-7 symbol, 8-18 frequency, 20-29 remainder (the
+        slot's distance from the symbol's first)."""
         rows = np.arange(self.count)[:, None]
         slots = self.slots
         frequency = self.frequencies[rows, slots].astype(np.uint32)
-        bias = np.arange(PROB_SCALE, dtype=np.uint32) - self.starts[rows, slots]
-        return slots | (frequency << np.uint32(8)) | (bias << np.uint32(20))
+        remainder = np.arange(PROB_SCALE, dtype=np.uint32) - self.starts[rows, slots]
+        return slots | (frequency << np.uint32(FREQUENCY_SHIFT)) | (remainder << np.uint32(REMAINDER_SHIFT))
 
     @cached_property
     def cost_bits(self) -> NDArray[np.float64]:
@@ -103,10 +107,10 @@ def from_counts(counts: NDArray[Any], *, floor: int = 1) -> Tables:
 def laplace_family(n_classes: int = 32, n_symbols: int = 32, *, narrowest: float = 0.08, cut: float = 2e-5) -> Tables:
     """Tables of Laplace distributions, scales log-spaced from `narrowest` steps to a quarter of the alphabet.
 
-    Symbol `n_symbols // 2` is the centre, each symbol one quantisation step. 32 classes lose under 0.03 bit a symbol
-    against a table of each column's own, most of it to 10-bit probabilities. Symbols rarer than `cut` (never the three
-    in the middle) get no slot: at 8 bytes for an escape (`codec.entropy.escapes`) that is cheaper than one slot of
-    1,024 each. `cut=0` gives every symbol at least one slot.
+    Symbol `n_symbols // 2` is the centre, each symbol one quantisation step. 32 classes lose under 0.03 bit per symbol
+    against a table per column, most of it to 10-bit probabilities. Symbols rarer than `cut` (never the three
+    in the middle) get no slot: at 8 bytes for an escape (`kvstream.codec.entropy.escapes`) that is cheaper than one
+    slot of 1,024 each. `cut=0` gives every symbol at least one slot.
     """
     if n_classes < 1 or not 2 <= n_symbols <= MAX_SYMBOLS:
         raise CodecError(f"a family needs at least one class and 2 to {MAX_SYMBOLS} symbols")
@@ -118,7 +122,7 @@ def laplace_family(n_classes: int = 32, n_symbols: int = 32, *, narrowest: float
     cdf = np.where(x < 0, 0.5 * np.exp(np.minimum(x, 0)), 1 - 0.5 * np.exp(-np.maximum(x, 0)))
     p = np.diff(cdf, axis=1)
     distance = np.abs(np.arange(n_symbols) - centre)
-    # The outermost symbols stand for a whole tail: they must not outlive a rarer neighbour and leave a hole.
+    # The outermost symbols stand for a whole tail: they must not outlast a rarer neighbour and leave a gap.
     kept = (p >= cut) | (distance <= 1)
     for d in range(2, n_symbols):
         kept &= (distance != d) | kept[:, distance == d - 1].all(axis=1, keepdims=True)
@@ -129,7 +133,7 @@ def laplace_family(n_classes: int = 32, n_symbols: int = 32, *, narrowest: float
 def assign(counts: NDArray[Any], tables: Tables, *, escape_bits: float = 64.0) -> NDArray[np.uint16]:
     """The table for each column of a histogram `[C, S]` that codes it in the fewest bits: uint16 `[C]`.
 
-    A symbol without a slot counts `escape_bits`: what `codec.entropy.escapes` spends on it.
+    A symbol without a slot counts `escape_bits`: what `kvstream.codec.entropy.escapes` spends on it.
     """
     histogram = np.asarray(counts, dtype=np.float64)
     if histogram.ndim != 2 or histogram.shape[1] != tables.symbols:
@@ -153,7 +157,7 @@ def column_counts(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.int6
     if tokens and int(symbols.max(initial=0)) >= n_symbols:
         raise CodecError(f"symbol {int(symbols.max())} is outside an alphabet of {n_symbols}")
     counts = np.zeros((columns, n_symbols), np.int64)
-    block = max(1, (1 << 18) // max(tokens, 1))  # eight bytes a symbol are held for so many
+    block = max(1, (1 << 18) // max(tokens, 1))  # eight bytes per symbol for that many
     for first in range(0, columns, block):
         part = symbols[first : first + block]
         flat = part.astype(np.int64) + np.arange(len(part))[:, None] * n_symbols
@@ -164,7 +168,7 @@ def column_counts(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.int6
 
 
 def _round(p: NDArray[np.float64], floors: NDArray[np.int64]) -> NDArray[np.uint16]:
-    """Integer frequencies for probabilities `[K, S]`: one slot a step in every row that still needs a change."""
+    """Integer frequencies for probabilities `[K, S]`: one slot per step in every row that still changes."""
     frequency = np.maximum(floors, np.floor(p * PROB_SCALE).astype(np.int64))
     rows = np.arange(len(p))
     while len(rows):

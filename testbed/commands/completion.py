@@ -1,4 +1,4 @@
-"""`kvstream completion`: what a shell needs to complete command lines, made from the parsers themselves."""
+"""`kvstream completion`: a shell's completion script, generated from the parsers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def completion_command(args: argparse.Namespace) -> int:
-    from testbed.cli import build_parser
+    from kvstream.testbed.cli import build_parser
 
     print(script(build_parser(), args.shell, names()))
     return 0
 
 
 def names() -> dict[str, list[str]]:
-    """What can follow an option or a positional of a name: policies, codecs, traces."""
-    from codec import registry as codecs
-    from policies import registry as policies
-    from traces import generators, library
+    """Values of options and positionals by their name: models, policies, codecs, traces."""
+    from kvstream.codec import registry as codecs
+    from kvstream.policies import registry as policies
+    from kvstream.testbed.models import catalogue
+    from kvstream.traces import generators, library
 
     return {
+        "model": [catalogue.BUNDLED, *catalogue.MODELS],
         "policy": policies.names(),
         "codec": codecs.names(),
         "trace": sorted({*library.names(), *generators.GENERATORS}),
@@ -41,7 +43,7 @@ def names() -> dict[str, list[str]]:
 
 
 def parsers(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Every parser under `parser` with the words that lead to it: `("", top)`, `("/trace/list", ...)`."""
+    """Every parser under `parser` with its command path: `("", top)`, `("/trace/list", ...)`."""
     yield path, parser
     for name, child in children(parser).items():
         yield from parsers(child, f"{path}/{name}")
@@ -56,7 +58,7 @@ def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 
 def script(parser: argparse.ArgumentParser, shell: str, known: dict[str, list[str]]) -> str:
-    """The completion script: words a place can be followed by, files where there are none."""
+    """The completion script: the words that can follow each command, files where there are none."""
     cases, values = [], []
     for path, command in parsers(parser):
         words = [*children(command), *(flag for action in command._actions for flag in action.option_strings)]

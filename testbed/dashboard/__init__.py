@@ -1,1 +1,1 @@
-"""The live dashboard: what a run is doing now, and a finished run played again."""
+"""The dashboard: a run live in the browser, or replayed after it has finished."""

@@ -1,6 +1,6 @@
-"""What a browser is told: the state of a run when it connects, then every new event.
+"""The stream of a dashboard: the state of a run when a browser connects, then every new event.
 
-The state is short whatever the run's length: one line a finished session and the news of the one that is under way.
+The state is short whatever the run's length: one row per finished session, and the events of the current one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, TypeAlias
 
-from testbed.dashboard import events
-from testbed.report.style import INK, scheme_style
-from testbed.results import Run
+from kvstream.testbed import events
+from kvstream.testbed.report.style import INK, scheme_style
+from kvstream.testbed.results.folder import Run
 
 Json: TypeAlias = dict[str, Any]
 
 POLL_S: Final = 0.1
-"""How often the file is looked at: a stat, unless it has grown."""
+"""Interval at which the file is checked: one stat, unless it has grown."""
 
 _ROW = (
     *("unit_id", "scheme", "policy", "codec", "clairvoyant", "depth", "overlap", "context", "trace", "deadline_s"),
-    *("status", "why", "ttft_s", "met", "distortion", "answers_right", "answers", "bytes", "regret"),
+    *("reference", "status", "why", "ttft_s", "met", "distortion", "answers_right", "answers", "bytes", "regret"),
 )
 
 
@@ -33,7 +33,7 @@ class Feed:
         self._file = run.path / events.FILE_NAME
 
     def state(self) -> tuple[Json, int]:
-        """(everything up to now, where the file goes on). A run that has not begun is live and empty."""
+        """(everything up to now, offset of the next event). A run that has not started is live and empty."""
         start: Json | None = None
         current: Json | None = None
         rows: dict[tuple[str, str], Json] = {}
@@ -62,6 +62,7 @@ class Feed:
             "name": start["name"] if start else self._run.path.name,
             "sessions": start["sessions"] if start else len(rows),
             "live": len(rows) < start["sessions"] and not ended if start else not rows,
+            "compared": self._compared(),
             "rows": list(rows.values()),
             "current": None
             if current is None
@@ -69,8 +70,12 @@ class Feed:
         }
         return state, offset
 
+    def _compared(self) -> list[str]:
+        """Schemes that a unit must have to count, as in the report."""
+        return self._run.compared if self._run.exists() else []
+
     async def follow(self, offset: int) -> AsyncIterator[Json]:
-        """New events from `offset` on, for ever; the state again when the run was started over."""
+        """New events from `offset` on, forever; the state again when the run is started over."""
         while True:
             size = self._file.stat().st_size if self._file.is_file() else 0
             if size < offset:
@@ -81,19 +86,21 @@ class Feed:
                     event, offset = json.loads(line), end
                     if event["event"] == "session_end":
                         event["row"] = row_of(event["row"])
+                    elif event["event"] == "run_start":
+                        event["compared"] = self._compared()
                     yield event
             await asyncio.sleep(POLL_S)
 
 
 def row_of(row: Mapping[str, Any]) -> Json:
-    """What the running table needs of a session, and how the scheme is drawn."""
+    """A session's fields for the dashboard's table, and how its scheme is drawn."""
     style = scheme_style(row)
     colour = "currentColor" if style.colour == INK else style.colour
     return {key: row.get(key) for key in _ROW} | {"colour": colour, "hollow": style.hollow}
 
 
 def cell_of(run: Run, unit_id: str, scheme: str) -> Json | None:
-    """A session by its names; None if there is none. Names are compared, never made into paths."""
+    """The cell of a session; None if there is none. Names are compared, never turned into paths."""
     wanted = {f"{unit_id}-{scheme}.json", f"{unit_id}-{scheme}.failure.json", f"{unit_id}.json"}
     for file in sorted(run.cells.glob("*.json")):
         if file.name in wanted:

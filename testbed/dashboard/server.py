@@ -1,7 +1,7 @@
 """The dashboard's server: read-only, on loopback, behind a token in the URL.
 
-It runs beside an emulation on the same processors, so it takes the lowest priority, keeps no summary (the browser
-counts), and reads a file that the run writes anyway.
+It shares the processors with an emulation, so it runs at the lowest priority, leaves all counting to the browser, and
+reads a file that the run writes anyway.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Final
 
 from aiohttp import web
 
-from testbed.dashboard.feed import Feed, cell_of
-from testbed.report.page import ASSETS as REPORT_ASSETS
-from testbed.report.sessions import n_levels, session
-from testbed.report.style import TEXT_COLOUR, level_colours
-from testbed.results import Run
+from kvstream.testbed.dashboard.feed import Feed, cell_of
+from kvstream.testbed.report.page import ASSETS as REPORT_ASSETS
+from kvstream.testbed.report.sessions import n_levels, session, trace_specs
+from kvstream.testbed.report.style import TEXT_COLOUR, level_colours
+from kvstream.testbed.results.folder import Run
 
 ASSETS: Final = Path(__file__).with_name("assets")
 LOOPBACK: Final = "127.0.0.1"
-MOST_LADDER: Final = 16
+MAX_LADDER: Final = 16
 HEADERS: Final = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -45,6 +45,7 @@ STATIC: Final = {
 }
 RUN: Final = web.AppKey("run", Run)
 TOKEN: Final = web.AppKey("token", str)
+CLOSING: Final = web.AppKey("closing", asyncio.Event)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,7 +53,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def make_app(run: Run, token: str) -> web.Application:
     """The application; every path begins with the token."""
     app = web.Application(middlewares=[_guard])
-    app[RUN], app[TOKEN] = run, token
+    app[RUN], app[TOKEN], app[CLOSING] = run, token, asyncio.Event()
+    app.on_shutdown.append(_close)
     app.router.add_get("/{token}/", _page)
     app.router.add_get("/{token}/events", _events)
     app.router.add_get("/{token}/session", _session)
@@ -62,7 +64,7 @@ def make_app(run: Run, token: str) -> web.Application:
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """No token, no answer: whoever guesses learns nothing, not even which paths there are."""
+    """Without the token every path is 404, so guessing reveals nothing."""
     given = request.match_info.get("token", "")
     if not hmac.compare_digest(given.encode(), request.app[TOKEN].encode()):
         return web.Response(status=404, text="not found\n", headers=HEADERS)
@@ -70,7 +72,7 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def _page(request: web.Request) -> web.Response:
-    look = {"ladders": {n: level_colours(n) for n in range(1, MOST_LADDER + 1)}, "text": TEXT_COLOUR}
+    look = {"ladders": {n: level_colours(n) for n in range(1, MAX_LADDER + 1)}, "text": TEXT_COLOUR}
     html = (ASSETS / "dashboard.html").read_text(encoding="utf-8")
     html = html.replace("LOOK_JSON", json.dumps(look).replace("</", "<\\/"))
     return web.Response(text=html, content_type="text/html", headers=HEADERS)
@@ -84,26 +86,42 @@ async def _static(request: web.Request) -> web.Response:
 
 
 async def _session(request: web.Request) -> web.Response:
-    """One finished session as the viewer shows it."""
+    """One finished session in the viewer's format."""
     run = request.app[RUN]
     cell = cell_of(run, request.query.get("unit", ""), request.query.get("scheme", ""))
     if cell is None:
         return web.Response(status=404, text="no such session\n", headers=HEADERS)
-    found = session(cell, n_levels(cell["row"], run.manifest.get("levels", {})))
+    manifest = run.manifest
+    found = session(cell, n_levels(cell["row"], manifest.get("levels", {})), trace_specs(manifest))
     return web.json_response(found, headers=HEADERS)
 
 
 async def _events(request: web.Request) -> web.StreamResponse:
-    """Server-sent events: the state, then what happens."""
+    """Server-sent events: the state, then every new event, until the server closes: the response then ends properly,
+    which a browser does not report as an error."""
     response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     await response.prepare(request)
-    feed = Feed(request.app[RUN])
-    state, offset = feed.state()
-    with suppress(ConnectionResetError):  # the browser has gone
-        await response.write(_sse(state))
-        async for event in feed.follow(offset):
-            await response.write(_sse(event))
+    telling = asyncio.create_task(_tell(response, Feed(request.app[RUN])))
+    closing = asyncio.create_task(request.app[CLOSING].wait())
+    try:
+        await asyncio.wait((telling, closing), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        closing.cancel()
+        telling.cancel()
+        with suppress(asyncio.CancelledError, ConnectionResetError):  # the browser has gone
+            await telling
     return response
+
+
+async def _tell(response: web.StreamResponse, feed: Feed) -> None:
+    state, offset = feed.state()
+    await response.write(_sse(state))
+    async for event in feed.follow(offset):
+        await response.write(_sse(event))
+
+
+async def _close(app: web.Application) -> None:
+    app[CLOSING].set()
 
 
 def _sse(event: object) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.emulator.capture import ACK, RST, Capture, Flow, Packet, recorder
-from testbed.emulator.record import LinkRecord
+from kvstream.testbed.emulator.capture import ACK, RST, Capture, Flow, Packet, recorder
+from kvstream.testbed.emulator.record import LinkRecord
 
 SEQUENCES: Final = 1 << 32
 WINDOW_S: Final = 0.1

@@ -1,8 +1,8 @@
-"""Packets at both ends of a link, recorded with tcpdump or, where that cannot, by `testbed.emulator.sniff`.
+"""Packets at both ends of a link, recorded with tcpdump or, where that cannot, by `kvstream.testbed.emulator.sniff`.
 
-The always-on counters say what the queue let through; a capture says what TCP made of it (`testbed.emulator.analysis`).
-Only headers are kept, and read back with Scapy. A packet under segmentation offload is one record of up to 64 KiB:
-bytes are summed as the segments it stands for, never counted as packets.
+The always-on counters say what the queue let through; a capture says what TCP made of it
+(`kvstream.testbed.emulator.analysis`). Only headers are kept, and read back with Scapy. A packet under segmentation
+offload is one record of up to 64 KiB: bytes are summed as the segments it stands for, never counted as packets.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
-from testbed.errors import MachineError
+from kvstream.testbed.errors import MachineError
 
 if TYPE_CHECKING:
-    from testbed.emulator.topology import Network
+    from kvstream.testbed.emulator.topology import Network
 
 SNAP_BYTES: Final = 96
 """Ethernet, IP and TCP headers with every option."""
@@ -81,7 +81,7 @@ class Capture:
 
 def recorder() -> Literal["tcpdump", "sniff"]:
     """What records here. tcpdump changes its user once it listens, which a user namespace may forbid."""
-    from testbed.emulator.sandbox import search_path
+    from kvstream.testbed.emulator.sandbox import search_path
 
     found = shutil.which("tcpdump", path=search_path()) is not None
     return "tcpdump" if found and Path("/proc/self/setgroups").read_text().strip() != "deny" else "sniff"
@@ -124,7 +124,7 @@ def capture(network: Network, folder: Path, name: str = "") -> Iterator[dict[str
 def _words(interface: str, file: Path) -> list[str]:
     snap, buffer = str(SNAP_BYTES), str(BUFFER_KIB)
     if recorder() == "sniff":
-        return [sys.executable, "-m", "testbed.emulator.sniff", interface, str(file), snap, buffer]
+        return [sys.executable, "-m", "kvstream.testbed.emulator.sniff", interface, str(file), snap, buffer]
     # Without immediate mode, what the kernel holds back for up to a second would be lost at the end. And a user of its
     # own could not write where root may.
     words = ["tcpdump", "-i", interface, "-n", "--immediate-mode", "--time-stamp-precision=nano", "-Z", "root"]

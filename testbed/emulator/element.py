@@ -1,8 +1,8 @@
 """The element: a process on a middle host that holds, drops, reorders and duplicates the packets it forwards.
 
-`python -m testbed.emulator.element SETTINGS` with the settings of `Impairments` as JSON. Queue 0 holds what goes toward
-the receivers, queue 1 what comes back; `testbed.emulator.impairments` puts the iptables rules that fill them. Prints
-`ready`, then reads lines of JSON until its input ends:
+`python -m kvstream.testbed.emulator.element SETTINGS` with the settings of `Impairments` as JSON. Queue 0 holds what
+goes toward the receivers, queue 1 what comes back; `kvstream.testbed.emulator.impairments` puts the iptables rules
+that fill them. Prints `ready`, then reads lines of JSON until its input ends:
 
     {"report": true}                                   answered with a line of JSON: the counters
     {"steps": [[CLOCK_MONOTONIC, delay_s, loss], ..]}  delay and loss from then on, replacing earlier steps
@@ -26,9 +26,9 @@ import time
 from collections import deque
 from typing import Any, Final
 
-from testbed.emulator.clock import be_punctual, spent_s
-from testbed.emulator.nfqueue import ACCEPT, DROP, PacketQueue, payload_of
-from testbed.emulator.requests import Requests
+from kvstream.testbed.emulator.nfqueue import ACCEPT, DROP, PacketQueue, payload_of
+from kvstream.testbed.host.clock import be_punctual, spent_s
+from kvstream.testbed.host.json_lines import Requests
 
 EARLY_S: Final = 0.00003
 """Packets that are due this soon go along: waking up again would take longer."""

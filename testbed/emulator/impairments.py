@@ -1,8 +1,8 @@
 """Delay, jitter, loss, reordering and duplication on a middle host of their own, before the bottleneck.
 
 Two backends with the same settings: the kernel's netem, where there is one, and our element on NFQUEUE
-(`testbed.emulator.element`). Neither ever sits on the sender, whose TCP would take the held packets for its own
-backlog, nor on the shaped interface, whose rate would then count them. What was chosen is in `settings`, for the
+(`kvstream.testbed.emulator.element`). Neither ever sits on the sender, whose TCP would take the held packets for its
+own backlog, nor on the shaped interface, whose rate would then count them. What was chosen is in `settings`, for the
 manifest.
 """
 
@@ -16,16 +16,15 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from testbed.emulator.element import LATE_BINS_S
-from testbed.emulator.link import LinkSettings, varies
-from testbed.errors import MachineError
+from kvstream.testbed.emulator.element import LATE_BINS_S
+from kvstream.testbed.emulator.link import LinkSettings, varies
+from kvstream.testbed.emulator.topology import DELAY_HOST, Network
+from kvstream.testbed.errors import MachineError
 
 if TYPE_CHECKING:
-    from testbed.emulator.topology import Network
-    from traces.trace import Trace
+    from kvstream.traces.trace import Trace
 
-HOST: Final = "delay"
-LEFT, RIGHT = "delay-left", "delay-right"
+LEFT, RIGHT = f"{DELAY_HOST}-left", f"{DELAY_HOST}-right"
 IPTABLES: Final = ("iptables", "iptables-legacy", "iptables-nft")
 """Tried in this order: nft variants need a kernel with the nft queue or its compatibility layer."""
 NETEM_LIMIT: Final = 1 << 18
@@ -43,9 +42,11 @@ class Impairments:
         self.link = network.link
         self._element: subprocess.Popen[str] | None = None
         self._seeded = True
+        self._before: dict[str, Any] = {}
+        """The counters at the session's start."""
         refused = unfit_for_netem(self.link, network.traces)
         if self.link.impair == "netem" and refused is not None:
-            raise MachineError(f"netem cannot {refused}: leave impair=netem away, and our element does it")
+            raise MachineError(f"netem cannot {refused}: omit impair=netem, and our element will")
         if refused is None and self.link.impair != "nfqueue":
             refused = self._try_netem()
             if self.link.impair == "netem" and refused is not None:
@@ -85,7 +86,7 @@ class Impairments:
             at_s += duration_s
         self._tell({"steps": steps})
 
-    def rest(self) -> dict[str, Any]:
+    def end(self) -> dict[str, Any]:
         """The session is over: back to the link's own settings. What was done to its packets, as `handled` says."""
         done = handled(self._before, self.report())
         if self._element is not None:
@@ -103,7 +104,7 @@ class Impairments:
 
     @property
     def _host(self) -> Any:
-        return self.network.hosts[HOST]
+        return self.network.hosts[DELAY_HOST]
 
     def _try_netem(self) -> str | None:
         """Set netem up in both directions; the reason when the kernel will not. Says in `_seeded` whether it has our
@@ -133,7 +134,7 @@ class Impairments:
         settings["lossy"] = bool(self.link.loss) or any(trace.loss is not None for trace in self.network.traces)
         self._element = self.network.popen(
             self._host,
-            [sys.executable, "-m", "testbed.emulator.element", json.dumps(settings)],
+            [sys.executable, "-m", "kvstream.testbed.emulator.element", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -176,7 +177,7 @@ class Impairments:
 def handled(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """What happened between two reports, both directions together.
 
-    `dropped` were lost as asked for. `lost_by_kernel` never reached the element. 99 % of the packets went at most
+    `dropped` were lost on purpose. `lost_by_kernel` never reached the element. 99 % of the packets went at most
     `late_p99_s` after they were due, to the next of LATE_BINS_S; None is later than the last. netem tells neither.
     """
     lanes = list(zip(before["lanes"], after["lanes"], strict=True))

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from testbed.errors import SpecError
-from traces.units import Fraction, Number
+from kvstream.testbed.errors import SpecError
+from kvstream.traces.units import Fraction, Number
 
 if TYPE_CHECKING:
-    from traces.trace import Trace
+    from kvstream.traces.trace import Trace
 
 MAX_GSO_BYTES: Final = 65_536
 MAX_DELAY_S: Final = 10.0
@@ -22,7 +22,7 @@ class LinkSettings:
 
     A trace with columns of delay or loss adds them to what is set here, row by row.
 
-    Delay and jitter apply to each direction; loss, reordering and duplication only on the way to the receivers.
+    Delay and jitter apply to each direction; loss, reordering and duplication only toward the receivers.
     """
 
     delay_s: float = 0.0
@@ -53,11 +53,11 @@ class LinkSettings:
     """Segmentation offloads (GSO, TSO, GRO): packets travel the emulated path in groups sized to the trace's rates.
     Off: one MTU each, which costs CPU above some 2 Gbit/s."""
     cross_flows: int = 0
-    """TCP flows of others that compete for the bottleneck all the time, with the same congestion control."""
+    """Cross traffic: TCP flows that compete for the bottleneck all the time, with the same congestion control."""
     cross_trace: str = ""
-    """A trace (a name or a file) at whose rates others send datagrams through the bottleneck during a session."""
+    """Cross traffic: a trace (a name or a file) at whose rates datagrams pass the bottleneck during a session."""
     up_trace: str = ""
-    """A trace (a name or a file) that limits the way back to the senders; without one that way is not limited."""
+    """A trace (a name or a file) that limits the reverse path to the senders; without one it is not limited."""
     senders: int = 1
     """A run's senders, each behind a link of its own to the shared path: chunk i of a context comes from i mod N."""
     pin: bool = False
@@ -98,7 +98,7 @@ class LinkSettings:
 
     @property
     def crossed(self) -> bool:
-        """Whether others send through the bottleneck."""
+        """Whether there is cross traffic through the bottleneck."""
         return bool(self.cross_flows or self.cross_trace)
 
     def grouped(self, traces: Iterable[Trace] = ()) -> bool:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from testbed.emulator import fidelity, traffic
-from testbed.emulator.link import LinkSettings
-from testbed.emulator.record import LinkRecord
-from testbed.emulator.shaper import Shaper
-from testbed.emulator.topology import Network
-from testbed.errors import SpecError
-from traces.framing import goodput_per_capacity
-from traces.resolve import open_trace
-from traces.trace import Trace
+from kvstream.testbed.emulator import fidelity, traffic
+from kvstream.testbed.emulator.link import LinkSettings
+from kvstream.testbed.emulator.path import open_path
+from kvstream.testbed.emulator.record import LinkRecord
+from kvstream.testbed.errors import SpecError
+from kvstream.traces.framing import goodput_per_capacity
+from kvstream.traces.trace import Trace
 
 LEAD_S: Final = 0.05
 FILL_S: Final = 0.5
@@ -59,12 +56,7 @@ class Measurement:
             f"{self.trace}: {self.record.length_s:g} s, {len(self.record.changes)} changes of rate, half of them "
             f"late by up to {late[len(late) // 2] * 1e3:.2f} ms, 99 % by up to {verdict.lateness_p99_s * 1e3:.2f} ms"
         ]
-        if verdict.median_error is not None and verdict.p95_error is not None and verdict.total_error is not None:
-            lines.append(
-                f"bytes against the trace: median error {verdict.median_error:.2%}, 95 % below "
-                f"{verdict.p95_error:.2%}, in all {verdict.total_error:.2%} "
-                f"({verdict.windows} windows, {verdict.backlogged_s:.1f} s backlogged)"
-            )
+        lines += judgement(verdict)[:-1]
         if self.goodput_bps is not None and self.goodput_per_trace is not None:
             each = " + ".join(f"{share / 1e6:.2f}" for share in self.shares_bps)
             who, total = "one TCP flow got", each
@@ -75,14 +67,28 @@ class Measurement:
                 f"{who} {total} Mbit/s of goodput, {self.goodput_per_trace:.1%} of what the trace allows; "
                 f"{verdict.drops} packets dropped at the queue"
             )
-        if not verdict.ok:
-            lines.append("invalid: " + "; ".join(verdict.reasons))
-        elif verdict.windows:
-            lines.append("valid")
-        else:
-            fills = "; --measure fills it" if self.goodput_bps is None else ""
-            lines.append(f"nothing to judge: the link was never full{fills}")
+        fills = "; --measure fills it" if verdict.full_s == 0.0 and self.goodput_bps is None and verdict.ok else ""
+        lines.append(judgement(verdict)[-1] + fills)
         return "\n".join(lines)
+
+
+def judgement(verdict: fidelity.Fidelity) -> list[str]:
+    """A verdict in lines: what was found, if anything was judged, and the verdict itself."""
+    lines = []
+    if verdict.total_error is not None:
+        errors = [f"in all {verdict.total_error:.2%}"]
+        if verdict.median_error is not None and verdict.p95_error is not None:
+            errors[:0] = [f"median error {verdict.median_error:.2%}", f"95 % below {verdict.p95_error:.2%}"]
+        much = f"{verdict.windows} windows, {verdict.backlogged_s:.1f} s backlogged"
+        lines.append(f"bytes against the trace: {', '.join(errors)} ({much})")
+    if not verdict.ok:
+        prefix = "" if verdict.state == "unjudged" else "invalid: "
+        lines.append(prefix + "; ".join(verdict.reasons))
+    elif verdict.full_s == 0.0:
+        lines.append("nothing to judge: the link was never full")
+    else:
+        lines.append(f"valid; {verdict.coverage:.0%} of the time judged")
+    return lines
 
 
 def replay(
@@ -93,21 +99,16 @@ def replay(
     fill: bool = True,
     receivers: int = 1,
     limits: fidelity.Limits | None = None,
-    meanwhile: Callable[[Network], None] | None = None,
 ) -> Measurement:
     """Replay `length_s` seconds of a trace, with a TCP flow to each receiver that takes all it can get (`fill`), or
-    without traffic.
-
-    Inside a sandbox only. `meanwhile` is called with the network once the session has begun.
+    without traffic. Inside a sandbox only.
     """
     if trace.per == "chunk":
-        raise SpecError(f"trace {trace.name!r} has one rate a chunk and no time line: replay one with per=time")
+        raise SpecError(f"trace {trace.name!r} has one rate per chunk and no time line: replay one with per=time")
     shares: tuple[float, ...] = ()
     with contextlib.ExitStack() as stack:
-        up = [open_trace(link.up_trace)] if link.up_trace else []
-        network = stack.enter_context(Network(link, receivers=receivers, traces=[trace, *up]))
-        shaper = stack.enter_context(Shaper(network))
-        ups = [(stack.enter_context(Shaper(network, "up")), back) for back in up]
+        path = stack.enter_context(open_path(link, [trace], receivers=receivers))
+        network = path.network
         clients = []
         if fill:
             server = traffic.start_server(network, network.sender, network.sender_ip)
@@ -118,13 +119,8 @@ def replay(
                 stack.callback(traffic.end, clients[-1])
             time.sleep(FILL_S)
         t0_s = time.monotonic() + LEAD_S
-        shaper.arm(trace, t0_s, length_s)
-        for other, back in ups:
-            other.arm(back, t0_s, length_s)
-        if meanwhile is not None:
-            time.sleep(max(t0_s - time.monotonic(), 0.0))
-            meanwhile(network)
-        record = shaper.finish(t0_s + length_s)
+        path.arm(trace, t0_s, length_s)
+        record = path.finish(t0_s + length_s).down
         results = [traffic.result_of(client) for client in clients]
         shares = tuple(traffic.rate_between(result, t0_s, t0_s + length_s) for result in results)
     verdict = fidelity.judge(record, trace, limits)

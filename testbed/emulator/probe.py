@@ -3,11 +3,11 @@
 The receiver asks, the sender answers with packets back to back. The time to the first is the round trip; the spacing of
 the later ones is the bottleneck's. A shaper lets the first 2 ms of its rate through at once, as real token buckets do,
 so a train counts only from 3 ms on and is asked for again, four times as long, until it takes long enough. The median
-of three such trains counts, because a processor that others had for a moment spoils one. This is what a policy sees
+of three such trains counts, because one may be spoiled by a moment without a CPU. This is what a policy sees
 as `prior_bps`: a look at one moment of the link, which costs some 0.2 s before the session.
 
-    python -m testbed.emulator.probe answer ADDRESS PEER MTU    at the sender, until its input ends
-    python -m testbed.emulator.probe ask ADDRESS MTU            at the receiver: a JSON line for each line of input
+    python -m kvstream.testbed.emulator.probe answer ADDRESS PEER MTU    at the sender, until its input ends
+    python -m kvstream.testbed.emulator.probe ask ADDRESS MTU            at the receiver: a JSON line a line of input
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from testbed.errors import MachineError
-from traces.framing import goodput_per_capacity
+from kvstream.testbed.errors import INSTALL, MachineError
+from kvstream.traces.framing import goodput_per_capacity
 
 if TYPE_CHECKING:
-    from testbed.emulator.topology import Network
+    from kvstream.testbed.emulator.topology import Network
 
 PORT: Final = 5201
 FIRST_TRAIN: Final = 32
@@ -74,7 +74,7 @@ class Prober:
         for host, words in roles:
             process = network.popen(
                 host,
-                [sys.executable, "-m", "testbed.emulator.probe", *words],
+                [sys.executable, "-m", "kvstream.testbed.emulator.probe", *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -82,7 +82,7 @@ class Prober:
             self._running.append(process)
         for process in self._running:
             if self._line(process, START_S) != "ready":
-                raise MachineError("the probe did not start; it needs scapy: `pip install 'kvstream[run]'`")
+                raise MachineError(f"the probe did not start; it needs scapy: {INSTALL}")
         return self
 
     def __exit__(self, *_: object) -> None:

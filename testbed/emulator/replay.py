@@ -1,17 +1,18 @@
 """The shaper's process: it sets one interface's rate at absolute times and reads the class's counters every 10 ms.
 
-`python -m testbed.emulator.replay INTERFACE` in the router's network namespace, spoken to in JSON lines on its standard
-streams by `testbed.emulator.shaper`. A process of its own, so that neither a busy interpreter nor a garbage
-collection of the controller can delay a rate change. Only light modules are imported: it starts in 40 ms.
+`python -m kvstream.testbed.emulator.replay INTERFACE` in the router's network namespace; it exchanges lines of JSON on
+its standard streams with `kvstream.testbed.emulator.shaper`. A process of its own, so that neither a busy interpreter
+nor a garbage collection of the controller can delay a rate change. It imports only light modules and starts in 40 ms.
 
     {"do": "make", "queue_s": .., "queue_bytes": .. | null, "packet_bytes": .., "idle_bps": ..}     put it in place
-    {"do": "arm", "t0_s": .., "changes": [[s, bit/s], ..], "chunks_bps": [..]}      a session starts at t0_s
-    {"do": "rate", "rate_bps": ..}                                                  step now
-    {"do": "finish", "t_end_s": ..}                                                 end it then; answers its record
+    {"do": "arm", "t0_s": .., "schedule": [[s, bit/s], ..], "chunk_rates_bps": [..],
+     "packet_bytes": ..}                                                                a session starts at t0_s
+    {"do": "rate", "rate_bps": ..}                                                      step now
+    {"do": "finish", "t_end_s": ..}                                                     end it then; answers its record
 
-Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process. A trace with one rate a
-chunk has its rates in `chunks_bps`. The step to a chunk's is made when a datagram `{"chunk": .., "at_s": ..}` on the
-socket `steps_path(INTERFACE)` says that its first byte has left the link.
+Each is answered with one line, `{"ok": ..}` or `{"error": ..}`; end of input ends the process. A trace with one rate
+per chunk has its rates in `chunk_rates_bps`. The step to a chunk's rate is made when a datagram `{"chunk": .., "at_s":
+..}` on the socket `steps_path(INTERFACE)` reports that its first byte has left the link.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from testbed.emulator.clock import CpuMeter, be_punctual, spent_s
-from testbed.emulator.requests import Requests
-from testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
+from kvstream.testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
+from kvstream.testbed.host.clock import CpuMeter, be_punctual, spent_s
+from kvstream.testbed.host.json_lines import Requests
 
 SAMPLE_S: Final = 0.01
 CPU_SAMPLE_S: Final = 0.1
@@ -41,6 +42,7 @@ QUEUE_CHECK_S: Final = 1.0
 SPIN_S: Final = 0.0002
 """A timer wakes this much early for a rate change; the rest is spent looking at the clock."""
 RATE_TOLERANCE: Final = 1e-6
+MAX_FAULTS: Final = 20
 
 
 def steps_path(interface: str) -> Path:
@@ -49,8 +51,8 @@ def steps_path(interface: str) -> Path:
 
 
 @contextlib.contextmanager
-def teller(path: str | None) -> Iterator[Callable[[int], object] | None]:
-    """What tells the shaper behind a socket of a chunk's first byte; None where nobody is to be told."""
+def notify_shaper(path: str | None) -> Iterator[Callable[[int], object] | None]:
+    """Gives the call that notifies the shaper behind a socket of a chunk's first byte; None without a socket."""
     if path is None:
         yield None
         return
@@ -59,27 +61,72 @@ def teller(path: str | None) -> Iterator[Callable[[int], object] | None]:
         yield lambda chunk: line.send(json.dumps({"chunk": chunk, "at_s": time.monotonic()}).encode())
 
 
+class Session:
+    """One session: what is still to be done, and the record of what was. Recorded times count from `t0_s`."""
+
+    def __init__(self, t0_s: float, schedule: Sequence[Sequence[float]], chunk_rates_bps: Sequence[float]) -> None:
+        self.t0_s = t0_s
+        self.chunk_rates_bps = chunk_rates_bps
+        self.pending = deque((t0_s + at_s, rate_bps) for at_s, rate_bps in schedule)
+        """[CLOCK_MONOTONIC, bit/s] of the changes to come."""
+        self.next_sample_s = t0_s
+        self.next_cpu_s = t0_s + CPU_SAMPLE_S / 2.0
+        self.next_queue_s = t0_s + QUEUE_CHECK_S
+        self.changes: list[tuple[float, float, float]] = []
+        """[scheduled, made, bit/s]: `record.Change`."""
+        self.samples: list[tuple[float, float, int, int, int]] = []
+        """`record.Sample`."""
+        self.cpu: list[tuple[float, ...]] = []
+        """`record.CpuSample`."""
+        self.faults: list[str] = []
+        self.base: tuple[int, int] | None = None
+        """The class's counters of bytes and drops at the first sample."""
+        self.meter = CpuMeter()
+        self.spent_before_s = spent_s()
+
+    def sample_cpu(self, now_s: float) -> None:
+        self.cpu.append((now_s - self.t0_s, *self.meter.read()))
+        self.next_cpu_s = now_s + CPU_SAMPLE_S
+
+    def fault(self, at_s: float, what: str) -> None:
+        """Record a fault of the link, found at a moment of CLOCK_MONOTONIC."""
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(f"{at_s - self.t0_s:.3f} s: {what}")
+
+    def record(self, t_end_s: float) -> dict[str, Any]:
+        """What `record.LinkRecord` is made of, but for what the shaper knows."""
+        return {
+            "t0_s": self.t0_s,
+            "length_s": t_end_s - self.t0_s,
+            "samples": self.samples,
+            "changes": self.changes,
+            "cpu": self.cpu,
+            "cores": self.meter.cores,
+            "faults": self.faults,
+        }
+
+
 class Replay:
     """The state of the process: one interface, and at most one session."""
 
     def __init__(self, interface: str) -> None:
         self.tc = Interface(interface)
-        self.told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.chunk_starts = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         steps_path(interface).unlink(missing_ok=True)
-        self.told.bind(str(steps_path(interface)))
-        self.punctual = be_punctual(light=True)
+        self.chunk_starts.bind(str(steps_path(interface)))
+        self.scheduling = be_punctual(light=True)
         self.rate_bps = self.idle_bps = 0.0
         self.closed = False
         self.queue_s = 0.05
         self.queue_bytes: int | None = None
         self.packet_bytes = 0
-        self.armed = False
         self.settings: dict[str, Any] = {}
+        self.session: Session | None = None
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def make(self, queue_s: float, queue_bytes: int | None, packet_bytes: int, idle_bps: float) -> dict[str, Any]:
-        """Create the class and the queue, and check both against the kernel's word; between sessions idle_bps holds."""
+        """Create class and queue, and read both back from the kernel; between sessions the rate is `idle_bps`."""
         self.queue_s, self.queue_bytes, self.packet_bytes = queue_s, queue_bytes, packet_bytes
         self.rate_bps = self.idle_bps = max(round(idle_bps / 8.0), 1) * 8.0
         self.tc.create(self.idle_bps, self._limit(self.idle_bps), packet_bytes)
@@ -94,59 +141,51 @@ class Replay:
             "idle_bps": state.rate_bps,
             "queue_s": queue_s,
             "queue_bytes": queue_bytes,
-            "scheduling": self.punctual,
+            "scheduling": self.scheduling,
         }
         return self.settings
 
-    def arm(self, t0_s: float, changes: list[list[float]], chunks_bps: list[float]) -> None:
-        """Begin a session; its times count from `t0_s`. The first chunk's rate is in force from then on."""
-        self.t0_s = t0_s
-        self.chunks_bps = chunks_bps
-        changes = changes or [[0.0, rate] for rate in chunks_bps[:1]]
-        self.pending = deque((t0_s + at_s, rate) for at_s, rate in changes)
-        self.samples: list[tuple[float, float, int, int, int]] = []
-        self.changes: list[tuple[float, float, float]] = []
-        self.cpu: list[tuple[float, ...]] = []
-        self.faults: list[str] = []
-        self.spent_s = spent_s()
-        self.next_sample_s = t0_s
-        self.next_cpu_s = t0_s + CPU_SAMPLE_S / 2.0
-        self.next_queue_s = t0_s + QUEUE_CHECK_S
-        self.base: tuple[int, int] | None = None
-        self.meter = CpuMeter()
-        self.armed = True
+    def arm(
+        self, t0_s: float, schedule: list[list[float]], chunk_rates_bps: list[float], packet_bytes: int | None = None
+    ) -> None:
+        """Begin a session at `t0_s`. Without a schedule the first chunk's rate, if any, is in force from then on.
+        `packet_bytes` replaces what it was made with."""
+        if packet_bytes is not None and packet_bytes != self.packet_bytes:
+            self.packet_bytes = packet_bytes
+            self.tc.set_queue(self._limit(self.rate_bps), packet_bytes, open=not self.closed)
+        self.session = Session(t0_s, schedule or [[0.0, rate] for rate in chunk_rates_bps[:1]], chunk_rates_bps)
         gc.collect()
         gc.disable()  # a collection takes milliseconds, and a session's garbage is a few thousand tuples
 
     def rate(self, rate_bps: float) -> dict[str, Any]:
+        """Step to a rate now."""
         now = time.monotonic()
-        self._step(now, rate_bps)
+        self._step(self._armed(), now, rate_bps)
         return {"lateness_s": time.monotonic() - now}
 
     def finish(self, t_end_s: float) -> dict[str, Any]:
         """Go on until `t_end_s`, then end the session and return its record."""
+        session = self._armed()
         self._until(t_end_s, control=False)
-        self.next_queue_s = 0.0
-        self._sample()
-        self._sample_cpu(time.monotonic())
-        self.armed = False
-        spent = spent_s() - self.spent_s
+        session.next_queue_s = 0.0
+        self._sample(session)
+        session.sample_cpu(time.monotonic())
+        self.session = None
+        cpu_s = spent_s() - session.spent_before_s
         try:
             self._apply(self.idle_bps)
         except KernelRefused as error:
-            self._fault(time.monotonic() - self.t0_s, f"the rate could not be changed: {error.strerror}")
+            session.fault(time.monotonic(), f"the rate could not be changed: {error.strerror}")
         gc.enable()
-        return {
-            "t0_s": self.t0_s,
-            "length_s": t_end_s - self.t0_s,
-            "samples": self.samples,
-            "changes": self.changes,
-            "cpu": self.cpu,
-            "cores": self.meter.cores,
+        return session.record(t_end_s) | {
             "packet_bytes": self.packet_bytes,
-            "faults": self.faults,
-            "settings": {**self.settings, "shaper_cpu_s": spent},
+            "settings": {**self.settings, "shaper_cpu_s": cpu_s},
         }
+
+    def _armed(self) -> Session:
+        if self.session is None:
+            raise OSError(0, "no session was begun")
+        return self.session
 
     # ---- keeping time -----------------------------------------------------------------------------------------
 
@@ -154,62 +193,70 @@ class Replay:
         """Answer requests until the input ends."""
         requests = Requests()
         while self._until(None, control=True):
-            asked = requests.read()
-            if asked is None:
+            received = requests.read()
+            if received is None:
                 return
-            for request in asked:
-                try:
-                    answer = {"ok": getattr(self, request.pop("do"))(**request)}
-                except OSError as error:
-                    answer = {"error": error.strerror or str(error)}
-                os.write(1, json.dumps(answer).encode() + b"\n")
+            for request in received:
+                os.write(1, json.dumps(self._answer(request)).encode() + b"\n")
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        what = request.pop("do")
+        if what not in REQUESTS:
+            return {"error": f"unknown request {what!r}"}
+        try:
+            return {"ok": REQUESTS[what](self, **request)}
+        except OSError as error:
+            return {"error": error.strerror or str(error)}
 
     def _until(self, end_s: float | None, *, control: bool) -> bool:
         """Step and sample on time until `end_s`, or (`control`) until there is a request to read."""
+        session = self.session
         while True:
             due = [] if end_s is None else [end_s]
-            if self.armed:
-                due.append(self.next_sample_s)
-                if self.pending:
-                    due.append(self.pending[0][0] - SPIN_S)
+            if session is not None:
+                due.append(session.next_sample_s)
+                if session.pending:
+                    due.append(session.pending[0][0] - SPIN_S)
             wait = max(min(due) - time.monotonic(), 0.0) if due else None
-            told = self.told.fileno()
-            readable = select.select([told, 0] if control else [told], [], [], wait)[0]
-            if told in readable:
-                self._heed()
+            starts = self.chunk_starts.fileno()
+            readable = select.select([starts, 0] if control else [starts], [], [], wait)[0]
+            if starts in readable:
+                self._on_chunk_start()
             if 0 in readable:
                 return True
             now = time.monotonic()
-            if self.armed:
-                if self.pending and self.pending[0][0] - SPIN_S <= now:
-                    due_s, rate_bps = self.pending.popleft()
+            if session is not None:
+                if session.pending and session.pending[0][0] - SPIN_S <= now:
+                    due_s, rate_bps = session.pending.popleft()
                     while now < due_s:
                         now = time.monotonic()
-                    self._step(due_s, rate_bps)
-                if self.next_sample_s <= now:
-                    self._sample()
+                    self._step(session, due_s, rate_bps)
+                if session.next_sample_s <= now:
+                    self._sample(session)
                     # After a stall the grid goes on; the gap stays visible in the record.
-                    self.next_sample_s = max(self.next_sample_s + SAMPLE_S, now)
-                # This one takes a millisecond or more, so it keeps off the changes.
-                if self.next_cpu_s <= now and not (self.pending and self.pending[0][0] - now < CPU_SAMPLE_TAKES_S):
-                    self._sample_cpu(now)
+                    session.next_sample_s = max(session.next_sample_s + SAMPLE_S, now)
+                # This one takes a millisecond or more, so it keeps clear of the changes.
+                clear = not (session.pending and session.pending[0][0] - now < CPU_SAMPLE_TAKES_S)
+                if session.next_cpu_s <= now and clear:
+                    session.sample_cpu(now)
             if end_s is not None and now >= end_s:
                 return False
 
-    def _heed(self) -> None:
+    def _on_chunk_start(self) -> None:
         """A chunk's first byte has left the link: its rate is in force."""
-        news = json.loads(self.told.recv(4096))
-        if self.armed and news["chunk"] < len(self.chunks_bps) and news["at_s"] >= self.t0_s:
-            rate_bps = self.chunks_bps[news["chunk"]]
-            if rate_bps != (0.0 if self.closed else self.rate_bps):
-                self._step(news["at_s"], rate_bps)
+        report, session = json.loads(self.chunk_starts.recv(4096)), self.session
+        if session is None or report["chunk"] >= len(session.chunk_rates_bps) or report["at_s"] < session.t0_s:
+            return
+        rate_bps = session.chunk_rates_bps[report["chunk"]]
+        if rate_bps != (0.0 if self.closed else self.rate_bps):
+            self._step(session, report["at_s"], rate_bps)
 
-    def _step(self, due_s: float, rate_bps: float) -> None:
+    def _step(self, session: Session, due_s: float, rate_bps: float) -> None:
         try:
             self._apply(rate_bps)
         except KernelRefused as error:
-            self._fault(due_s - self.t0_s, f"the rate could not be changed: {error.strerror}")
-        self.changes.append((due_s - self.t0_s, time.monotonic() - self.t0_s, rate_bps))
+            session.fault(due_s, f"the rate could not be changed: {error.strerror}")
+        session.changes.append((due_s - session.t0_s, time.monotonic() - session.t0_s, rate_bps))
 
     def _apply(self, rate_bps: float) -> None:
         """Set the class's rate and the queue's limit; a rate of 0 closes the valve instead."""
@@ -224,43 +271,44 @@ class Replay:
         self.rate_bps, self.closed = rate_bps, False
 
     def _limit(self, rate_bps: float) -> int:
+        """Bytes that the queue may hold at a rate."""
         wanted = self.queue_bytes if self.queue_bytes is not None else self.queue_s * rate_bps / 8.0
         return int(max(wanted, 2 * self.packet_bytes))
 
-    def _sample(self) -> None:
+    def _sample(self, session: Session) -> None:
         before = time.monotonic()
         try:
             state = self.tc.state()
-            if self.next_queue_s <= before:
-                self._check_queue(before - self.t0_s)
-                self.next_queue_s = before + QUEUE_CHECK_S
+            if session.next_queue_s <= before:
+                self._check_queue(session, before)
+                session.next_queue_s = before + QUEUE_CHECK_S
         except KernelRefused as error:
-            self._fault(before - self.t0_s, f"the class is gone: {error.strerror}")
+            session.fault(before, f"the class is gone: {error.strerror}")
             return
-        t_s = (before + time.monotonic()) / 2.0 - self.t0_s
+        at_s = (before + time.monotonic()) / 2.0
         if abs(state.rate_bps - self.rate_bps) > RATE_TOLERANCE * self.rate_bps + MIN_BPS:
-            self._fault(t_s, f"the rate is {state.rate_bps:.0f} bit/s, not the {self.rate_bps:.0f} that was set")
-        if self.base is None:
-            self.base = (state.sent_bytes, state.drops)
-        rate = 0.0 if self.closed else state.rate_bps
-        sent, drops = state.sent_bytes - self.base[0], state.drops - self.base[1]
+            session.fault(at_s, f"the rate is {state.rate_bps:.0f} bit/s, not the {self.rate_bps:.0f} that was set")
+        if session.base is None:
+            session.base = (state.sent_bytes, state.drops)
+        sent, drops = state.sent_bytes - session.base[0], state.drops - session.base[1]
         if sent < 0:
-            self._fault(t_s, "the class's counters went back: it was replaced by another")
-        self.samples.append((t_s, rate, sent, state.backlog_bytes, drops))
+            session.fault(at_s, "the class's counters went back: it was replaced by another")
+        rate_bps = 0.0 if self.closed else state.rate_bps
+        session.samples.append((at_s - session.t0_s, rate_bps, sent, state.backlog_bytes, drops))
 
-    def _check_queue(self, t_s: float) -> None:
+    def _check_queue(self, session: Session, at_s: float) -> None:
         (limit, is_open), wanted = self.tc.queue_state(), self._limit(self.rate_bps)
         if (limit, is_open) != (wanted, not self.closed):
             state = "open" if is_open else "closed"
-            self._fault(t_s, f"the queue is {state} with {limit} bytes, not the {wanted} that were set")
+            session.fault(at_s, f"the queue is {state} with {limit} bytes, not the {wanted} that were set")
 
-    def _sample_cpu(self, now_s: float) -> None:
-        self.cpu.append((now_s - self.t0_s, *self.meter.read()))
-        self.next_cpu_s = now_s + CPU_SAMPLE_S
 
-    def _fault(self, t_s: float, what: str) -> None:
-        if len(self.faults) < 20:
-            self.faults.append(f"{t_s:.3f} s: {what}")
+REQUESTS: Final[Mapping[str, Callable[..., Any]]] = {
+    "make": Replay.make,
+    "arm": Replay.arm,
+    "rate": Replay.rate,
+    "finish": Replay.finish,
+}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ here: the launcher starts in some 20 ms.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import select
@@ -26,12 +25,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from testbed.errors import MachineError
+import kvstream
+from kvstream.testbed.errors import MachineError
+from kvstream.testbed.host.namespaces import (
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUSER,
+    MS_NOSUID_NODEV_NOEXEC,
+    MS_PRIVATE_RECURSIVE,
+    become,
+    die_with_parent,
+    libc,
+    mount,
+)
 
 _LAUNCH: Final = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
-from testbed.emulator.sandbox import _launch
+sys.path.insert(0, {str(Path(kvstream.__file__).resolve().parent.parent)!r})
+from kvstream.testbed.emulator.sandbox import _launch
 _launch()
 """
 
@@ -41,15 +54,6 @@ MARK: Final = "KVSTREAM_SANDBOX"
 SYSTEM_FOLDERS: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 LAUNCH_FAILED: Final = 125
 FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-CLONE_NEWNS: Final = 0x00020000
-CLONE_NEWIPC: Final = 0x08000000
-CLONE_NEWUSER: Final = 0x10000000
-CLONE_NEWPID: Final = 0x20000000
-CLONE_NEWNET: Final = 0x40000000
-MS_NOSUID_NODEV_NOEXEC: Final = 0x2 | 0x4 | 0x8
-MS_PRIVATE_RECURSIVE: Final = 0x40000 | 0x4000
-PR_SET_PDEATHSIG: Final = 1
 
 APPARMOR_SWITCH: Final = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 DEBIAN_SWITCH: Final = Path("/proc/sys/kernel/unprivileged_userns_clone")
@@ -142,7 +146,7 @@ def _launch() -> NoReturn:
     alive, held = os.pipe()
     try:
         _enter_namespaces()
-        _die_with_parent()  # after the namespaces: a new user namespace clears the request
+        die_with_parent()  # after the namespaces: a new user namespace clears the request
         if os.getppid() != parent:
             os._exit(LAUNCH_FAILED)
         first = os.fork()
@@ -161,14 +165,12 @@ def _enter_namespaces() -> None:
     wanted = CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC
     if uid == 0:
         try:
-            _libc("unshare", wanted)
+            libc("unshare", wanted)
             return
         except PermissionError:  # root of a container without CAP_SYS_ADMIN: go on like an ordinary user
             pass
-    _libc("unshare", wanted | CLONE_NEWUSER)
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    libc("unshare", wanted | CLONE_NEWUSER)
+    become(0, uid, gid)
 
 
 def _first_process(alive: int, report_fd: int, argv: list[str]) -> NoReturn:
@@ -177,14 +179,14 @@ def _first_process(alive: int, report_fd: int, argv: list[str]) -> NoReturn:
     `alive` is the read end of a pipe that the launcher holds open: it tells a launcher that died before the request
     to die with it, which getppid() cannot tell across PID namespaces.
     """
-    _die_with_parent()
+    die_with_parent()
     if select.select([alive], [], [], 0.0)[0]:
         os._exit(LAUNCH_FAILED)
     try:
-        _mount(None, "/", None, MS_PRIVATE_RECURSIVE)
-        _mount("proc", "/proc", "proc", MS_NOSUID_NODEV_NOEXEC)
+        mount(None, "/", None, MS_PRIVATE_RECURSIVE)
+        mount("proc", "/proc", "proc", MS_NOSUID_NODEV_NOEXEC)
         # iptables takes a lock in /run, which an ordinary user could not write.
-        _mount("tmpfs", "/run", "tmpfs", MS_NOSUID_NODEV_NOEXEC)
+        mount("tmpfs", "/run", "tmpfs", MS_NOSUID_NODEV_NOEXEC)
     except OSError as error:
         os.write(report_fd, _explain(error).encode())
         os._exit(LAUNCH_FAILED)
@@ -237,22 +239,6 @@ def _relay(child: int) -> NoReturn:
         if ended == child:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
-
-
-def _die_with_parent() -> None:
-    _libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _mount(source: str | None, target: str, kind: str | None, flags: int) -> None:
-    encoded = [None if word is None else word.encode() for word in (source, target, kind)]
-    _libc("mount", *encoded, flags, None, what=f"mount {kind or 'private'} on {target}")
-
-
-def _libc(function: str, *arguments: object, what: str | None = None) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, function)(*arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what or function)
 
 
 # ---- why it failed, and the line that helps ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Replays a trace on a network's bottleneck: the controller's handle on the process of `testbed.emulator.replay`."""
+"""Replays a trace on one interface of a network: the controller's handle on the process of `emulator.replay`."""
 
 from __future__ import annotations
 
@@ -11,39 +11,35 @@ import time
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from testbed.emulator.link import varies
-from testbed.emulator.record import LinkRecord
-from testbed.emulator.replay import steps_path
-from testbed.emulator.topology import Network
-from testbed.errors import MachineError, SpecError
-from traces.trace import Trace
+from kvstream.testbed.emulator.record import LinkRecord
+from kvstream.testbed.emulator.replay import steps_path
+from kvstream.testbed.emulator.topology import Network
+from kvstream.testbed.errors import MachineError
+from kvstream.traces.trace import Trace
 
 MAX_IDLE_BPS: Final = 10e9
 ANSWER_S: Final = 10.0
-"""The process answers within this, or is taken for dead."""
+"""A process that has not answered within this is taken for dead."""
 
 
 class Shaper:
     """One shaped direction of a network; use it as a context manager, one session at a time.
 
     `direction` is `down` (sender to receivers, the default) or `up`. Between sessions the rate is the highest of the
-    network's traces (10 Gbit/s when it was given none): what is left in the queue drains, and control traffic does
-    not wait.
-    Every setting is read back from the kernel; MachineError where it will not have one.
+    network's traces (10 Gbit/s without traces), so that the queue drains and control traffic does not wait.
+    Every setting is read back from the kernel; MachineError where it differs.
     """
 
     def __init__(self, network: Network, direction: Literal["down", "up"] = "down") -> None:
         self.network = network
         self.interface = network.bottleneck if direction == "down" else network.upstream
-        self._leads = direction == "down"
-        """With this direction begin what delays and what others send."""
         self.settings: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Shaper:
         self._process = self.network.popen(
             self.network.router,
-            [sys.executable, "-m", "testbed.emulator.replay", self.interface],
+            [sys.executable, "-m", "kvstream.testbed.emulator.replay", self.interface],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,31 +76,26 @@ class Shaper:
 
     @property
     def steps(self) -> Path:
-        """The socket on which a receiver says that a chunk's first byte is here: see `testbed.emulator.replay`."""
+        """The socket on which a receiver reports a chunk's first byte: see `emulator.replay`."""
         return steps_path(self.interface)
 
     def arm(self, trace: Trace | None, t0_s: float, length_s: float, *, chunks: int = 0) -> None:
-        """Begin a session at `t0_s` (CLOCK_MONOTONIC, like time.monotonic()): from then on the link does what the
-        trace says, for `length_s` seconds at most; the last rate stays until `finish`.
+        """Begin a session at `t0_s` (CLOCK_MONOTONIC, like time.monotonic()): from then on the interface follows the
+        rates of the trace, for `length_s` seconds at most; the last rate stays until `finish`.
 
-        A trace with one rate a chunk is not scheduled. Of `chunks` chunks the link takes the rate of each when it is
-        told on `steps` that the first byte has left it; chunk 0's holds from the start. With none (or without a trace)
-        call `set_rate`.
-        Give a `t0_s` some milliseconds ahead; a change that is already due is made at once and counts as late.
+        A trace with one rate per chunk is not scheduled: the link takes the rate of each of `chunks` chunks when
+        `steps` reports that its first byte has left the link; chunk 0's rate holds from the start. Without chunks, or
+        without a trace, call `set_rate`.
+        Give a `t0_s` some milliseconds ahead: a change that is already due is made at once and counts as late.
         """
-        if trace is not None and varies(trace) and self.network.impairments is None:
-            raise SpecError(f"trace {trace.name!r} has delays or losses: name it among the network's traces")
-        steps: list[tuple[float, float]] = []
+        schedule: list[tuple[float, float]] = []
         rates: list[float] = []
         if trace is not None and trace.per == "chunk":
             rates = [trace.chunk_rate(chunk) for chunk in range(chunks)]
         elif trace is not None:
-            steps = trace.changes(0.0, length_s)
-        self._ask("arm", t0_s=t0_s, changes=[list(step) for step in steps], chunks_bps=rates)
-        if self._leads and self.network.impairments is not None:
-            self.network.impairments.begin(trace, t0_s, length_s)
-        if self._leads and self.network.cross is not None:
-            self.network.cross.begin(t0_s, length_s)
+            schedule = trace.changes(0.0, length_s)
+        packet_bytes = self.network.packet_bytes
+        self._ask("arm", t0_s=t0_s, schedule=schedule, chunk_rates_bps=rates, packet_bytes=packet_bytes)
 
     def set_rate(self, rate_bps: float) -> None:
         """Step to a rate now (0: an outage); part of the session's record."""
@@ -113,12 +104,8 @@ class Shaper:
     def finish(self, t_end_s: float | None = None) -> LinkRecord:
         """End the session at `t_end_s` (CLOCK_MONOTONIC; default now) and return what the link did."""
         end_s = time.monotonic() if t_end_s is None else t_end_s
-        record = self._ask("finish", t_end_s=end_s, patience_s=max(end_s - time.monotonic(), 0.0))
-        if self._leads and self.network.impairments is not None:
-            record["impairments"] = self.network.impairments.rest()
-        if self._leads and self.network.cross is not None:
-            self.network.cross.rest()
-        return LinkRecord.from_json(record)
+        patience_s = max(end_s - time.monotonic(), 0.0)
+        return LinkRecord.from_json(self._ask("finish", t_end_s=end_s, patience_s=patience_s))
 
     def _ask(self, what: str, *, patience_s: float = 0.0, **arguments: Any) -> Any:
         if self._process is None or self._process.stdin is None or self._process.stdout is None:

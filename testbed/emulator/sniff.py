@@ -1,6 +1,6 @@
 """Records the TCP headers that pass an interface, where tcpdump cannot.
 
-    python -m testbed.emulator.sniff INTERFACE FILE SNAP_BYTES BUFFER_KIB
+    python -m kvstream.testbed.emulator.sniff INTERFACE FILE SNAP_BYTES BUFFER_KIB
 
 In a user namespace that may not change groups (every ordinary user's), tcpdump cannot become the user that it drops
 privileges to, and gives up. This needs none: a packet socket whose filter keeps TCP and cuts each frame to SNAP

@@ -1,11 +1,11 @@
-"""The path of an emulated run, of Mininet hosts and links: sender — [delay] — router — receiver.
+"""The hosts, links and routes of an emulated path, made with Mininet: sender — [delay] — router — receiver.
 Several senders meet in a host `gather`, several receivers behind a host `fan`.
 
 No switch and no controller: hosts are joined by `addLink` and the middle ones forward. The bottleneck is the router's
 egress toward the receivers, on a node that neither sends nor receives, so that neither TCP small queues nor a
 receiver's own scheduling reach into the shaper. Every setting that decides what TCP does is pinned here and recorded.
 
-Must run inside a sandbox (`testbed.emulator.sandbox`); Mininet is imported when a network is built.
+Must run inside a sandbox (`kvstream.testbed.emulator.sandbox`); Mininet is imported when a network is built.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.emulator import sandbox
-from testbed.emulator.cross import CrossTraffic
-from testbed.emulator.impairments import Impairments
-from testbed.emulator.link import MAX_GSO_BYTES, LinkSettings
-from testbed.emulator.turn import alone
-from testbed.errors import MachineError, SpecError
+from kvstream.testbed.emulator import sandbox
+from kvstream.testbed.emulator.link import MAX_GSO_BYTES, LinkSettings
+from kvstream.testbed.emulator.lock import alone
+from kvstream.testbed.errors import INSTALL, MachineError, SpecError
+from kvstream.testbed.host.process import IMPORT_ROOT
 
 if TYPE_CHECKING:
     from mininet.node import Host
 
-    from traces.trace import Trace
+    from kvstream.traces.trace import Trace
 
 TCP_HEADERS_BYTES = 320
 """What the kernel keeps free of a GSO packet for headers (MAX_TCP_HEADER)."""
@@ -60,6 +59,10 @@ PROGRAMS = {
     "bash": "bash",
 }
 """Programs a network needs, each with its Debian package."""
+DELAY_HOST = "delay"
+"""The middle host that delays and loses packets, where the link asks for it."""
+CROSS_SENDER, CROSS_RECEIVER = "xsender", "xreceiver"
+"""The two ends of the cross traffic, where there is any."""
 
 
 @dataclass
@@ -77,11 +80,9 @@ class Network:
     hosts: dict[str, Host] = field(default_factory=dict, init=False, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What was pinned, as read back: for a run's manifest."""
-    impairments: Impairments | None = field(default=None, init=False, repr=False)
-    """What delays and loses packets on the way, if anything does."""
-    cross: CrossTraffic | None = field(default=None, init=False, repr=False)
-    """The traffic of others, if there is any."""
-    _turn: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+    _gso_bytes: int = field(default=0, init=False, repr=False)
+    """In force: most bytes of a group of packets."""
+    _lock: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _net: Any = field(default=None, init=False, repr=False)
     _programs: list[subprocess.Popen[Any]] = field(default_factory=list, init=False, repr=False)
 
@@ -123,9 +124,14 @@ class Network:
         return [f"10.2.{i}.2" for i in range(self.receivers)]
 
     @property
+    def cross_ips(self) -> tuple[str, str]:
+        """Addresses of the two ends of the cross traffic; their links are the last on either side."""
+        return f"10.1.{self.senders}.1", f"10.2.{self.receivers}.2"
+
+    @property
     def packet_bytes(self) -> int:
         """Most bytes that cross the link as one packet, headers included."""
-        gso = self.link.gso_bytes(self.traces)
+        gso = self._gso_bytes or self.link.gso_bytes(self.traces)
         return gso + 14 if gso <= self.link.mtu else gso + 14 + TCP_HEADERS_BYTES + 66 * (gso // (self.link.mtu - 52))
 
     def __enter__(self) -> Network:
@@ -135,14 +141,9 @@ class Network:
         for what in ("senders", "receivers"):
             if not 1 <= getattr(self, what) <= 100:
                 raise SpecError(f"{what}={getattr(self, what)}: use 1 to 100")
-        self._turn.enter_context(alone())
+        self._lock.enter_context(alone())
         try:
             self._build()
-            if self.link.impaired(self.traces):
-                self.impairments = Impairments(self)
-                self.settings["impairments"] = self.impairments.settings
-            if self.link.crossed:
-                self.cross = CrossTraffic(self)
         except BaseException:
             self.__exit__()
             raise
@@ -165,7 +166,7 @@ class Network:
             for host in net.hosts:
                 host.terminate()
             self.hosts.clear()
-        self._turn.close()
+        self._lock.close()
 
     def popen(self, host: Host, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a program on a host; options as for subprocess.Popen (streams are inherited unless given).
@@ -173,7 +174,7 @@ class Network:
         `python -m testbed...` works on every host. What still runs when the network is left is killed.
         """
         environment = dict(options.pop("env", None) or os.environ)
-        paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
+        paths = [str(IMPORT_ROOT), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         program = host.popen(
             [*self._pinned(host.name), *argv], **({"stdout": None, "stderr": None} | options), env=environment
@@ -198,6 +199,33 @@ class Network:
             raise MachineError(f"`{' '.join(argv)}` on {host.name} failed: {output.strip() or process.returncode}")
         return output
 
+    def size_packets(self, traces: Sequence[Trace]) -> None:
+        """Limit groups of packets to the rates of these traces, for connections made from now on: between networks of
+        fast and slow traces, what suits a fast one would take a tenth of a second on a slow one.
+        """
+        gso = self.link.gso_bytes(traces)
+        if gso == self._gso_bytes or not self._groups():
+            return
+        size = min(max(gso, self.link.mtu) + TCP_HEADERS_BYTES, MAX_GSO_BYTES)
+        running = {}
+        for name, host in self.hosts.items():
+            links = self.settings["hosts"][name]["interfaces"]
+            lines = [f"ip link set {link} gso_max_size {size}" for link in links]
+            script = "\n".join(["set -e", *lines, "ip -d -j link show"])
+            running[name] = host.popen(
+                ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        for name, process in running.items():
+            output, _ = process.communicate()
+            found = [link for link in json.loads(output) if link["ifname"] != "lo"] if not process.returncode else []
+            if not found or any(link.get("gso_max_size") != size for link in found):
+                raise MachineError(f"host {name}: packets cannot be limited to {size} bytes: {output.strip()[:200]}")
+        self._gso_bytes = gso
+
+    def _groups(self) -> bool:
+        """Whether packets travel in groups for any of the traces."""
+        return max((self.link.gso_bytes([trace]) for trace in self.traces), default=MAX_GSO_BYTES) > self.link.mtu
+
     # ---- building ---------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
@@ -206,17 +234,18 @@ class Network:
                 f"congestion control {self.link.cc!r} is not loaded; this kernel has {', '.join(available)}: "
                 f"choose one, or run `sudo modprobe tcp_{self.link.cc}`"
             )
+        self._gso_bytes = self.link.gso_bytes(self.traces)
         self._net = _mininet()()
         others = self.link.crossed
-        left = [*(f"sender{i}" for i in range(self.senders)), *([CrossTraffic.SENDER] if others else [])]
-        right = [*(f"receiver{i}" for i in range(self.receivers)), *([CrossTraffic.RECEIVER] if others else [])]
+        left = [*(f"sender{i}" for i in range(self.senders)), *([CROSS_SENDER] if others else [])]
+        right = [*(f"receiver{i}" for i in range(self.receivers)), *([CROSS_RECEIVER] if others else [])]
         gather, fan = (["gather"] if len(left) > 1 else []), (["fan"] if len(right) > 1 else [])
         # The router has one link on either side, so that one queue a direction sees everything; what delays and
         # loses has a host of its own, away from that queue.
-        middle = [*gather, *(["delay"] if self.link.impaired(self.traces) else []), "router", *fan]
+        middle = [*gather, *([DELAY_HOST] if self.link.impaired(self.traces) else []), "router", *fan]
         for name in [*left, *middle, *right]:
             self.hosts[name] = self._net.addHost(name, ip=None)
-        scripts: dict[str, list[str]] = {name: ["set -e"] for name in self.hosts}
+        scripts: dict[str, list[str]] = {name: ["set -e", "ip link set lo up"] for name in self.hosts}
 
         # Every link is a /24: 10.1.i for sender i, 10.2.i for receiver i, 10.0.k inside. Traffic to 10.1 goes left, to
         # 10.2 right; an end host has one link, so its route is the default and carries the congestion control.
@@ -245,12 +274,13 @@ class Network:
         self._configure(scripts)
 
     def _interface(self, name: str, address: str) -> list[str]:
-        gso = self.link.gso_bytes(self.traces)
+        gso = self._gso_bytes
         lines = [f"ip link set {name} mtu {self.link.mtu} up", f"ip address add {address}/24 dev {name}"]
-        if gso <= self.link.mtu:
+        if not self._groups():
             lines.append(f"ethtool -K {name} tso off gso off gro off")
         elif gso < MAX_GSO_BYTES:
-            lines.append(f"ip link set {name} gso_max_size {gso + TCP_HEADERS_BYTES}")
+            size = min(max(gso, self.link.mtu) + TCP_HEADERS_BYTES, MAX_GSO_BYTES)
+            lines.append(f"ip link set {name} gso_max_size {size}")
         return lines
 
     def _configure(self, scripts: Mapping[str, list[str]]) -> None:
@@ -275,7 +305,7 @@ class Network:
         }
 
     def _checked(self, name: str, output: str) -> dict[str, Any]:
-        """A host's settings as its kernel has them. Raises MachineError where they are not what was asked for."""
+        """A host's settings as its kernel reports them. Raises MachineError where they differ from those set."""
         *lines, links = output.strip().splitlines()
         sysctls = dict(line.partition("=")[::2] for line in lines)
         for key, value in SYSCTLS.items():
@@ -313,7 +343,7 @@ def _mininet() -> Any:
             raise MachineError(
                 "Mininet needs distutils, which Python 3.12 lacks; run `pip install setuptools`"
             ) from None
-        raise MachineError("the Python package mininet is missing; run `pip install 'kvstream[run]'`") from None
+        raise MachineError(f"the Python package mininet is missing; run: {INSTALL}") from None
 
     class LivingHost(Host):
         def read(self, size: int = 1024) -> str:

@@ -1,9 +1,9 @@
 """Plain TCP traffic over an emulated link: what measures it, and what competes on it.
 
-    python -m testbed.emulator.traffic serve ADDRESS PORT           sends to whoever asks, prints `ready`
-    python -m testbed.emulator.traffic pull ADDRESS PORT BYTES SECONDS
-    python -m testbed.emulator.traffic pour ADDRESS PORT MTU        datagrams at rates that it is told
-    python -m testbed.emulator.traffic drain PORT                   takes datagrams and does nothing with them
+    python -m kvstream.testbed.emulator.traffic serve ADDRESS PORT           sends to whoever asks, prints `ready`
+    python -m kvstream.testbed.emulator.traffic pull ADDRESS PORT BYTES SECONDS
+    python -m kvstream.testbed.emulator.traffic pour ADDRESS PORT MTU        datagrams at rates that it is told
+    python -m kvstream.testbed.emulator.traffic drain PORT                   takes datagrams and does nothing with them
 
 `pull` asks for BYTES (0: as many as come), stops after SECONDS and prints one JSON line: `start_s` (CLOCK_MONOTONIC, of
 the request), `bytes`, and `arrivals`, a list of [seconds since start_s, bytes so far] at least 1 ms apart.
@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from testbed.emulator.requests import Requests
+from kvstream.testbed.host.json_lines import Requests
 
 if TYPE_CHECKING:
-    from testbed.emulator.topology import Network
+    from kvstream.testbed.emulator.topology import Network
 
 BLOCK: Final = bytes(1 << 18)
 NOTSENT_BYTES: Final = 1 << 18
@@ -127,7 +127,7 @@ def start_server(network: Network, host: Any, address: str, port: int = 5001) ->
     """`serve` on a host of a network, ready for connections."""
     server = network.popen(
         host,
-        [sys.executable, "-m", "testbed.emulator.traffic", "serve", address, str(port)],
+        [sys.executable, "-m", "kvstream.testbed.emulator.traffic", "serve", address, str(port)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -143,7 +143,16 @@ def start_pull(
     """`pull` on a host; read its result with `result_of`."""
     return network.popen(
         host,
-        [sys.executable, "-m", "testbed.emulator.traffic", "pull", address, str(port), str(wanted_bytes), str(seconds)],
+        [
+            sys.executable,
+            "-m",
+            "kvstream.testbed.emulator.traffic",
+            "pull",
+            address,
+            str(port),
+            str(wanted_bytes),
+            str(seconds),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -1,4 +1,4 @@
-"""`kvstream lab explain`: one choice, what the policy saw, and what every other choice would have led to."""
+"""`kvstream lab explain`: one choice, what the policy saw, and the best outcome of every alternative."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from policies.api import Forecast, LevelOrText, Observation
-from policies.optimum import Line, least_distortion, least_ttft
-from policies.oracle import line_ahead
-from testbed.errors import SpecError
-from testbed.lab import submission
-from testbed.lab.situation import Asked, Situation, load, short_name, teaching_traces
-from traces.errors import TraceError
-from traces.resolve import open_trace
-from traces.trace import Trace
+from kvstream.policies.api import TEXT, Forecast, LevelOrText, Observation
+from kvstream.policies.optimum import Line, Plan, least_distortion, least_ttft
+from kvstream.policies.oracle import line_ahead
+from kvstream.testbed.errors import SpecError
+from kvstream.testbed.lab import submission
+from kvstream.testbed.lab.situation import Asked, Situation, load, short_name, teaching_traces
+from kvstream.traces.errors import TraceError
+from kvstream.traces.resolve import open_trace
+from kvstream.traces.trace import Trace
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a choice leads to if everything after it is done as well as possible on the true link."""
+    """The best possible outcome of a choice, with optimal choices after it on the true link."""
 
     level: LevelOrText
     distortion: float | None
@@ -52,9 +52,9 @@ class Explanation:
 
 
 def explain(spec: str, trace_name: str, chunk: int, situation: Situation | None = None) -> Explanation:
-    """Run the policy on a link and take one of its choices apart.
+    """Run the policy on a link and explain one of its choices.
 
-    Raises SpecError for a chunk that was not asked for, TraceError for an unknown link, PolicyError for a bad file.
+    Raises SpecError for a chunk outside the session, TraceError for an unknown link, PolicyError for a bad file.
     """
     situation = situation or load()
     trace = find_trace(trace_name)
@@ -79,30 +79,44 @@ def find_trace(name: str) -> Trace:
 
 
 def outcomes(situation: Situation, trace: Trace, obs: Observation) -> tuple[Outcome, ...]:
-    """For each option of the chunk asked for: the best that is still possible after it."""
-    forecast = Forecast(trace.as_goodput(), situation.rtt_s, situation.depth)
-    line = line_ahead(forecast, obs)
-    manifest = situation.manifest
-    ladder = [level.distortion for level in manifest.levels]
-    sent = [*((done.chunk, done.level) for done in obs.transfers), *((one.chunk, one.level) for one in obs.in_flight)]
-    spent = sum(manifest.chunks[chunk].tokens * ladder[level] for chunk, level in sent if isinstance(level, int))
-    left = sum(obs.tokens)
+    """For each option of the chunk: the best outcome that is still possible after it."""
+    line = _line(situation, trace, obs)
     results = []
     for option in range(len(line.sizes_bytes[0])):
         fixed = _with_first(line, option)
         plan = least_distortion(fixed, obs.deadline_s)
-        results.append(
-            Outcome(
-                situation.option(option),
-                None if plan is None else (spent + plan.distortion * left) / manifest.tokens,
-                least_ttft(fixed).ttft_s,
-            )
-        )
+        best = None if plan is None else _whole(situation, obs, plan)
+        results.append(Outcome(situation.option(option), best, least_ttft(fixed).ttft_s))
     return tuple(results)
 
 
+def best_outcome(
+    situation: Situation, trace: Trace, obs: Observation, level: LevelOrText | None = None
+) -> float | None:
+    """Least distortion of the whole session that is still possible, after this level if one is given; None if the
+    deadline is lost."""
+    line = _line(situation, trace, obs)
+    if level is not None:
+        line = _with_first(line, situation.n_levels if level == TEXT else int(level))
+    plan = least_distortion(line, obs.deadline_s)
+    return None if plan is None else _whole(situation, obs, plan)
+
+
+def _line(situation: Situation, trace: Trace, obs: Observation) -> Line:
+    return line_ahead(Forecast(trace.as_goodput(), situation.rtt_s, situation.depth), obs)
+
+
+def _whole(situation: Situation, obs: Observation, plan: Plan) -> float:
+    """The session's distortion with a plan for the chunks that are left."""
+    manifest = situation.manifest
+    ladder = [level.distortion for level in manifest.levels]
+    sent = [*((done.chunk, done.level) for done in obs.transfers), *((one.chunk, one.level) for one in obs.in_flight)]
+    spent = sum(manifest.chunks[chunk].tokens * ladder[level] for chunk, level in sent if isinstance(level, int))
+    return (spent + plan.distortion * sum(obs.tokens)) / manifest.tokens
+
+
 def _with_first(line: Line, option: int) -> Line:
-    """The same line with the first chunk's option decided."""
+    """The same line with the first chunk's option fixed."""
 
     def only(table: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
         return ((table[0][option],) * len(table[0]), *table[1:])
@@ -113,7 +127,7 @@ def _with_first(line: Line, option: int) -> Line:
 
 
 def costliest_chunk(situation: Situation, trace: Trace, asked: Sequence[Asked]) -> int | None:
-    """The chunk whose choice took most away from what was still possible; a lost deadline weighs more than anything."""
+    """The chunk whose choice gave away most of what was still possible; losing the deadline weighs most."""
     worst, worst_cost = None, 1e-9
     for one in asked:
         explanation = Explanation(trace, one.observation.chunk, one, outcomes(situation, trace, one.observation))
@@ -142,27 +156,27 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
 
 
 def text(explanation: Explanation, situation: Situation) -> str:
-    """For people."""
+    """The explanation as text."""
     obs, trace = explanation.asked.observation, explanation.trace
-    rates = ", ".join(f"{done.goodput_bps / 1e6:.1f}" for done in obs.transfers[-3:]) or "none has arrived yet"
+    rates = ", ".join(f"{done.goodput_bps / 1e6:.1f}" for done in obs.transfers[-3:]) or "none yet"
     lines = [
-        f"{short_name(trace)}, chunk {explanation.chunk} of 0 to {obs.n_chunks - 1}: asked {obs.now_s:.3f} s after the "
-        f"request, {obs.left_s:.3f} s before the deadline.",
+        f"{short_name(trace)}, chunk {explanation.chunk} of 0 to {obs.n_chunks - 1}: chosen {obs.now_s:.3f} s after "
+        f"the request, {obs.left_s:.3f} s before the deadline.",
         *([trace.story] if trace.story else []),
         "",
         "What the policy saw",
         f"  goodput of the last chunks  {rates}" + (" Mbit/s" if obs.transfers else ""),
         *(
-            f"  under way                   chunk {one.chunk} at {_name(one.level)}, "
-            f"{one.received_bytes / 1e3:.0f} of {one.bytes / 1e3:.0f} kB here"
+            f"  in flight                   chunk {one.chunk} at {_name(one.level)}, "
+            f"{one.received_bytes / 1e3:.0f} of {one.bytes / 1e3:.0f} kB received"
             for one in obs.in_flight
         ),
-        f"  waiting to be decoded       {obs.compute_backlog_s * 1000:.0f} ms of work",
+        f"  decode backlog              {obs.compute_backlog_s * 1000:.0f} ms",
         f"  chunks left                 {len(obs.remaining)}",
         "What it could not know",
         f"  the link carries            {_future(explanation, situation)} Mbit/s on average from now to the deadline",
         "",
-        f"{'option':<9}{'this chunk':>11}{'all left':>10}   the best that can come of it",
+        f"{'option':<9}{'this chunk':>11}{'all left':>10}   best possible outcome",
     ]
     for option, one in enumerate(explanation.outcomes):
         size, rest = _sizes(obs, option)
@@ -192,18 +206,19 @@ def reason_words(key: str, value: float) -> str:
 def _why(explanation: Explanation) -> str:
     best, chosen = explanation.best, explanation.chosen
     if best.distortion is None:
-        return "The deadline was lost before this choice; the oracle can only end early."
+        return "The deadline was lost before this choice; the oracle can only finish as early as possible."
     if chosen.level == best.level:
-        return "So would the oracle."
+        return "So does the oracle."
     if chosen.distortion is None:
         late_s = chosen.earliest_s - explanation.asked.observation.deadline_s
         return (
-            f"That lost the deadline: even with the smallest chunks after it, the first token is {late_s:.3f} s late. "
+            f"This choice lost the deadline: even with the smallest chunks from here on, the first token is "
+            f"{late_s:.3f} s late. "
             f"The oracle takes {_name(best.level)}."
         )
     return (
         f"The oracle takes {_name(best.level)}: your choice costs {chosen.distortion - best.distortion:.2g} nats, "
-        "whatever you do after it."
+        "whatever follows."
     )
 
 
@@ -215,7 +230,7 @@ def _fate(one: Outcome, obs: Observation) -> str:
 
 
 def _sizes(obs: Observation, option: int) -> tuple[int, int]:
-    """(bytes of this chunk, bytes of all that is left) at an option."""
+    """(bytes of this chunk, bytes of all remaining chunks) at an option."""
     if option == obs.n_levels:
         return obs.text_bytes[0], sum(obs.text_bytes)
     return obs.sizes_bytes[0][option], sum(sizes[option] for sizes in obs.sizes_bytes)
@@ -224,7 +239,7 @@ def _sizes(obs: Observation, option: int) -> tuple[int, int]:
 def _future(explanation: Explanation, situation: Situation) -> str:
     obs = explanation.asked.observation
     if obs.left_s <= 0:
-        return "nothing, for the deadline has passed, or 0.0"
+        return "(the deadline has passed) 0.0"
     bits = explanation.trace.bits_by(obs.deadline_s) - explanation.trace.bits_by(obs.now_s)
     return f"{bits / obs.left_s / 1e6:.1f}"
 

@@ -1,7 +1,7 @@
-"""The situation that the lab puts every policy in: one context, one deadline, six links with a story.
+"""The lab's setting for every policy: one context, one deadline, six links with a story.
 
 The context's sizes, distortions and compute times are those of a real encoded context, as shipped for the simulator, so
-a policy meets here what it meets over the emulated link.
+a policy sees here what it sees on the emulated link.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from policies.api import TEXT, LevelOrText, Observation, Policy
-from policies.optimum import Line, Plan
-from testbed import shipped
-from testbed.bounds import line_of, oracle_plan
-from testbed.errors import SpecError
-from testbed.manifest import Manifest
-from testbed.session import Ask, Costs, SessionFailed, SessionRecord, ask_directly
-from testbed.simulator import simulate
-from traces import library
-from traces.trace import Trace
+from kvstream.policies.api import TEXT, LevelOrText, Observation, Policy
+from kvstream.policies.optimum import Line, Plan
+from kvstream.testbed.errors import SpecError
+from kvstream.testbed.session.ask import ASK_DIRECTLY, Ask
+from kvstream.testbed.session.costs import Costs
+from kvstream.testbed.session.record import SessionFailed, SessionRecord
+from kvstream.testbed.session.settings import SessionSettings
+from kvstream.testbed.simulator.oracle_bound import line_of, oracle_plan
+from kvstream.testbed.simulator.simulator import simulate
+from kvstream.testbed.store.manifest import Manifest
+from kvstream.testbed.workloads import precomputed
+from kvstream.traces import library
+from kvstream.traces.trace import Trace
 
 DEADLINE_S: Final = 1.0
 RTT_S: Final = 0.02
@@ -32,7 +35,7 @@ CODEC: Final = "kvstream"
 
 @dataclass(frozen=True)
 class Situation:
-    """A context, what computing costs, and how a session is driven."""
+    """A context, its compute costs, and the settings of a session."""
 
     manifest: Manifest
     costs: Costs
@@ -48,18 +51,16 @@ class Situation:
     def n_levels(self) -> int:
         return len(self.manifest.levels)
 
-    def run(self, policy: Policy, capacity: Trace, seed: int = 0, ask: Ask = ask_directly) -> SessionRecord | None:
+    def run(self, policy: Policy, capacity: Trace, seed: int = 0, ask: Ask = ASK_DIRECTLY) -> SessionRecord | None:
         """One simulated session over a link of this capacity (layer 2); None if the transfer never ends."""
         try:
             return simulate(
                 self.manifest,
                 policy,
                 capacity.as_goodput(),
-                deadline_s=self.deadline_s,
+                SessionSettings(self.deadline_s, self.depth, seed=seed),
                 costs=self.costs,
-                depth=self.depth,
                 rtt_s=self.rtt_s,
-                seed=seed,
                 manifest_bytes=self.manifest_bytes,
                 ask=ask,
             )
@@ -91,11 +92,11 @@ class Situation:
 
 
 def load(context: str = CONTEXT, codec: str = CODEC) -> Situation:
-    """The lab's situation. Raises SpecError if nothing is shipped for (context, codec)."""
-    offer = shipped.load(context, codec)
-    if offer is None:
-        raise SpecError(f"nothing is shipped for {context} under codec {codec}; the lab uses {CONTEXT} and {CODEC}")
-    return Situation(offer.manifest, offer.costs)
+    """The lab's situation. Raises SpecError without precomputed data for (context, codec)."""
+    found = precomputed.load(context, codec)
+    if found is None:
+        raise SpecError(f"no precomputed data for {context} under codec {codec}; the lab uses {CONTEXT} and {CODEC}")
+    return Situation(found.manifest, found.costs)
 
 
 def teaching_traces() -> list[Trace]:
@@ -110,7 +111,7 @@ def short_name(trace: Trace) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question to a policy and its answer."""
+    """One call of a policy and its answer."""
 
     observation: Observation
     level: LevelOrText

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from testbed.errors import SpecError
+from kvstream.testbed.errors import SpecError
 
 FILES = Path(__file__).with_name("files")
 
@@ -13,10 +13,10 @@ FILES = Path(__file__).with_name("files")
 def start(folder: Path) -> list[Path]:
     """Copy the student file and the worked examples into `folder`; returns what was written.
 
-    Raises SpecError if a policy.py is there already: work is never overwritten.
+    Raises SpecError if a policy.py exists: work is never overwritten.
     """
     if (folder / "policy.py").exists():
-        raise SpecError(f"{folder / 'policy.py'} is there already; choose another folder")
+        raise SpecError(f"{folder / 'policy.py'} already exists; choose another folder")
     written = []
     for file in sorted(FILES.rglob("*")):
         if file.is_file() and file.suffix in (".py", ".md"):

@@ -1,30 +1,36 @@
-"""A student's file: which class in it is the policy, and asking it while watching what it sees and what it costs."""
+"""A student's file: finding the policy class in it, and recording what the policy sees and answers."""
 
 from __future__ import annotations
 
 import ast
 import re
-import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from policies.api import TEXT, Choice, Observation, Policy, Progress
-from policies.errors import PolicyError
-from testbed.errors import SpecError
-from testbed.guard import ask_for
-from testbed.lab.situation import Asked
-from testbed.plugs import make_policy
-from testbed.session import Ask, ask_directly
+from kvstream.policies.api import Choice, Observation, Policy, Progress
+from kvstream.policies.errors import PolicyError
+from kvstream.testbed.config.build import make_policy
+from kvstream.testbed.errors import SpecError
+from kvstream.testbed.lab.situation import Asked
+from kvstream.testbed.session.ask import (
+    ASK_DIRECTLY,
+    Ask,
+    OwnTime,
+    ProgressPolicy,
+    TimedAsk,
+    as_level,
+    ask_for,
+    check_reason,
+)
 
-MOST_LINES = 60
+MAX_LINES = 60
 
 
 def spec_of(text: str) -> str:
     """`./policy.py`, `policy.py,careful=0.7`, `policy.py:Mine` or a known policy's name, to a full policy spec.
 
-    A file without a class takes the only class in it that has a method choose. Nothing is run to find out.
+    A file without a class takes the only class in it that has a method choose. The file is not executed.
     Raises PolicyError.
     """
     head, comma, settings = text.partition(",")
@@ -37,9 +43,11 @@ def _class_in(file: Path) -> str:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
-        raise PolicyError(f"{file} is not there; kvstream lab start DIR writes one to begin with") from None
+        raise PolicyError(
+            f"{file} does not exist; kvstream policy new NAME, or kvstream lab start DIR, writes one to start from"
+        ) from None
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{file} is not Python: {error}") from None
+        raise PolicyError(f"{file} is not valid Python: {error}") from None
     names = [
         node.name
         for node in tree.body
@@ -54,7 +62,7 @@ def _class_in(file: Path) -> str:
 
 
 def lines_in(spec: str) -> int | None:
-    """Lines of the file behind a policy as it was typed; None for a built-in policy."""
+    """Lines of a policy's file; None for a built-in policy."""
     path = Path(re.sub(r"(\.py)(:\w+)?(,.*)?$", r"\1", spec))
     return len(path.read_text(encoding="utf-8").splitlines()) if path.suffix == ".py" else None
 
@@ -63,37 +71,41 @@ def make(spec: str) -> Policy:
     """A fresh policy. Raises PolicyError or SpecError."""
     policy = make_policy(spec)
     if getattr(policy, "clairvoyant", False):
-        raise SpecError(f"policy {spec} is told the future of the link; the lab compares with the oracle anyway")
+        raise SpecError(
+            f"policy {spec} is clairvoyant: it sees the future trace; the lab compares with the oracle anyway"
+        )
     return policy
 
 
 @dataclass
 class Watch:
-    """Asks a policy, for one session, and keeps what went by."""
+    """Asks a policy during one session and records observations and answers."""
 
     asked: list[Asked] = field(default_factory=list)
     first_fault: str = ""
-    """Traceback of the first exception, or that an answer was late."""
-    _ask: Ask = ask_directly
+    """Traceback of the first exception, or the message that an answer was late."""
+    _ask: Ask = ASK_DIRECTLY
 
-    def __call__(self, policy: Policy, obs: Observation) -> Choice:
+    def choose(self, policy: Policy, obs: Observation) -> Choice:
         if not self.asked:
             self._ask = ask_for(policy)
-        began = time.perf_counter()
+        own = OwnTime()
         try:
-            choice = self._ask(policy, obs)
+            choice = self._ask.choose(policy, obs)
         except Exception as error:
-            late = isinstance(error, PolicyError)  # which says all there is to say
+            late = isinstance(error, PolicyError)  # whose message is enough
             self.first_fault = self.first_fault or (str(error) if late else traceback.format_exc(limit=-3))
-            self.asked.append(Asked(obs, 0, {}, time.perf_counter() - began))
+            self.asked.append(Asked(obs, 0, {}, self._took_s(own)))
             raise
-        seconds = time.perf_counter() - began
-        usable = isinstance(choice, Choice) and (choice.level == TEXT or choice.level in range(obs.n_levels))
-        level, reason = (choice.level, dict(choice.reason)) if usable else (0, {})
-        self.asked.append(Asked(obs, level, reason, seconds))
+        seconds = self._took_s(own)
+        level = as_level(choice.level, obs.n_levels) if isinstance(choice, Choice) else None
+        reason = {} if level is None else check_reason(choice.reason)[0]
+        self.asked.append(Asked(obs, level or 0, reason, seconds))
         return choice
 
-    def call(self, function: Callable[[Observation], Progress], obs: Observation) -> Progress:
-        """A policy's `progress`, asked in the same way."""
-        call = getattr(self._ask, "call", None)
-        return function(obs) if call is None else call(function, obs)
+    def _took_s(self, own: OwnTime) -> float:
+        """What the last choice took by itself, in whichever thread it was made."""
+        return self._ask.own_s if isinstance(self._ask, TimedAsk) else own.seconds
+
+    def progress(self, policy: ProgressPolicy, obs: Observation) -> Progress:
+        return self._ask.progress(policy, obs)

@@ -1,8 +1,8 @@
-"""The process in which a handed-in policy runs: it sees observations and answers choices, one JSON line each.
+"""The process of a submitted policy: it gets observations and answers with choices, one JSON line each.
 
-Links, deadlines of other sessions and the oracle stay in the grader's process, so a policy cannot look the future up.
-Memory, processor time, file size and open files are limited before the file is imported. This keeps honest mistakes
-from hurting; it is not a jail for hostile code (see the instructor's page).
+Links, deadlines of other sessions and the oracle stay in the grader's process, so a policy cannot look up the future.
+Memory, processor time, file size, open files and processes are limited before the file is imported; what else the
+process can reach is up to `kvstream.testbed.lab.jail`.
 
 Requests: {"new": true}, {"choose": observation}, {"progress": observation}. Answers: {"ok": ...} or {"error": text}.
 """
@@ -10,34 +10,39 @@ Requests: {"new": true}, {"choose": observation}, {"progress": observation}. Ans
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
+import operator
 import os
 import resource
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from policies.api import Choice, InFlight, Observation, Replace, Transfer
+from kvstream.policies.api import Choice, Computed, InFlight, Observation, Replace, Transfer
 
 MEMORY_BYTES: Final = 1 << 30
 CPU_S: Final = 120
 FILE_BYTES: Final = 1 << 20
 OPEN_FILES: Final = 64
+PROCESSES: Final = 64
 
 
 def limit() -> None:
-    """Give this process its limits; they also hold for what it starts."""
-    for what, most in (
+    """Set this process's resource limits, which its children inherit."""
+    for what, value in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_CPU, CPU_S),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, PROCESSES),
     ):
         _, hard = resource.getrlimit(what)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (most, most))
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (value, value))
 
 
 def observation_to_json(obs: Observation) -> dict[str, Any]:
@@ -48,18 +53,39 @@ def observation_from_json(data: Mapping[str, Any]) -> Observation:
     values = {key: _tuples(value) for key, value in data.items()}
     values["transfers"] = tuple(Transfer(**one) for one in data["transfers"])
     values["in_flight"] = tuple(InFlight(**one) for one in data["in_flight"])
+    values["computed"] = tuple(Computed(**one) for one in data["computed"])
     return Observation(**values)
 
 
 def choice_to_json(choice: object) -> dict[str, Any]:
-    """A Choice as plain data; anything else becomes a text that the session will refuse."""
+    """A Choice as plain data; anything else as a string that the session refuses."""
     if not isinstance(choice, Choice):
-        return {"nonsense": repr(choice)[:200]}
+        return {"invalid": repr(choice)[:200]}
     return {
-        "level": choice.level if isinstance(choice.level, int | str) else repr(choice.level),
-        "chunk": choice.chunk,
-        "reason": {str(key): float(value) for key, value in choice.reason.items()},
+        "level": _plain_integer(choice.level),
+        "chunk": _plain_integer(choice.chunk),
+        "reason": dict(itertools.islice(_reason(choice.reason), 20)),
     }
+
+
+def _plain_integer(value: object) -> object:
+    """Any integer as `int`, so that JSON has it; anything else as the session refuses it."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return repr(value)[:200]
+
+
+def _reason(reason: object) -> Iterator[tuple[str, float | str]]:
+    """Numbers as numbers; the session drops the rest, and counts it."""
+    for key, value in reason.items() if isinstance(reason, Mapping) else [("reason", "")]:
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        yield str(key)[:100], number if math.isfinite(number) else repr(value)[:100]
 
 
 def _plain(value: Any) -> Any:
@@ -73,11 +99,11 @@ def _tuples(value: Any) -> Any:
 
 
 def main() -> None:
-    """`python -m testbed.lab.worker SPEC`: serve until the input ends."""
+    """`python -m kvstream.testbed.lab.worker SPEC`: serve until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a policy prints must not mix with the answers
     limit()
-    from testbed.lab.submission import make
+    from kvstream.testbed.lab.submission import make
 
     policy: Any = None
     for line in sys.stdin:
@@ -92,7 +118,7 @@ def main() -> None:
                 said = policy.progress(observation_from_json(request["progress"]))
                 answer = {"replace": said.level} if isinstance(said, Replace) else said
             reply = json.dumps({"ok": answer})
-        except BaseException as error:  # whatever a policy does, the grader hears of it
+        except BaseException as error:  # report whatever the policy raises to the grader
             words = f"{type(error).__name__}: {error}"
             reply = json.dumps({"error": words[:500], "traceback": traceback.format_exc(limit=-3)[-2000:]})
         answers.write(reply + "\n")

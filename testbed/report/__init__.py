@@ -1,5 +1,5 @@
 """The report of a run: one self-contained HTML file and its figures."""
 
-from testbed.report.page import write
+from kvstream.testbed.report.page import write
 
 __all__ = ["write"]

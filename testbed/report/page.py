@@ -1,4 +1,4 @@
-"""`report.html`: one file, no network, light and dark, for a phone and for paper."""
+"""`report.html`: one self-contained file for screens (light and dark), phones and print."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from testbed import summary as summaries
-from testbed.report import tables
-from testbed.report.figures import Drawn, draw
-from testbed.report.material import Material
-from testbed.report.sessions import embedded, n_levels
-from testbed.report.style import INK, TEXT_COLOUR, level_colours
-from testbed.report.tables import number
-from testbed.results import Run
+from kvstream.testbed.config import sweeps
+from kvstream.testbed.errors import install
+from kvstream.testbed.report import tables
+from kvstream.testbed.report.figures import Drawn, draw
+from kvstream.testbed.report.material import Material
+from kvstream.testbed.report.sessions import embedded, n_levels, trace_specs
+from kvstream.testbed.report.style import INK, TEXT_COLOUR, level_colours
+from kvstream.testbed.report.tables import number
+from kvstream.testbed.results import ci_files, words
+from kvstream.testbed.results import summary as summaries
+from kvstream.testbed.results.folder import Run
+from kvstream.testbed.results.paired import is_counted, units_of
 
 Json: TypeAlias = dict[str, Any]
 
 ASSETS = Path(__file__).with_name("assets")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-"""Content security policy of the page: nothing is ever fetched."""
+"""Content security policy of the page: nothing is fetched."""
 PRINT_ONLY = ' class="print"'
 """On a screen the session viewer shows what this figure shows."""
 
@@ -32,29 +36,29 @@ PRINT_ONLY = ' class="print"'
 def write(run: Run, baseline: str = "") -> Path:
     """Write `report.html` and `figures/` of a run from its cells; returns the page's path.
 
-    `baseline` is the scheme that the others are compared with, by default the experiment's.
-    Without seaborn the page has no figures and says so. An empty run gives a page that says so too.
+    `baseline` is the scheme that the others are compared with (default: the experiment's).
+    Without seaborn the page has no figures and says why; an empty run gives a page that says so.
     """
     manifest = run.manifest
     cells = list(run.load_cells())
     rows = [cell["row"] for cell in cells]
-    summary = summaries.summarise(
-        rows, scheme_names(manifest, rows), baseline or manifest["experiment"].get("baseline", "")
-    )
-    material = _material(summary, cells, manifest)
+    summary = summaries.of_run(rows, manifest, baseline)
+    material = _material(summary, cells, manifest, summaries.beside(run, baseline))
     try:
         figures, problem = draw(material, run.path / "figures"), ""
     except ModuleNotFoundError as error:
-        figures, problem = [], f"No figures: the package {error.name} is not installed (pip install 'kvstream[run]')."
+        figures, problem = [], f"No figures: the package {error.name} is not installed ({install(error.name)})."
     body = "\n".join(
         [
             _header(manifest, summary),
             tables.schemes(summary, material),
-            _figures(figures, problem),
-            _viewer(cells, material),
+            _figures(figures, problem or (material.problem and f"No headline: {material.problem}.")),
+            tables.beside(material),
+            _viewer(cells, material, manifest),
             tables.by_trace(material),
             _fidelity(rows),
             _provenance(manifest, rows),
+            f"<script>{_asset('table.js')}</script>",
         ]
     )
     page = run.path / "report.html"
@@ -64,18 +68,12 @@ def write(run: Run, baseline: str = "") -> Path:
     return page
 
 
-def scheme_names(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Schemes in the experiment's order."""
-    listed = [entry["name"] for entry in manifest.get("schemes", [])]
-    return listed or list(dict.fromkeys(row["scheme"] for row in rows))
-
-
-def _material(summary: Json, cells: Sequence[Json], manifest: Mapping[str, Any]) -> Material:
+def _material(
+    summary: Json, cells: Sequence[Json], manifest: Mapping[str, Any], simulated: Json | None = None
+) -> Material:
     rows: dict[str, list[Json]] = {entry["scheme"]: [] for entry in summary["schemes"]}
-    schemes: dict[str, set[str]] = {}
-    for cell in cells:
-        schemes.setdefault(cell["row"]["unit_id"], set()).add(cell["row"]["scheme"])
-    complete = {unit for unit, found in schemes.items() if found >= rows.keys()} - set(summary["invalid_units"])
+    units = units_of(cell["row"] for cell in cells)
+    complete = {unit for unit, found in units.items() if is_counted(found, rows)}
     counted = [cell for cell in cells if cell["row"]["unit_id"] in complete]
     for cell in counted:
         if cell["row"]["scheme"] in rows:
@@ -84,20 +82,36 @@ def _material(summary: Json, cells: Sequence[Json], manifest: Mapping[str, Any])
         summary=summary,
         rows={name: found for name, found in rows.items() if found},
         levels=manifest.get("levels", {}),
-        session=_telling(counted),
+        references={
+            entry["scheme"]: [cell["row"] for cell in cells if cell["row"]["scheme"] == entry["scheme"]]
+            for entry in summary["references"]
+        },
+        simulated=simulated,
+        problem=ci_files.too_invalid(summary),
+        families=sweeps.families(manifest["schemes"], manifest["experiment"].get("sweep", ())),
+        session=_most_telling(counted, _about(summary), summary["baseline"]),
     )
 
 
-def _telling(cells: Sequence[Json]) -> Json | None:
-    """The session to show first: one that met the deadline with many changes of level, not told the future."""
-    shown = [cell for cell in cells if cell["chunks"] and cell["row"]["status"] == "ok"]
+def _about(summary: Json) -> str:
+    """The scheme that the verdict is about: the winner, or else the one of the Pareto set that meets most deadlines."""
+    standing = summary["standing"]
+    return standing["winner"] or next(iter(standing["pareto"]), "")
 
-    def changes(cell: Json) -> tuple[bool, bool, int, str]:
+
+def _most_telling(cells: Sequence[Json], scheme: str, baseline: str) -> Json | None:
+    """The session to show first: of the scheme that the verdict is about, on a unit whose deadline it met and the
+    baseline did not, with many changes of level."""
+    shown = [cell for cell in cells if cell["chunks"] and cell["row"]["status"] == "ok"]
+    late = {cell["row"]["unit_id"] for cell in cells if cell["row"]["scheme"] == baseline and not cell["row"]["met"]}
+
+    def telling(cell: Json) -> tuple[bool, bool, bool, bool, int, str]:
         levels, row = cell["row"]["levels"], cell["row"]
         moves = sum(a != b for a, b in pairwise(levels))
-        return not row["clairvoyant"], row["met"], moves, row["unit_id"]
+        differs = row["met"] and row["unit_id"] in late
+        return row["scheme"] == scheme, not row["clairvoyant"], differs, row["met"], moves, row["unit_id"]
 
-    return max(shown, key=changes, default=None)
+    return max(shown, key=telling, default=None)
 
 
 def _document(name: str, body: str) -> str:
@@ -127,23 +141,24 @@ def _document(name: str, body: str) -> str:
 def _header(manifest: Mapping[str, Any], summary: Json) -> str:
     experiment, units = manifest["experiment"], summary["units"]
     deadlines = ", ".join(f"{value:g} s" for value in experiment.get("deadlines_s", []))
-    # the verdict is what the page is called after; that nothing real was sent stands beside it, as large
-    synthetic = summary["verdict"].startswith(summaries.SYNTHETIC)
-    verdict, _, rest = summary["verdict"].removeprefix(summaries.SYNTHETIC).partition(". ")
-    mark = f' <span class="mark">{summaries.SYNTHETIC.lower().removesuffix(". ")}</span>' if synthetic else ""
+    # the verdict is the heading; that nothing real was sent is marked beside it, as large
+    synthetic = summary["verdict"].startswith(words.SYNTHETIC)
+    verdict, _, rest = summary["verdict"].removeprefix(words.SYNTHETIC).partition(". ")
+    mark = f' <span class="mark">{words.SYNTHETIC.lower().removesuffix(". ")}</span>' if synthetic else ""
     facts = [
-        "a quick look, not comparable with other runs" if experiment.get("is_quick") else "",
-        f"{summaries.many(units['counted'], 'unit')} × {summaries.many(len(summary['schemes']), 'scheme')}",
+        "preview only (--quick)" if experiment.get("is_quick") else "",
+        f"not finished: {summary['unfinished']}" if summary["unfinished"] else "",
+        f"{words.many(units['counted'], 'unit')} × {words.many(len(summary['schemes']), 'scheme')}",
         f"deadline {deadlines}" if deadlines else "",
-        summaries.many(summary["traces"], "trace"),
-        {"mininet": "measured over an emulated link (Mininet)", "simulator": "simulated, nothing was sent"}.get(
+        words.many(summary["traces"], "trace"),
+        {"mininet": "measured over an emulated link (Mininet)", "simulator": "simulated: no data was sent"}.get(
             summary["backend"], summary["backend"]
         ),
     ]
     return f"""<header>
 <p class="kicker">kvstream · {escape(experiment["name"])}</p>
 <h1 id="verdict">{escape(verdict.removesuffix("."))}.{mark}</h1>
-<p>{escape(rest)}</p>
+<p>{escape(rest).replace(" %", "&nbsp;%")}</p>
 <p class="facts">{" · ".join(escape(fact) for fact in facts if fact)}</p>
 </header>"""
 
@@ -151,13 +166,14 @@ def _header(manifest: Mapping[str, Any], summary: Json) -> str:
 def _figures(figures: Sequence[Drawn], problem: str) -> str:
     drawn = "".join(
         f'<figure id="figure-{figure.name}"{PRINT_ONLY if figure.name == "timeline" else ""}>'
-        f"<h3>{escape(figure.title)}</h3>{inline(figure)}"
+        f'<h3>{escape(figure.title)}</h3><div class="wide">{inline(figure)}</div>'
         f"<figcaption>{escape(figure.caption)} "
         f'<a href="figures/{figure.name}.svg">SVG</a> <a href="figures/{figure.name}.png">PNG</a></figcaption></figure>'
         for figure in figures
     )
+    box = f'<p class="problem">{escape(problem)}</p>' if problem else ""
     return f"""<section aria-labelledby="figures"><h2 id="figures">Figures</h2>
-{escape(problem)}<div class="figures">{drawn}</div></section>"""
+{box}<div class="figures">{drawn}</div></section>"""
 
 
 def inline(figure: Drawn) -> str:
@@ -168,20 +184,22 @@ def inline(figure: Drawn) -> str:
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="patch_2">\s*<path [^>]*style="fill: #ffffff[^>]*/>\s*</g>', "", svg, count=1)
     svg = svg.replace(INK, "currentColor")
+    svg = re.sub(r'\bid="scheme:([^"]*)"', r'data-scheme="\1"', svg)
     svg = re.sub(r'\bid="', f'id="{figure.name}-', svg)
     svg = re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{figure.name}-", svg)
     label = escape(f"{figure.title}. {figure.alt}", quote=True)
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', svg, count=1)
 
 
-def _viewer(cells: Sequence[Json], material: Material) -> str:
-    """Pick a unit and a scheme, see the transfer."""
-    order = {entry["scheme"]: place for place, entry in enumerate(material.summary["schemes"])}
+def _viewer(cells: Sequence[Json], material: Material, manifest: Mapping[str, Any]) -> str:
+    """The session viewer: pick a unit and a scheme."""
+    entries = (*material.summary["schemes"], *material.summary["references"])
+    order = {entry["scheme"]: place for place, entry in enumerate(entries)}
     shown = sorted((cell for cell in cells if cell["chunks"]), key=lambda cell: order[cell["row"]["scheme"]])
     if not shown:
         return ""
     first = (material.session or shown[0])["row"]
-    data, left_out = embedded(shown, material.levels, first["unit_id"])
+    data, omitted = embedded(shown, material.levels, first["unit_id"], trace_specs(manifest))
     most = max(n_levels(cell["row"], material.levels) for cell in shown)
     look = {
         "ladders": {str(n): level_colours(n) for n in range(1, most + 1)},
@@ -190,10 +208,10 @@ def _viewer(cells: Sequence[Json], material: Material) -> str:
     }
     look_json = json.dumps(look).replace("</", r"<\/")
     scripts = "".join(f"<script>{_asset(name)}</script>" for name in ("uPlot.iife.min.js", "viewer.js", "picker.js"))
-    words = f"{summaries.many(left_out, 'unit')} left out to keep this page small."
-    note = f"<p class=quiet>{words}</p>" if left_out else ""
+    text = f"{words.many(omitted, 'unit')} omitted to keep this page small."
+    note = f"<p class=quiet>{text}</p>" if omitted else ""
     return f"""<section aria-labelledby="sessions" class="screen"><h2 id="sessions">Sessions</h2>{note}
-<div id="picker" class="picker"></div><div id="viewer"></div>
+<div id="picker" class="picker"></div><div id="viewer"></div><div id="viewer-below" hidden></div>
 <script type="application/json" id="session-data">{data}</script>
 <script type="application/json" id="session-look">{look_json}</script>
 {scripts}</section>"""
@@ -204,29 +222,39 @@ def _asset(name: str) -> str:
 
 
 def _fidelity(rows: Sequence[Json]) -> str:
-    """Whether the link did what the trace says, session by session."""
+    """Whether the link followed its trace, session by session."""
     judged = [row for row in rows if "ok" in row["fidelity"]]
     if not judged:
         return ""
     good = sum(row["fidelity"]["ok"] for row in judged)
     body = "".join(
-        f"<tr{'' if row['fidelity']['ok'] else ' class=bad'}><th scope=row>{escape(row['unit_id'])}"
-        f"<td>{escape(row['scheme'])}<td>{escape(_judgement(row['fidelity']))}"
+        f"<tr{'' if row['fidelity']['ok'] else ' class=greyed'}><th scope=row>{escape(row['unit_id'])}"
+        f"<td>{escape(row['scheme'])}<td class=why>{escape(_judgement(row['fidelity']))}"
+        f"<td>{_percent(row['fidelity'].get('coverage'))}"
+        f"<td>{number(row['ttft_s'])}<td>{tables.nats(row['distortion'])}"
         f"<td>{number(row['fidelity'].get('median_error'))}<td>{number(row['fidelity'].get('p95_error'))}"
+        f"<td>{number(row['fidelity'].get('total_error'))}"
         f"<td>{number(row['fidelity'].get('lateness_p99_s'))}<td>{row['repeats']}"
         for row in sorted(judged, key=lambda row: (row["fidelity"]["ok"], row["unit_id"], row["scheme"]))
     )
+    unjudged = sum(row["fidelity"].get("state") == "unjudged" for row in judged)
+    too_little = f" In {unjudged} too little of it could be judged, which does not count as valid." if unjudged else ""
     return f"""<section aria-labelledby="fidelity"><h2 id="fidelity">Fidelity</h2>
-<p>{good} of {len(judged)} sessions ran on a link that did what the trace says.
-A unit with one that did not is left out for every scheme.</p>
-<details><summary>Every session</summary><div class="wide"><table><thead><tr><th scope=col>unit<th scope=col>scheme
-<th scope=col>verdict<th scope=col>median error<th scope=col>p95 error
+<p>In {good} of {words.many(len(judged), "session")} the link followed its trace within the limits.{too_little}
+Units with any other session are excluded for every scheme; the numbers of such sessions are greyed out.</p>
+<details><summary>All sessions</summary><div class="wide"><table><thead><tr><th scope=col>unit<th scope=col>scheme
+<th scope=col>verdict<th scope=col>judged<th scope=col>TTFT <small>s</small><th scope=col>distortion <small>nats</small>
+<th scope=col>median error<th scope=col>p95 error<th scope=col>total error
 <th scope=col>lateness p99 <small>s</small><th scope=col>repeats</thead>
 <tbody>{body}</tbody></table></div></details>{_packets(rows)}</section>"""
 
 
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
 def _packets(rows: Sequence[Json]) -> str:
-    """What captures say, where packets were recorded."""
+    """Results of the packet captures, if there are any."""
     seen = [(row, row["capture"]) for row in rows if row.get("capture")]
     if not seen:
         return ""
@@ -237,24 +265,24 @@ def _packets(rows: Sequence[Json]) -> str:
         for row, said in seen
     )
     good = sum(said["ok"] for _, said in seen)
-    return f"""<p>Packets were recorded at both ends: in {good} of {len(seen)} sessions none was missed, and they
-add up to what the queue counted, within 1 %, where nobody else sent through it.</p>
-<details><summary>Every capture</summary><div class="wide"><table><thead><tr><th scope=col>unit<th scope=col>scheme
-<th scope=col>least round trip <small>s</small><th scope=col>median <small>s</small>
-<th scope=col>one way, median <small>s</small><th scope=col>retransmitted <small>bytes</small>
-<th scope=col>against the counters</thead><tbody>{body}</tbody></table></div></details>"""
+    return f"""<p>Packets were captured at both ends. In {good} of {words.many(len(seen), "session")} the capture is
+complete: it agrees with the queue's byte counter within 1 % (unless other traffic shared the queue).</p>
+<details><summary>All captures</summary><div class="wide"><table><thead><tr><th scope=col>unit<th scope=col>scheme
+<th scope=col>minimum RTT <small>s</small><th scope=col>median RTT <small>s</small>
+<th scope=col>median one-way delay <small>s</small><th scope=col>retransmitted <small>bytes</small>
+<th scope=col>relative to the counter</thead><tbody>{body}</tbody></table></div></details>"""
 
 
 def _judgement(fidelity: Mapping[str, Any]) -> str:
-    return "ok" if fidelity["ok"] else "; ".join(fidelity.get("reasons", [])) or "over the limits"
+    return "ok" if fidelity["ok"] else "; ".join(fidelity.get("reasons", [])) or "limits exceeded"
 
 
 def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
-    """What is needed to do it again."""
+    """Everything needed to reproduce the run."""
     models = ", ".join(sorted({row["model"] for row in rows}))
     fingerprint, traces = manifest.get("model", {}).get("fingerprint", ""), manifest.get("traces", {})
     if models == "none" and fingerprint:
-        models = "none, sizes from"
+        models = "none; sizes of"
     facts = {
         "command": manifest.get("command", ""),
         "commit": manifest.get("git", ""),
@@ -264,15 +292,15 @@ def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
         "model": f"{models} {_short(fingerprint)}" if fingerprint else models,
         "profiles": _hashes(manifest.get("profiles", {})),
         "files": _hashes(manifest.get("files", {})),
-        "traces": f"{len(traces)}, see below" if len(traces) > tables.MOST_TRACES else _hashes(traces),
+        "traces": f"{len(traces)}, see below" if len(traces) > tables.MAX_TRACES else _hashes(traces),
         "delay and loss": _impairments(manifest.get("networks", {})),
         "simplified": manifest.get("simplified", ""),
     }
     items = "".join(f"<dt>{key}<dd><code>{escape(value)}</code>" for key, value in facts.items() if value)
     folded = {
-        "The experiment as it was resolved": manifest["experiment"],
-        "The networks and their shapers, as read back": manifest.get("networks", {}),
-        "The traces by their hashes": traces if len(traces) > tables.MOST_TRACES else {},
+        "The experiment as resolved": manifest["experiment"],
+        "Networks and shapers, as read back from the kernel": manifest.get("networks", {}),
+        "Hashes of the traces": traces if len(traces) > tables.MAX_TRACES else {},
     }
     details = "".join(
         f"<details><summary>{head}</summary><pre>{escape(json.dumps(body, indent=1))}</pre></details>"
@@ -280,11 +308,11 @@ def _provenance(manifest: Mapping[str, Any], rows: Sequence[Json]) -> str:
         if body
     )
     return f"""<section aria-labelledby="provenance"><h2 id="provenance">Provenance</h2><dl>{items}</dl>
-{details}</section>"""
+{tables.trace_sources(manifest)}{details}</section>"""
 
 
 def _impairments(networks: Mapping[str, Json]) -> str:
-    """What delays and loses packets on each link that has something to do so."""
+    """The backend of delay and loss on each link that has any."""
     found = {link: network["impairments"]["backend"] for link, network in networks.items() if "impairments" in network}
     return "; ".join(f"{link or 'the default link'}: {backend}" for link, backend in found.items())
 
@@ -294,5 +322,5 @@ def _hashes(found: Mapping[str, str | None]) -> str:
 
 
 def _short(digest: str) -> str:
-    """Enough of a SHA-256 to compare; the whole one stands in manifest.json."""
+    """Enough of a SHA-256 to compare; manifest.json has all of it."""
     return digest[:12]

@@ -1,9 +1,9 @@
 """One fixed look for every scheme, codec and level: in figures, in the report, in the dashboard, in every run.
 
-A scheme's colour says which policy it is, its dash which codec, its marker both; hollow and thin is depth 1. All of it
-goes by names, never by the order in a run. Colours come from the Okabe-Ito palette, shifted where needed so that each
-has a contrast of at least 3:1 on white and on the dark background. Colour never speaks alone: no two policies on one
-codec have the same marker but for a few that are seldom compared, and levels carry their number.
+A scheme's colour stands for its policy, its dash for its codec, its marker for both; hollow and thin is depth 1. All
+depend on names, never on the order in a run. Colours come from the Okabe-Ito palette, shifted where needed so that each
+has a contrast of at least 3:1 on white and on the dark background. Colour is never the only cue: policies on
+one codec differ in marker, but for a few that are seldom compared, and levels show their number.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Style:
 
 _POLICIES: Final[Mapping[str, tuple[str, str]]] = {
     "cachegen": ("#0b7abf", "o"),
+    "cachegen+compute": ("#3f86d6", "v"),
     "buffer-based": ("#c97a00", "s"),
     "oracle": (INK, "*"),
     "artifact": ("#7b6fd6", "p"),
@@ -58,9 +59,9 @@ _POLICIES: Final[Mapping[str, tuple[str, str]]] = {
     "highest": ("#a06a6a", "^"),
 }
 _SPARE: Final = ("#a34a5e", "#6b5bbd", "#2e8540", "#7d6608", "#3b6fb6", "#2a7f6f", "#cc4b37", "#5b7fa6")
-"""Of policies that are not ours."""
+"""For policies of other authors."""
 _MARKERS: Final = "o^sXpvDPH<d>"
-"""In the order in which another codec, or other settings, turn them; stars belong to the oracle."""
+"""In the order in which other codecs or settings advance them; stars are for the oracle."""
 _STARS: Final[tuple[Marker, ...]] = ("*", (4, 1, 0), (6, 1, 0), (7, 1, 0), (8, 1, 0), (3, 1, 0))
 
 _CODECS: Final[Mapping[str, Style]] = {
@@ -120,7 +121,7 @@ def _unknown(name: str) -> tuple[str, str]:
 
 
 def level_colours(n_levels: int) -> list[str]:
-    """A colour a level, smallest first, from violet to gold."""
+    """One colour per level, smallest first, from violet to gold."""
     if n_levels == 1:
         return [_RAMP[2]]
     return [_between(index * (len(_RAMP) - 1) / (n_levels - 1)) for index in range(n_levels)]

@@ -1,21 +1,21 @@
-"""The picture of one session: capacity and arrivals, and what link, copies, decoder and model were doing."""
+"""The figure of one session: capacity and arrivals, and when link, copies, decoder and model were busy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from testbed.report.material import Material
-from testbed.report.sessions import n_levels, virtual_link, within_view
-from testbed.report.style import INK, TEXT_COLOUR, level_colours
+from kvstream.testbed.report.material import Material
+from kvstream.testbed.report.sessions import n_levels, virtual_link, within_view
+from kvstream.testbed.report.style import INK, TEXT_COLOUR, level_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def timeline(material: Material) -> Figure | None:
-    """Capacity and goodput over time, and under it a lane for each thing at work: transfers, copies to the device where
-    there are any, decoding, and the model's own computing."""
+    """Capacity and goodput over time, and below it a lane for each stage: transfers, copies to the device if any,
+    decoding, and the model's own computing."""
     if material.session is None:
         return None
     from matplotlib import pyplot
@@ -31,7 +31,7 @@ def timeline(material: Material) -> Figure | None:
         top.fill_between(
             times_s, [sample["capacity_bps"] / 1e6 for sample in link], step="post", color="#8a96a3", alpha=0.35, lw=0
         )
-        top.plot(*delivered_rate(link), color="#0b7abf", linewidth=1.4)
+        top.plot(*delivered_rate(link), color="#0b7abf", linewidth=1.4, drawstyle="steps-post")
         top.text(
             0.995, 1.02, "grey: capacity, blue: delivered", transform=top.transAxes, ha="right", va="bottom", size=8
         )
@@ -75,7 +75,7 @@ def timeline(material: Material) -> Figure | None:
 
 
 def spans_of(chunk: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[tuple[float, float]]]:
-    """[lane]: when it was at work on a chunk. A transfer counts from the end of the one before it."""
+    """[lane]: when it was busy with a chunk. A transfer counts from the end of the one before it."""
     if chunk["last_byte_s"] is None:
         return {}
     before = [c["last_byte_s"] for c in chunks if c["last_byte_s"] is not None]
@@ -89,14 +89,27 @@ def spans_of(chunk: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]) -> d
     return spans
 
 
-def delivered_rate(link: Sequence[Mapping[str, float]], window_s: float = 0.05) -> tuple[list[float], list[float]]:
-    """(middle of the window in seconds, delivered Mbit/s at layer 2) over windows of `window_s`."""
+WINDOW_S: Final = 0.01
+"""Bytes are counted over windows of this length: longer ones would show arrivals during an outage."""
+LONGEST_S: Final = 0.05
+ENOUGH_BYTES: Final = 15_000
+"""At low rates windows are longer, up to LONGEST_S, until they hold ten packets: fewer show packets, not a rate."""
+
+
+def delivered_rate(link: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    """(beginning of each window in seconds, delivered Mbit/s at layer 2 in it), to be drawn as steps."""
     times_s, rates = [], []
-    before = link[0]
+    start = before = link[0]
     for sample in link[1:]:
-        if sample["t_s"] - before["t_s"] >= window_s - 1e-6:
-            elapsed_s = sample["t_s"] - before["t_s"]
-            times_s.append((sample["t_s"] + before["t_s"]) / 2)
-            rates.append((sample["delivered_bytes"] - before["delivered_bytes"]) * 8 / elapsed_s / 1e6)
-            before = sample
+        elapsed_s, size = sample["t_s"] - start["t_s"], sample["delivered_bytes"] - start["delivered_bytes"]
+        changes = sample["capacity_bps"] != before["capacity_bps"]
+        before = sample
+        whole = elapsed_s >= 0.95 * WINDOW_S and (size >= ENOUGH_BYTES or not size)
+        if whole or elapsed_s >= LONGEST_S or (changes and elapsed_s >= 0.45 * WINDOW_S):
+            times_s.append(start["t_s"])
+            rates.append(size * 8 / elapsed_s / 1e6)
+            start = sample
+    if rates:
+        times_s.append(start["t_s"])
+        rates.append(rates[-1])
     return times_s, rates

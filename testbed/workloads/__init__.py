@@ -1,1 +1,1 @@
-"""Data of the synthetic workloads (testbed.synthetic): models and contexts, compute profiles, measured ladders."""
+"""What is streamed: contexts with questions, synthetic workloads, encodings measured before. No torch here."""

@@ -76,7 +76,7 @@ def open_page(chromium: Any, serve: object) -> Iterator[Open]:
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         watched = Watched(context.new_page())
         opened.append((context, watched))
-        watched.page.goto(url)
+        watched.page.goto(url, timeout=120_000)
         return watched
 
     yield open_it

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from testbed.dashboard.events import FILE_NAME, ChunkNews, RunEnd, RunStart, SessionEnd, SessionStart, append
-from testbed.dashboard.server import make_app
-from testbed.results import Run
+from kvstream.testbed.dashboard.server import make_app
+from kvstream.testbed.events import FILE_NAME, ChunkNews, RunEnd, RunStart, SessionEnd, SessionStart, append
+from kvstream.testbed.results.folder import Run
+from kvstream.testbed.results.summary import of_run
 from tests.browser.conftest import Open
 from tests.testbed.made_run import make_run
 
@@ -49,6 +50,21 @@ def test_a_finished_run_can_be_played(finished: Run, serve: Serve, open_page: Op
     expect(page.locator("#clock")).to_have_text("0.30 s")
     expect(title).not_to_contain_text("first token after")
     assert fits(page)
+
+
+def test_units_that_the_report_leaves_out_are_not_counted(tmp_path: Path, serve: Serve, open_page: Open) -> None:
+    """One unit is invalid for one scheme, and one scheme has not run another: both are out, for all schemes."""
+    run = make_run(tmp_path)
+    next(run.cells.glob("000-*-oracle.json")).unlink()
+    page = open_page(serve(lambda: make_app(run, "t")) + "/t/").page
+    rows = page.locator("#table tbody tr")
+    expect(rows).to_have_count(7)
+    counted = {entry["scheme"]: entry for entry in of_run(run.rows(), run.manifest)["schemes"]}
+    for row in rows.all():
+        cells = row.locator("th, td").all_inner_texts()
+        entry = counted[cells[0].split()[0]]
+        assert cells[1:3] == ["10", f"{entry['met']}/10"]
+        assert cells[8] == ("1" if entry["scheme"] == "oracle" else "2")
 
 
 def test_a_run_is_followed_as_it_goes_on(tmp_path: Path, finished: Run, serve: Serve, open_page: Open) -> None:

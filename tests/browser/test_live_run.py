@@ -1,4 +1,4 @@
-"""The dashboard beside a real run over an emulated link: what a browser shows while bytes move."""
+"""The live dashboard of a real run over an emulated link: what a browser shows while bytes arrive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from testbed.dashboard.events import FILE_NAME, read
-from testbed.emulator import sandbox, topology
-from testbed.errors import MachineError
+from kvstream.testbed.emulator import sandbox, topology
+from kvstream.testbed.errors import MachineError
+from kvstream.testbed.events import FILE_NAME, read
 from tests.browser.conftest import Open
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright").expect
@@ -23,7 +23,7 @@ SPEC = """
 contexts = ["docs"]
 traces = ["constant,rate=30Mbps"]
 deadlines_s = [4.0]
-most_repeats = 0
+max_repeats = 0
 
 [[schemes]]
 policy = "fixed,level=lowest"
@@ -46,7 +46,7 @@ def test_a_real_run_is_seen_as_it_goes_on(tmp_path: Path, open_page: Open) -> No
         pytest.skip(why_not)
     (tmp_path / "live.toml").write_text(SPEC)
     with subprocess.Popen(
-        [sys.executable, "-m", "testbed.cli", "run", "live.toml", "--live"],
+        [sys.executable, "-m", "kvstream.testbed.cli", "run", "live.toml", "--live"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

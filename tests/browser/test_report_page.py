@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from testbed import report
-from testbed.results import Run
+from kvstream.testbed import report
+from kvstream.testbed.results.folder import Run
 from tests.browser.conftest import Open
 from tests.testbed.made_run import make_run
-from tests.testbed.test_report import contrast
+from tests.testbed.report.test_report import contrast
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright").expect
-pytest.importorskip("seaborn", reason="figures need seaborn, from kvstream[run]")
+pytest.importorskip("seaborn", reason="figures need seaborn, from the extra [run]")
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +205,74 @@ def test_everything_that_acts_has_a_name(url: str, open_page: Open) -> None:
             .map((e) => e.outerHTML.slice(0, 80))"""
     )
     assert nameless == []
+
+
+def names(page: Any) -> list[str]:
+    return [text.split()[0] for text in page.locator("#scheme-table tr[data-row] th").all_inner_texts()]
+
+
+def test_the_table_is_sorted_and_has_more_columns(url: str, open_page: Open) -> None:
+    page = open_page(url).page
+    before = names(page)
+    page.get_by_role("button", name=re.compile("^TTFT p50")).click()
+    head = page.locator("#scheme-table th[aria-sort]")
+    expect(head).to_have_attribute("aria-sort", "descending")
+    slowest = names(page)
+    assert slowest[0] == "text"
+    page.get_by_role("button", name=re.compile("^TTFT p50")).click()
+    expect(head).to_have_attribute("aria-sort", "ascending")
+    assert names(page) == slowest[::-1] != before
+    page.get_by_role("button", name="scheme", exact=True).click()
+    assert names(page) in (sorted(before), sorted(before, reverse=True))
+    seen = "[...document.querySelectorAll('#scheme-table thead th')].filter((th) => th.offsetParent).length"
+    assert page.evaluate(seen) == 9
+    page.get_by_role("button", name="more columns").click()
+    assert page.evaluate(seen) == 13
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_schemes_are_hidden_in_every_figure(url: str, open_page: Open) -> None:
+    page = open_page(url).page
+    drawn = page.locator("#figure-ttft [data-scheme=cachegen]").first
+    expect(drawn).to_be_visible()
+    page.locator(".chips").get_by_label("cachegen", exact=True).uncheck()
+    expect(drawn).to_be_hidden()
+    expect(page.locator("#figure-headline [data-scheme=cachegen]").first).to_be_hidden()
+    expect(page.locator("#figure-headline [data-scheme=oracle]").last).to_be_visible()  # its marker
+    expect(page.locator("#scheme-table tr.off")).to_have_count(1)
+
+
+def test_two_sessions_stand_one_above_the_other(url: str, open_page: Open) -> None:
+    page = open_page(url).page
+    choose(page, "cachegen")
+    titles = page.locator(".v-title")
+    expect(page.locator("#viewer-below")).to_be_hidden()
+    page.select_option("#beside", "fixed-highest")
+    expect(titles).to_have_count(2)
+    assert [title.split(" on ")[0] for title in titles.all_inner_texts()] == ["cachegen", "fixed-highest"]
+    assert "delivered, fixed-highest" in page.locator("#viewer .u-legend").inner_text()
+    marks = page.locator(".v-lanes .v-deadline").evaluate_all("lines => lines.map((line) => +line.getAttribute('x1'))")
+    assert abs(marks[0] - marks[1]) < 1.5, "one time axis for both"
+    page.reload()
+    expect(titles).to_have_count(2)
+    page.select_option("#beside", "")
+    expect(page.locator("#viewer-below")).to_be_hidden()
+    assert "fixed-highest" not in page.locator("#viewer .u-legend").inner_text()
+
+
+def test_the_table_can_be_taken_along(url: str, open_page: Open) -> None:
+    page = open_page(url).page
+    with page.expect_download() as download:
+        page.get_by_role("link", name="CSV").click()
+    assert download.value.suggested_filename == "schemes.csv"
+    assert Path(download.value.path()).read_text().startswith("scheme,policy,codec")
+
+
+def test_print_has_no_controls_and_full_pages(url: str, open_page: Open, tmp_path: Path) -> None:
+    page = open_page(url).page
+    page.emulate_media(media="print")
+    for control in (".chips", ".tools", "#picker"):
+        expect(page.locator(control)).to_be_hidden()
+    expect(page.locator("#figure-timeline")).to_be_visible()
+    page.pdf(path=tmp_path / "report.pdf", format="A4")
+    assert len(re.findall(rb"/Type /Page\b", (tmp_path / "report.pdf").read_bytes())) <= 5

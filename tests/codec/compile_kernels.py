@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from codec.entropy import arithmetic_triton, device, rans_triton
+from kvstream.codec.entropy import arithmetic_triton, device, rans_triton
 
 POINTERS = {
     "payload": "*i32", "offsets": "*i32", "rows": "*i32", "slots": "*u8", "entries": "*i64", "cdf": "*i32",
@@ -40,7 +40,6 @@ KERNELS: list[tuple[str, Any, dict[str, Any], dict[str, str]]] = [
     ("arithmetic decode, lookup", arithmetic_triton._decode, {"KIND": 2, **DECODE, "STEPS": 5}, {"units": "i32"}),
     ("arithmetic encode", arithmetic_triton._encode, {"N_SYMBOLS": 32, "BLOCK": 32}, {}),
     ("compact", device._compact, {"FROM_END": True, "BLOCK": 128}, {"scratch": "*i16", "offsets": "*i64"}),
-    ("unpack lengths", device._unpack_lengths, {}, {}),
 ]
 
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from codec import container, registry
-from codec.api import Codec
-from codec.errors import CodecError
-from codec.profile import Profile
-from codec.targets import HuggingFaceTarget, LMCacheTarget, PagedTarget
+from kvstream.codec import container, registry
+from kvstream.codec.api import Codec
+from kvstream.codec.errors import CodecError
+from kvstream.codec.profile import Profile
+from kvstream.codec.targets import HuggingFaceTarget, LMCacheTarget, PagedTarget
 from tests.codec.synthetic import synthetic_kv
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,12 +27,12 @@ SHARED = [HealthCheck.differing_executors, HealthCheck.function_scoped_fixture]
 
 
 class Conformance:
-    """`build` comes from the subclass; it is called once a class."""
+    """`build` comes from the subclass; it is called once per class."""
 
     tolerance: ClassVar[tuple[float, float]]
-    """Root mean square error over the standard deviation that the (smallest, largest) level may have."""
+    """Largest root mean square error, over the standard deviation, of the (smallest, largest) level."""
     entropy_coded: ClassVar[bool] = False
-    """Whether the codec describes bits by layer and what ideal coding would take."""
+    """Whether the codec describes bits by layer and the ideal size."""
 
     @staticmethod
     def build() -> Codec:
@@ -123,7 +123,7 @@ class Conformance:
             codec.describe(data[:-1])
 
     def test_chunks_decode_alone(self, codec: Codec, kv: torch.Tensor) -> None:
-        """The chunk at 17 needs nothing of the one before it, and carries its position."""
+        """The chunk at 17 needs nothing of the one before it, and stores its position."""
         data = codec.encode(kv[:, :, 17:], 0, positions=range(17, T))
         assert container.parse(data).header.positions == range(17, T)
         assert codec.decode(data).shape == (L, 2, T - 17, H, D)
@@ -159,7 +159,7 @@ class Conformance:
                 self.encode(codec, broken)
 
     def test_outliers_are_never_silently_wrong(self, codec: Codec, kv: torch.Tensor) -> None:
-        """A value a thousand times the others comes back as itself, up to half of the coarsest step."""
+        """A value a thousand times the others is decoded to within half of the coarsest step."""
         spiky = kv.clone()
         spiky[0, 0, 7, 1, 2] = 3000.0
         spiky[2, 1, 11, 0, 5] = -3000.0
@@ -251,7 +251,7 @@ class Conformance:
                     codec.decode(bytes(lying))
 
     def test_lying_token_counts_of_several_segments(self, codec: Codec) -> None:
-        """Also where the count changes a last segment only, whose streams could go on or end before their time."""
+        """Also where the count changes only the last segment, whose streams could go on or end early."""
         kv = synthetic_kv(L, 600, H, D, seed=11)
         for level in range(len(codec.levels)):
             data = bytearray(self.encode(codec, kv, level))

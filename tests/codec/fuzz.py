@@ -27,18 +27,22 @@ if "--atheris" in sys.argv:
     import atheris  # type: ignore[import-not-found]
 
     # Numba cannot compile instrumented functions.
-    with atheris.instrument_imports(include=["codec"], exclude=["codec.quantize", "codec.entropy"]):
-        from codec import artifact, cachegen, container, kvstream, profile, raw, registry, uniform  # noqa: F401
+    with atheris.instrument_imports(
+        include=["kvstream.codec"],
+        exclude=["kvstream.codec.quantize", "kvstream.codec.kvstream.kinds", "kvstream.codec.entropy"],
+    ):
+        from kvstream.codec import artifact, cachegen, container, kivi, kvtc, profile, raw, registry, uniform  # noqa: F401
+        from kvstream.codec.kvstream import codec  # noqa: F401
 
-from codec import container, registry
-from codec.api import Codec
-from codec.errors import CodecError
-from codec.profile import Profile
+from kvstream.codec import container, registry
+from kvstream.codec.api import Codec
+from kvstream.codec.errors import CodecError
+from kvstream.codec.profile import Profile
 from tests.codec.conformance import D, H, L
 from tests.codec.profiles import stored
 from tests.codec.synthetic import synthetic_kv
 
-CODECS = ("raw", "uniform", "fp8", "artifact", "cachegen", "cachegen-ac", "kvstream")
+CODECS = ("raw", "uniform", "fp8", "artifact", "cachegen", "cachegen-ac", "kivi", "kvtc", "kvstream", "kvstream-8")
 TOKENS = 21
 
 
@@ -46,18 +50,26 @@ TOKENS = 21
 def codec_of(name: str) -> Codec:
     base, _, coder = name.partition("-")
     cls = registry.codec_class(base)
-    return registry.make(base, {"coder": coder} if coder else {}, stored(base) if cls.needs_profile else None)
+    settings = {"coder": coder} if coder == "ac" else {}
+    return registry.make(base, settings, stored(base) if cls.needs_profile else None)
 
 
 @cache
 def chunk_of(name: str, level: int) -> bytes:
+    """With escapes, and in `kvstream` a token apart; `kvstream-8` is coded without the transform."""
     kv = synthetic_kv(L, TOKENS, H, D, seed=5)
     kv[1, 0, 3] *= 50
-    return codec_of(name).encode(kv, level, positions=range(7, 7 + TOKENS))
+    start = 7
+    if name.startswith("kvstream"):
+        kv[1, 0, 3] /= 10
+        start = 1  # the second of two sinks
+    if name == "kvstream-8":
+        kv *= 1e4
+    return codec_of(name).encode(kv, level, positions=range(start, start + TOKENS))
 
 
 def one_input(data: bytes) -> None:
-    """Raise for a finding; return for everything that is as it should be."""
+    """Raise for a finding; return for everything as expected."""
     if len(data) < 4:
         return
     choice, how, level, rest = data[0], data[1], data[2], data[3:]
@@ -80,7 +92,7 @@ def one_input(data: bytes) -> None:
 
 
 def replaced(_: bytes, rest: bytes) -> bytes:
-    """The input itself, as it is and after a magic."""
+    """The input itself, bare and after a magic number."""
     return rest if rest[:1] < b"\x80" else b"KVST\x01" + rest
 
 
@@ -96,6 +108,7 @@ def sections_harmed(whole: bytes, rest: bytes) -> bytes:
     chunk = container.parse(whole)
     sections = {tag: bytearray(content) for tag, content in chunk.sections.items()}
     tags = sorted(sections)
+    packed = unpacked(sections)
     for which, place, value in struct.iter_unpack("<BHB", rest[: len(rest) // 4 * 4]):
         content = sections[tags[which % len(tags)]]
         match which // 32:
@@ -107,10 +120,21 @@ def sections_harmed(whole: bytes, rest: bytes) -> bytes:
                 content[: place % 64] = bytes([value]) * (place % 64)
             case _ if content:
                 content[place % len(content)] = value
+    for tag, head in packed.items():
+        if rest[:1] < b"\xc0":  # else compressed bytes that are not
+            sections[tag][head:] = zlib.compress(bytes(sections[tag][head:]), 1)
     try:
         return container.pack(chunk.header, {tag: bytes(content) for tag, content in sections.items()})
     except CodecError:
         return b""
+
+
+def unpacked(sections: dict[str, bytearray]) -> dict[str, int]:
+    """Undo the compression of what sections hold, to reach what lies behind; where it begins in each."""
+    found = {tag: head for tag, head in (("kind", 0), ("escs", 4)) if len(sections.get(tag, b"")) > head}
+    for tag, head in found.items():
+        sections[tag][head:] = zlib.decompressobj().decompress(sections[tag][head:])
+    return found
 
 
 def header_forged(whole: bytes, rest: bytes) -> bytes:
@@ -126,11 +150,11 @@ def header_forged(whole: bytes, rest: bytes) -> bytes:
 
 
 def fuzz_profile(choice: int, rest: bytes) -> None:
-    """A profile with changed tensors or bytes: refused, or a codec that still fails only in the known way."""
-    name = ("cachegen", "kvstream")[choice % 2]
+    """A profile with changed tensors or bytes: refused, or a codec that still raises only CodecError."""
+    name = ("cachegen", "kvstream", "kvtc")[choice % 3]
     good = stored(name)
     try:
-        if choice & 2:
+        if choice & 4:
             Profile.from_bytes(bytes_harmed(good.to_bytes(), rest))
             return
         tensors = {key: array.copy() for key, array in good.tensors.items()}
@@ -140,7 +164,8 @@ def fuzz_profile(choice: int, rest: bytes) -> None:
             flat[place % len(flat)] = value
         codec = registry.make(name, {}, Profile(tensors, good.metadata))
         kv = synthetic_kv(L, TOKENS, H, D, seed=5)
-        codec.decode(codec.encode(kv, 0, positions=range(TOKENS)))
+        level = choice % len(codec.levels)
+        codec.decode(codec.encode(kv, level, positions=range(TOKENS)))
     except CodecError:
         return
 
@@ -168,7 +193,7 @@ def absurd_claims() -> int:
 
 
 def limit_memory(further_bytes: int) -> None:
-    """Let this process have so much more address space than it has now; beyond, allocations fail."""
+    """Let this process allocate this much more address space; beyond that, allocations fail."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + further_bytes, resource.RLIM_INFINITY))
 

@@ -20,9 +20,10 @@ from typing import TypeVar
 
 import torch
 
-from codec import cachegen, kvstream, registry
-from codec.profile import Profile
-from codec.transform import Rope
+from kvstream.codec import cachegen, registry
+from kvstream.codec.kvstream import fit
+from kvstream.codec.profile import Profile
+from kvstream.codec.transform import Rope
 from tests.codec.synthetic import synthetic_kv
 
 SHAPES = {"deep": (32, 4096, 4, 32), "small": (8, 1024, 5, 32)}
@@ -35,7 +36,7 @@ def rope(layers: int, dim: int) -> Rope:
 
 
 def cache(layers: int, tokens: int, heads: int, dim: int, seed: int) -> torch.Tensor:
-    """Synthetic, its keys turned by their positions as a model's are."""
+    """Synthetic, with keys rotated by their positions as in a model."""
     kv = synthetic_kv(layers, tokens, heads, dim, seed=seed)
     turn = rope(layers, dim)
     for layer in range(layers):
@@ -48,14 +49,14 @@ def profile(name: str, layers: int, heads: int, dim: int) -> Profile | None:
     """Fitted to another such cache, where the codec needs one."""
     if name == "kvstream":
         sample = cache(layers, 600, heads, dim, seed=2)
-        return kvstream.fit([sample], rope=rope(layers, dim), target_bits=(1.2, 3.6))
+        return fit([sample], rope=rope(layers, dim), target_bits=(1.2, 3.6))
     return cachegen.fit([cache(layers, 600, heads, dim, seed=2)]) if name == "cachegen" else None
 
 
 def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
-    """What `work` returns, and the most memory that the process held beyond what it did before."""
+    """What `work` returns, and the peak memory of the process above its level before."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not given back would be used without being seen
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is not returned would be reused unseen
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = work()

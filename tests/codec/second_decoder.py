@@ -52,7 +52,7 @@ def read_profile(data: Bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     facts = json.loads(header.pop("__metadata__")["kvstream"])
-    kinds = {"F32": "<f4", "F16": "<f2", "U16": "<u2", "U8": "u1"}
+    kinds = {"F32": "<f4", "F16": "<f2", "U16": "<u2", "U32": "<u4", "U8": "u1"}
     tensors = {}
     for name, about in header.items():
         first, last = (8 + length + offset for offset in about["data_offsets"])
@@ -167,25 +167,38 @@ def decode(data: Bytes, profile: Bytes | None = None, coder: str = "rans") -> Fl
 
 def kvstream(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
     assert profile is not None
+    if list(chunk.sections) == ["scal", "bits"]:
+        return packed(chunk, 8)
+    assert list(chunk.sections) == ["kind", "apar", "escs", "fine", "coef"]
     tensors, facts = read_profile(profile)
     L, T, H, D = chunk.shape
-    classes, shifts = tensors["classes"][chunk.level], tensors["shifts"][chunk.level].tolist()
-    symbols = coded(chunk.sections["coef"], [tensors["tables"][k] for k in classes], T, "rans")
-    steps = np.take_along_axis(tensors["values"][classes].astype(np.float16).astype(np.float64), symbols, axis=1)
-    wide = [c for c in range(len(shifts)) if shifts[c]]
+    expected = tensors["expected"][chunk.level]
+    kinds = [(a + int(b)) % 256 for a, b in zip(inflate(chunk.sections["kind"]), expected, strict=True)]
+    alive = [c for c in range(len(kinds)) if kinds[c]]
+    classes = [int(tensors["kind_class"][kinds[c] - 1]) for c in alive]
+    shifts = [int(tensors["kind_shift"][kinds[c] - 1]) for c in alive]
+    steps = np.zeros((len(kinds), T))
+    if alive:
+        symbols = coded(chunk.sections["coef"], [tensors["tables"][k] for k in classes], T, "rans")
+        points = tensors["values"].astype(np.float16).astype(np.float64)
+        steps[alive] = np.take_along_axis(points[classes], symbols, axis=1)
+    wide = [(c, k) for c, k in zip(alive, shifts, strict=True) if k]
     if wide:
-        even = [np.array([1024 >> shifts[c]] * (1 << shifts[c])) for c in wide]
-        for c, further in zip(wide, coded(chunk.sections["fine"], even, T, "rans"), strict=True):
-            k = shifts[c]
+        even = [np.array([1024 >> k] * (1 << k)) for _, k in wide]
+        for (c, k), further in zip(wide, coded(chunk.sections["fine"], even, T, "rans"), strict=True):
             steps[c] = steps[c] * 2**k + further - 2 ** (k - 1)
-    for column, token, value in struct.iter_unpack("<IHh", chunk.sections["escs"]):
+    for column, token, value in escapes(chunk.sections["escs"]):
         steps[column, token] = value
-    coefficients = (steps * float(tensors["steps"][chunk.level])).reshape(L, 2, H, D, T)
+    coefficients = steps * float(tensors["steps"][chunk.level])
     kv = np.empty((L, 2, T, H, D))
-    for layer, side, head in np.ndindex(L, 2, H):
-        basis = tensors["basis"][layer, side, head].astype(np.float64) * tensors["scale"][layer, side, head]
-        mean = tensors["mean"][layer, side, head][:, None]
-        kv[layer, side, :, head] = (basis @ coefficients[layer, side, head] + mean).T
+    each, first = facts["group_layers"], 0
+    for group in range(-(-L // each)):
+        layers = slice(each * group, min(each * (group + 1), L))
+        basis = tensors[f"basis.{group}"].astype(np.float64) * tensors["scale"][layers, ..., None]
+        own = coefficients[first : first + len(basis)]
+        kv[layers] = np.tensordot(basis, own, (0, 0)).transpose(0, 1, 4, 2, 3)
+        first += len(basis)
+    kv += tensors["mean"][:, :, None]
     if "inv_freq" in tensors:
         half = tensors["inv_freq"].shape[1]
         for layer, pair, t in np.ndindex(L, half, T):
@@ -194,7 +207,31 @@ def kvstream(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
             x, y = kv[layer, 0, t, :, i].copy(), kv[layer, 0, t, :, j].copy()
             kv[layer, 0, t, :, i] = x * math.cos(angle) - y * math.sin(angle)
             kv[layer, 0, t, :, j] = x * math.sin(angle) + y * math.cos(angle)
+    apart = chunk.sections["apar"]
+    if apart:
+        (count,) = struct.unpack_from("<I", apart)
+        tokens = list(struct.unpack_from(f"<{count}I", apart, 4))
+        kv[:, :, tokens] = floats(apart[4 + 4 * count :], chunk.dtype).reshape(L, 2, count, H, D)
     return kv
+
+
+def inflate(data: Bytes) -> Bytes:
+    reader = zlib.decompressobj()
+    plain = reader.decompress(data)
+    assert reader.eof
+    assert reader.unused_data in (b"", b"\0")  # a zero makes the length even
+    return plain
+
+
+def escapes(section: Bytes) -> list[tuple[int, int, int]]:
+    if not section:
+        return []
+    (count,) = struct.unpack_from("<I", section)
+    plain = inflate(section[4:])
+    assert len(plain) == 10 * count
+    columns = np.cumsum(np.frombuffer(plain, "<u4", count))
+    tokens, values = np.frombuffer(plain, "<u2", count, 4 * count), np.frombuffer(plain, "<i4", count, 6 * count)
+    return list(zip(columns.tolist(), tokens.tolist(), values.tolist(), strict=True))
 
 
 def cachegen(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
@@ -243,30 +280,108 @@ def artifact(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
 
 
 def uniform(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
+    return packed(chunk, (3, 4, 8)[chunk.level])
+
+
+def packed(chunk: Chunk, b: int) -> Floats:
     L, T, H, D = chunk.shape
-    b = (3, 4, 8)[chunk.level]
     scale = floats(chunk.sections["scal"], chunk.dtype).reshape(L, 2, T, 1, 1)
     block = -(-T * H * D // 8) * b
     values = np.empty((L, 2, T, H, D))
     for index, (layer, side) in enumerate(np.ndindex(L, 2)):
         part = chunk.sections["bits"][index * block : (index + 1) * block]
-        symbols: list[int] = []
-        for first in range(0, block, b):
-            packed = int.from_bytes(part[first : first + b], "little")
-            symbols += [(packed >> (i * b)) & ((1 << b) - 1) for i in range(8)]
-        values[layer, side] = np.array(symbols[: T * H * D]).reshape(T, H, D)
+        values[layer, side] = packed_symbols(part, b, T * H * D).reshape(T, H, D)
     n = 2 ** (b - 1) - 1
     return (values - n) * scale / n
 
 
-def fp8(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
-    L, T, H, D = chunk.shape
+def e4m3(data: Bytes) -> Floats:
     every = np.arange(256)
     exponent, fraction = (every >> 3) & 15, every & 7
     sizes = np.where(exponent > 0, (1 + fraction / 8) * 2.0 ** (exponent - 7), fraction / 8 * 2.0**-6)
-    e4m3 = np.where(every >= 128, -sizes, sizes)
-    values = e4m3[np.frombuffer(chunk.sections["data"], np.uint8)].reshape(L, 2, T, H, D)
+    return np.where(every >= 128, -sizes, sizes)[np.frombuffer(data, np.uint8)]
+
+
+def fp8(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
+    L, T, H, D = chunk.shape
+    values = e4m3(chunk.sections["data"]).reshape(L, 2, T, H, D)
     return values * floats(chunk.sections["scal"], "float32").reshape(L, 2, 1, H, 1)
+
+
+def packed_symbols(part: Bytes, b: int, count: int) -> Floats:
+    """Eight symbols in b bytes, the first in the lowest bits."""
+    found: list[int] = []
+    for first in range(0, len(part), b):
+        packed = int.from_bytes(part[first : first + b], "little")
+        found += [(packed >> (i * b)) & ((1 << b) - 1) for i in range(8)]
+    return np.array(found[:count], np.float64)
+
+
+def kivi(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
+    L, T, H, D = chunk.shape
+    b = (2, 4)[chunk.level]
+    exact = floats(chunk.sections["exac"], chunk.dtype).reshape(L, 2, -1, H, D)
+    n = T - exact.shape[2]
+    low, step = (floats(chunk.sections[tag], chunk.dtype) for tag in ("lows", "step"))
+    kv = np.empty((L, 2, T, H, D))
+    kv[:, :, n:] = exact
+    size = -(-n * H * D // 8) * b
+    at = 0
+    for index, (layer, side) in enumerate(np.ndindex(L, 2)):
+        symbols = packed_symbols(chunk.sections["bits"][index * size : (index + 1) * size], b, n * H * D)
+        rows = symbols.reshape((n * H, D) if side else (H * D, n))
+        for row in rows:
+            for first in range(0, len(row), 32):
+                row[first : first + 32] = row[first : first + 32] * step[at] + low[at]
+                at += 1
+        kv[layer, side, :n] = rows.reshape(n, H, D) if side else rows.reshape(H, D, n).transpose(2, 0, 1)
+    return kv
+
+
+def turned(keys: Floats, inv_freq: NDArray[np.float32], interleaved: bool, start: int) -> Floats:
+    """Keys `[L, n, H, D]` of tokens from position `start` on, rotated."""
+    L, n = keys.shape[:2]
+    half = inv_freq.shape[1]
+    found = keys.copy()
+    for layer, pair, t in np.ndindex(L, half, n):
+        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+        angle = float(np.float32(start + t) * inv_freq[layer, pair])
+        x, y = keys[layer, t, :, i], keys[layer, t, :, j]
+        found[layer, t, :, i] = x * math.cos(angle) - y * math.sin(angle)
+        found[layer, t, :, j] = x * math.sin(angle) + y * math.cos(angle)
+    return found
+
+
+def kvtc(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
+    assert profile is not None
+    L, T, H, D = chunk.shape
+    tensors, facts = read_profile(profile)
+    exact = floats(chunk.sections["exac"], chunk.dtype).reshape(L, 2, -1, H, D)
+    sinks = max(0, min(4 - chunk.start, T))
+    n = T - exact.shape[2]
+    kv = np.empty((L, 2, T, H, D))
+    kv[:, :, :sinks], kv[:, :, sinks + n :] = exact[:, :, :sinks], exact[:, :, sinks:]
+    for side, tag in enumerate(("keys", "vals")):
+        data = zlib.decompress(chunk.sections[tag])
+        basis = tensors[f"{tag}.basis"].astype(np.float64)
+        rows = np.tile(tensors[f"{tag}.mean"].astype(np.float64), (n, 1))
+        at = first = 0
+        for size, b in tensors[f"{tag}.groups.{chunk.level}"].tolist():
+            high, low = np.frombuffer(data[at : at + 4 * n], np.uint8).astype(np.uint16).reshape(2, 2, n)
+            shift, scale = (256 * high + low).view(np.float16).astype(np.float64)
+            at += 4 * n
+            length = -(-n * size // 8) * b
+            part = data[at : at + length]
+            at += length
+            symbols = e4m3(part)[: n * size] if b == 8 else packed_symbols(part, b, n * size)
+            rows += (symbols.reshape(n, size) * scale[:, None] + shift[:, None]) @ basis[first : first + size]
+            first += size
+        assert at == len(data)
+        values = rows.reshape(n, L, H, D).transpose(1, 0, 2, 3)
+        if side == 0 and "inv_freq" in tensors:
+            values = turned(values, tensors["inv_freq"], facts["rope_interleaved"], chunk.start + sinks)
+        kv[:, side, sinks : sinks + n] = values
+    return kv
 
 
 def raw(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
@@ -276,4 +391,5 @@ def raw(chunk: Chunk, profile: Bytes | None, coder: str) -> Floats:
 
 READERS = {
     "kvstream": kvstream, "cachegen": cachegen, "artifact": artifact, "uniform": uniform, "fp8": fp8, "raw": raw,
+    "kivi": kivi, "kvtc": kvtc,
 }  # fmt: skip

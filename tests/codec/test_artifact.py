@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from codec import container, registry
-from codec.api import Codec
-from codec.artifact import half_of_layer
-from codec.errors import CodecError
+from kvstream.codec import container, registry
+from kvstream.codec.api import Codec
+from kvstream.codec.artifact import half_of_layer
+from kvstream.codec.errors import CodecError
 from tests.codec.conformance import Conformance
 from tests.codec.synthetic import synthetic_kv
 
@@ -20,7 +20,7 @@ class TestArtifact(Conformance):
     def build() -> Codec:
         return registry.make("artifact")
 
-    def test_values_are_the_public_codes(self, codec: Codec) -> None:
+    def test_values_match_the_public_code(self, codec: Codec) -> None:
         """Against its formula, `round(x * C / max + C)` and back, written out here."""
         kv = synthetic_kv(6, 30, 2, 8, seed=8, dtype=torch.float32)
         for level, bins in enumerate(((16, 16, 12), (32, 16, 16), (32, 32, 32))):
@@ -34,8 +34,8 @@ class TestArtifact(Conformance):
                 wrong = (decoded[layer].flatten(2) - expected).abs() > 1e-4 * largest
                 assert float(wrong.float().mean()) < 1e-3
 
-    def test_everything_it_ships_is_counted(self, codec: Codec) -> None:
-        """33 entries of 16 bits a column, 32-bit lengths per 256 tokens, a scale of the cache's dtype per vector."""
+    def test_everything_it_sends_is_counted(self, codec: Codec) -> None:
+        """33 entries of 16 bits per column, 32-bit lengths per 256 tokens, a scale of the cache's dtype per vector."""
         kv = synthetic_kv(3, 600, 2, 8, seed=8)
         sections = container.inspect(self.encode(codec, kv, 1))["sections"]
         columns = 3 * 2 * 2 * 8
@@ -43,7 +43,7 @@ class TestArtifact(Conformance):
         assert sections["lens"] == columns * 3 * 4
         assert sections["scal"] == 3 * 2 * 600 * 2
 
-    def test_strings_are_torchacs(self, codec: Codec) -> None:
+    def test_strings_match_torchac(self, codec: Codec) -> None:
         torchac = pytest.importorskip("torchac", reason="torchac is the optional reference coder")
         kv = synthetic_kv(3, 300, 1, 4, seed=8)
         chunk = container.parse(self.encode(codec, kv, 1))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from codec import cachegen, container, registry
-from codec.api import Codec
-from codec.cachegen import SCALES, columns_first, symbols_of
-from codec.errors import CodecError
-from codec.profile import Profile
+from kvstream.codec import cachegen, container, registry
+from kvstream.codec.api import Codec
+from kvstream.codec.cachegen import SCALES, columns_first, symbols_of
+from kvstream.codec.errors import CodecError
+from kvstream.codec.profile import Profile
 from tests.codec.conformance import Conformance
 from tests.codec.profiles import stored
 from tests.codec.synthetic import synthetic_kv
@@ -41,7 +41,7 @@ class TestCacheGen(Conformance):
         assert (steps / steps[0]).tolist() == pytest.approx([1, 1, 1, 2, 2, 2, 3, 3, 3])
 
     def test_no_symbol_leaves_the_alphabet(self) -> None:
-        """Hostile statistics: a profile never needs an escape, whatever the data."""
+        """Adversarial statistics: a profile never needs an escape, whatever the data."""
         kv = torch.randn((3, 2, 33, 2, 8), generator=torch.Generator().manual_seed(1)) ** 9 * 1e4
         for scale in SCALES:
             _, anchors, _, deltas = symbols_of(kv, scale)
@@ -85,7 +85,7 @@ class TestCacheGen(Conformance):
             with pytest.raises(CodecError, match="has no tensor"):
                 registry.make("cachegen", {}, Profile(tensors, good.metadata))
             tensors[name] = np.ones_like(good.tensors[name])
-            match = "sum to" if name == "anchor" else r"'delta0' to symbols that layer 1 cannot have.*--fresh"
+            match = "sum to" if name == "anchor" else r"'delta0' to symbols that layer 1 does not have.*--fresh"
             with pytest.raises(CodecError, match=match):
                 registry.make("cachegen", {}, Profile(tensors, good.metadata))
 
@@ -97,9 +97,7 @@ class TestCacheGen(Conformance):
                 assert bool((table[:, : 2 * half + 1] > 0).all())
                 assert not bool(table[:, 2 * half + 1 :].any())
 
-    def test_pieces_that_a_decoder_takes_make_no_difference(
-        self, codec: Codec, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_piece_size_makes_no_difference(self, codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
         data = self.encode(codec, synthetic_kv(3, 57, 2, 8, seed=8), 3)
         whole = codec.decode(data)
         for piece in (10, 20, 50, 60):
@@ -107,7 +105,7 @@ class TestCacheGen(Conformance):
             assert torch.equal(codec.decode(data), whole)
 
     def test_unknown_coders_are_named(self) -> None:
-        with pytest.raises(CodecError, match="known are"):
+        with pytest.raises(CodecError, match="choose from"):
             registry.make("cachegen", {"coder": "zip"}, stored("cachegen"))
 
 
@@ -123,7 +121,7 @@ class TestCacheGenArithmetic(Conformance):
         return "cachegen-ac"
 
     def test_coders_agree(self, codec: Codec, kv: torch.Tensor) -> None:
-        """The entropy coder changes the bytes, not what they mean, and hardly their number."""
+        """The entropy coder changes the bytes, but not the values, and hardly the size."""
         other = registry.make("cachegen", {}, stored("cachegen"))
         for level in range(len(codec.levels)):
             mine, theirs = self.encode(codec, kv, level), self.encode(other, kv, level)
@@ -154,12 +152,12 @@ def test_models_of_many_columns(coder: str) -> None:
     assert float(error.pow(2).mean().sqrt()) < 0.05
 
 
-def test_a_difference_that_the_caches_dtype_cannot_hold_is_refused() -> None:
+def test_differences_beyond_the_caches_dtype_are_refused() -> None:
     """Its scale would be infinite, or clipped and the values silently wrong."""
     codec = registry.make("cachegen", {}, stored("cachegen"))
     kv = torch.zeros((3, 2, 20, 2, 8))
     kv[:, :, 0], kv[:, :, 1] = -60_000, 60_000
-    with pytest.raises(CodecError, match=r"more than torch.float16 holds \(65504\)"):
+    with pytest.raises(CodecError, match=r"more than torch.float16 can hold \(65504\)"):
         codec.encode(kv.half(), 0, positions=range(20))
     assert float(codec.decode(codec.encode(kv, 4, positions=range(20)))[0, 0, 1, 0, 0]) == pytest.approx(6e4, rel=0.01)
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.container import MAX_EXPANSION, Arrival, Header, inspect, pack, parse
-from codec.errors import CodecError
+from kvstream.codec.container import MAX_EXPANSION, Arrival, Header, inspect, pack, parse, split
+from kvstream.codec.errors import CodecError
 
 HEADER = Header("raw", 3, 1024, 2, 8, 2, 4, "float16", "ab" * 32)
 SECTIONS = {"data": b"x" * 512, "tabl": b"", "note": b"12345"}
@@ -28,7 +28,7 @@ def test_round_trip() -> None:
 
 
 def test_layout_is_the_documented_one() -> None:
-    """Field by field with struct, as docs/bitstream.md writes it."""
+    """Field by field with struct, as docs/bitstream.md describes it."""
     data = pack(HEADER, SECTIONS)
     assert data[:4] == b"KVST"
     assert tuple(data[4:8]) == (1, 3, 1, 0)
@@ -87,6 +87,19 @@ def test_two_to_the_forty_tokens() -> None:
         parse(bytes(data))
 
 
+def test_what_is_only_split_is_verified_section_by_section() -> None:
+    data = bytearray(pack(HEADER, SECTIONS))
+    data[-1] ^= 1
+    chunk = split(bytes(data))
+    *good, bad = chunk.sections
+    assert chunk.verify(*good) is chunk
+    for tags in ((bad,), ()):
+        with pytest.raises(CodecError, match=f"section '{bad}' at offset .* is damaged"):
+            chunk.verify(*tags)
+    with pytest.raises(CodecError, match="is damaged"):
+        parse(bytes(data))
+
+
 def test_messages_say_what_is_wrong() -> None:
     data = bytearray(pack(HEADER, SECTIONS))
     with pytest.raises(CodecError, match="not an encoded chunk"):
@@ -118,7 +131,7 @@ def test_noise_is_refused(noise: bytes) -> None:
             parse(data)
 
 
-def test_bytes_that_lie_together_are_not_copied() -> None:
+def test_adjacent_bytes_are_not_copied() -> None:
     data = pack(HEADER, {"data": b"x" * 400, "more": b"y" * 112})
     memory = np.frombuffer(bytes(8) + data + bytes(8), np.uint8).copy()
     whole = memoryview(memory.data)[8 : 8 + len(data)]
@@ -132,12 +145,12 @@ def test_bytes_that_lie_together_are_not_copied() -> None:
     assert apart.finish().sections["more"] == b"y" * 112
 
 
-def test_a_size_that_was_announced_is_held_to() -> None:
-    """So that memory is taken for what a manifest says, not for what a chunk claims."""
+def test_an_announced_size_is_enforced() -> None:
+    """So that memory is allocated for what a manifest says, not for what a chunk claims."""
     data = pack(HEADER, SECTIONS)
     fitting = Arrival(len(data))
     fitting.feed(memoryview(data))
     assert fitting.finish().total_bytes == len(data)
     for size in (len(data) - 1, len(data) + 1):
-        with pytest.raises(CodecError, match=f"claims {len(data)} bytes where {size} were announced"):
+        with pytest.raises(CodecError, match=f"claims {len(data)} bytes, but {size} were announced"):
             Arrival(size).feed(memoryview(data)[:200])

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.entropy import arithmetic
-from codec.entropy.arithmetic import Cdfs
-from codec.entropy.tables import Tables, laplace_family
-from codec.errors import CodecError
+from kvstream.codec.entropy import arithmetic
+from kvstream.codec.entropy.arithmetic import Cdfs
+from kvstream.codec.entropy.tables import Tables, laplace_family
+from kvstream.codec.errors import CodecError
 
 PROFILE = settings(deadline=None, max_examples=60)
 
 
 @st.composite
 def coded(draw: st.DrawFn) -> tuple[Cdfs, np.ndarray, np.ndarray]:
-    """CDFs (extremely skewed ones too), a row a column, symbols: likely, or all the least likely."""
+    """CDFs (some extremely skewed), one row per column, and symbols: likely ones, or only the least likely."""
     n_symbols = draw(st.sampled_from([1, 2, 3, 32, 33, 256]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     count = draw(st.sampled_from([1, 4]))
@@ -33,7 +39,7 @@ def coded(draw: st.DrawFn) -> tuple[Cdfs, np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def torchac() -> object:
-    from codec.entropy import torchac_reference
+    from kvstream.codec.entropy import torchac_reference
 
     try:
         torchac_reference.encode_streams(
@@ -69,7 +75,7 @@ def test_every_stream_is_torchacs_byte_for_byte(torchac: object, case: tuple[Cdf
 
 def test_reconstruction_is_that_of_rans() -> None:
     """The two coders share it; rANS's is tested against plain arithmetic."""
-    from codec.entropy import rans
+    from kvstream.codec.entropy import rans
 
     tables = laplace_family(6, 20, cut=0)
     cdfs = arithmetic.from_tables(tables)
@@ -106,7 +112,7 @@ def test_damage_is_an_error_or_harmless(case: tuple[Cdfs, np.ndarray, np.ndarray
         assert (out < cdfs.symbols).all()
 
 
-def test_nine_of_ten_flipped_payload_bits_are_noticed() -> None:
+def test_nine_of_ten_flipped_payload_bits_are_detected() -> None:
     cdfs = arithmetic.from_tables(laplace_family(cut=0))
     rows = np.full(8, 20)
     rng = np.random.default_rng(0)
@@ -152,3 +158,22 @@ def test_bad_arguments_are_refused() -> None:
         arithmetic.from_tables(Tables(np.array([[1024, 0]])))
     with pytest.raises(CodecError):
         arithmetic.from_counts(np.array([[-1.0, 2.0]]))
+
+
+def test_the_lock_of_a_build_that_was_killed_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a build that goes on does."""
+    pytest.importorskip("torch", reason="needs torch, from the extra [run]")
+    from kvstream.codec.entropy import torchac_reference
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "torchac_backend" / "lock"
+    lock.parent.mkdir(parents=True)
+    build = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", build, str(lock)], stdout=subprocess.PIPE) as builder:
+        assert builder.stdout is not None
+        builder.stdout.readline()
+        threading.Timer(0.5, builder.kill).start()
+        begun_s = time.monotonic()
+        torchac_reference.await_build()
+        assert time.monotonic() - begun_s > 0.4
+    assert not lock.exists()

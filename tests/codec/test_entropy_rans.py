@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.entropy import rans
-from codec.entropy.sections import join
-from codec.entropy.tables import Tables, column_counts, cross_entropy_bits, from_counts, laplace_family
-from codec.errors import CodecError
+from kvstream.codec.entropy import rans
+from kvstream.codec.entropy.sections import join
+from kvstream.codec.entropy.tables import Tables, column_counts, cross_entropy_bits, from_counts, laplace_family
+from kvstream.codec.errors import CodecError
 
 PROFILE = settings(deadline=None, max_examples=60)
 
@@ -21,7 +21,7 @@ def draw_symbols(tables: Tables, rows: np.ndarray, tokens: int, seed: int = 0) -
 
 @st.composite
 def coded(draw: st.DrawFn) -> tuple[Tables, np.ndarray, np.ndarray, int]:
-    """Tables (skewed and certain ones too), a table a column, symbols, tokens a segment."""
+    """Tables (some skewed or certain), one per column, symbols, and tokens per segment."""
     n_symbols = draw(st.sampled_from([1, 2, 3, 32, 33, 256]))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
@@ -33,7 +33,7 @@ def coded(draw: st.DrawFn) -> tuple[Tables, np.ndarray, np.ndarray, int]:
     rows = rng.integers(0, count, columns)
     if draw(st.booleans()):
         symbols = tables.slots[rows[:, None], rng.integers(0, 1024, (columns, tokens))]
-    else:  # symbols as unlikely as the table allows: as many words as there can be
+    else:  # the least likely symbols: as many words as there can be
         allowed = np.where(tables.frequencies > 0, tables.frequencies.astype(int), 9999)
         symbols = np.repeat(allowed.argmin(axis=1)[rows][:, None], tokens, axis=1).astype(np.uint8)
     return tables, rows, symbols, draw(st.integers(1, tokens))
@@ -115,7 +115,7 @@ def test_segments_decode_alone_and_threads_agree() -> None:
 
 @pytest.mark.parametrize(("tokens", "bound"), [(1024, 0.02), (256, 0.08)])
 def test_size_over_the_entropy_of_its_own_model(tokens: int, bound: float) -> None:
-    """At 1.2 bit a symbol and with the settings of the speed rows: header, lengths and final states included."""
+    """At 1.2 bit per symbol and with the settings of the speed rows: header, lengths and final states included."""
     tables = laplace_family()
     per_table = (tables.frequencies / 1024 * np.where(tables.frequencies > 0, tables.cost_bits, 0)).sum(axis=1)
     rng = np.random.default_rng(3)
@@ -157,7 +157,7 @@ def test_damage_is_an_error_or_harmless(case: tuple[Tables, np.ndarray, np.ndarr
         assert (out < tables.symbols).all()
 
 
-def test_most_flipped_payload_bits_are_noticed() -> None:
+def test_most_flipped_payload_bits_are_detected() -> None:
     """The stream has next to no redundancy, so the rest is for the container's checksum."""
     tables = laplace_family()
     rows = np.full(8, 20)
@@ -174,7 +174,7 @@ def test_most_flipped_payload_bits_are_noticed() -> None:
     assert noticed > len(bits) / 2
 
 
-def test_wrong_tables_are_noticed() -> None:
+def test_wrong_tables_are_detected() -> None:
     tables = laplace_family()
     rows = np.full(64, 12)
     data = rans.encode(draw_symbols(tables, rows, 200), rows, tables)
@@ -183,7 +183,7 @@ def test_wrong_tables_are_noticed() -> None:
 
 
 def test_a_section_is_bound_to_its_tokens_and_segments() -> None:
-    """Streams that ended would give the first slot's symbol for ever, and short segments many times their bytes."""
+    """Exhausted streams would yield the first slot's symbol for ever, and short segments many times their bytes."""
     tables = laplace_family()
     data = rans.encode(np.full((4, 90), 16, np.uint8), np.zeros(4, int), tables, segment_tokens=40)
     for tokens in (81, 89, 91, 120):

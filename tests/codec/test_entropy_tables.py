@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.entropy import escapes
-from codec.entropy.tables import (
+from kvstream.codec.entropy import escapes
+from kvstream.codec.entropy.tables import (
     PROB_SCALE,
     Tables,
     assign,
@@ -17,7 +17,7 @@ from codec.entropy.tables import (
     from_counts,
     laplace_family,
 )
-from codec.errors import CodecError
+from kvstream.codec.errors import CodecError
 
 
 @given(st.lists(st.lists(st.integers(0, 10**9), min_size=7, max_size=7), min_size=1, max_size=5), st.integers(0, 3))
@@ -54,7 +54,7 @@ def test_slots_and_packed_entries_describe_the_same_partition() -> None:
         assert ((packed >> 20) == np.arange(PROB_SCALE) - tables.starts[k][expected].astype(int)).all()
 
 
-def test_family_of_32_loses_little_to_a_table_of_each_columns_own() -> None:
+def test_family_of_32_loses_little_against_a_table_per_column() -> None:
     """Laplace columns of any scale in the family's range: within 0.03 bit of the exact distribution's entropy."""
     tables = laplace_family(32, 64)
     rng = np.random.default_rng(1)

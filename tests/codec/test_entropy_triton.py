@@ -19,14 +19,14 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton  # noqa: E402
-from codec.entropy.device import raise_if_damaged  # noqa: E402
-from codec.entropy.tables import Tables, from_counts  # noqa: E402
-from codec.errors import CodecError  # noqa: E402
+from kvstream.codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton  # noqa: E402
+from kvstream.codec.entropy.device import raise_if_damaged  # noqa: E402
+from kvstream.codec.entropy.tables import Tables, from_counts  # noqa: E402
+from kvstream.codec.errors import CodecError  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
-    # symbols, tables, skew, columns, tokens, tokens a segment
+    # symbols, tables, skew, columns, tokens, tokens per segment
     (32, 8, 0.3, 40, 20, 8),
     (1, 1, 1.0, 3, 5, 5),
     (2, 3, 0.05, 33, 1, 1),
@@ -36,7 +36,7 @@ CASES = [
 
 
 def case(n_symbols: int, count: int, skew: float, columns: int, tokens: int) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Histograms, a table a column, and symbols of which a third of the columns hold their table's rarest."""
+    """Histograms, a table per column, and symbols; in a third of the columns they are the table's rarest."""
     rng = np.random.default_rng(n_symbols * 31 + columns)
     counts = rng.multinomial(1000, rng.dirichlet(np.full(n_symbols, skew), count))
     rows = rng.integers(0, count, columns)
@@ -89,7 +89,7 @@ def test_same_reconstruction_as_numba(dtype: str, lookup: bool, scaled: bool) ->
         out = torch.full((3, 12, tokens), torch.nan, dtype=expected.dtype, device=DEVICE).transpose(1, 2)
         device_coder.decode_dequantised(data, device_model, tokens, out, **how)
         if dtype == "bfloat16" and DEVICE == "cpu":
-            # Triton's interpreter cuts bfloat16 off where the GPU rounds: up to one unit in the last place.
+            # Triton's interpreter truncates bfloat16 where the GPU rounds: up to one unit in the last place.
             difference = out.contiguous().view(torch.int16).int() - expected.view(torch.int16).int()
             assert difference.abs().max() <= 1
         else:
@@ -134,7 +134,7 @@ def test_lengths_that_do_not_add_up_are_refused() -> None:
 
 
 def test_offsets_out_of_bounds_are_clamped() -> None:
-    """Nothing a kernel reads may hang on what the host has checked."""
+    """Kernels stay in bounds without the host's checks."""
     counts, rows, symbols = case(32, 8, 0.3, 40, 20)
     for coder, model, device_coder, device_model in coders(counts, rows):
         streams = device_coder.upload(coder.encode(symbols, rows, model), device_model, 20)
@@ -165,7 +165,7 @@ def test_bad_arguments_are_refused() -> None:
         arithmetic_triton.encode(ones * 2, cdfs)
 
 
-def test_every_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
+def test_every_kernel_compiles_without_a_gpu() -> None:
     """Down to machine code for compute capability 9.0, and without spilling registers."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from codec import registry
-from codec.api import Codec
+from kvstream.codec import registry
+from kvstream.codec.api import Codec
 from tests.codec.conformance import Conformance
 
 FILE = Path(__file__).parents[2] / "examples" / "my_codec.py"
@@ -32,5 +32,4 @@ class TestZip(Conformance):
     def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(registry.CODECS, "zip", "my_codec:Zip")
 
-    def test_golden(self) -> None:
-        """An example has no bitstream to keep."""
+    test_golden = None  # an example has no bitstream to keep

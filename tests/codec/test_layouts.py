@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from codec import registry
-from codec.errors import CodecError
-from codec.layouts import from_huggingface, from_lmcache, from_paged, huggingface_layers, stacked
-from codec.targets import HuggingFaceTarget, LMCacheTarget, PagedTarget
+from kvstream.codec import registry
+from kvstream.codec.errors import CodecError
+from kvstream.codec.layouts import from_huggingface, from_lmcache, from_paged, huggingface_layers, stacked
+from kvstream.codec.targets import HuggingFaceTarget, LMCacheTarget, PagedTarget
 from tests.codec.synthetic import synthetic_kv
 
 L, T, H, D = 3, 40, 2, 8
@@ -18,7 +18,7 @@ DATA = RAW.encode(KV, 0, positions=range(T))
 
 
 def dynamic_cache(kv: torch.Tensor) -> Any:
-    """As a model leaves it: every layer a tensor of its own."""
+    """As a model leaves it: a separate tensor per layer."""
     cache_utils = pytest.importorskip("transformers.cache_utils", reason="needs transformers, from the extra [run]")
     cache = cache_utils.DynamicCache()
     for index, (keys, values) in enumerate(kv):
@@ -36,7 +36,7 @@ def test_a_models_cache_and_back() -> None:
     assert torch.equal(from_huggingface(empty), KV)
 
 
-def test_a_cache_in_one_piece_is_only_seen_anew() -> None:
+def test_a_contiguous_cache_becomes_a_view() -> None:
     pytest.importorskip("transformers.cache_utils", reason="needs transformers, from the extra [run]")
     target = HuggingFaceTarget.allocate((L, 2, T, H, D), KV.dtype)
     RAW.decode(DATA, target)
@@ -54,7 +54,7 @@ def test_a_cache_in_one_piece_is_only_seen_anew() -> None:
 
 
 def test_a_static_cache() -> None:
-    """What it has room for is not what it holds."""
+    """Its capacity is not its length."""
     cache_utils = pytest.importorskip("transformers.cache_utils", reason="needs transformers, from the extra [run]")
     cache = cache_utils.Cache(layers=[cache_utils.StaticLayer(64) for _ in range(L)])
     for index, (keys, values) in enumerate(KV):
@@ -68,7 +68,7 @@ def test_a_static_cache() -> None:
         RAW.decode(DATA, cache)
 
 
-def test_caches_that_hold_nothing_or_a_window_are_refused() -> None:
+def test_empty_and_sliding_window_caches_are_refused() -> None:
     cache_utils = pytest.importorskip("transformers.cache_utils", reason="needs transformers, from the extra [run]")
     with pytest.raises(CodecError, match="no layers yet"):
         RAW.decode(DATA, cache_utils.DynamicCache())
@@ -81,7 +81,7 @@ def test_caches_that_hold_nothing_or_a_window_are_refused() -> None:
         from_huggingface(batch)
     sliding = cache_utils.DynamicSlidingWindowLayer(sliding_window=16)
     sliding.update(two[:1], two[:1])
-    with pytest.raises(CodecError, match="kept a window only"):
+    with pytest.raises(CodecError, match="keeps only a sliding window"):
         from_huggingface(cache_utils.Cache(layers=[sliding]))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codec.errors import CodecError
-from codec.profile import Profile
+from kvstream.codec.errors import CodecError
+from kvstream.codec.profile import Profile
 
 
 def test_round_trip_and_hash(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_checks() -> None:
         profile.number("n")
 
 
-def test_bytes_that_are_no_profile(tmp_path: Path) -> None:
+def test_bytes_that_are_not_a_profile_are_refused(tmp_path: Path) -> None:
     import safetensors.numpy
 
     good = Profile({"a": np.ones(4, np.float32)}, {"codec": "x"}).to_bytes()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codec import registry
-from codec.api import Codec
+from kvstream.codec import registry
+from kvstream.codec.api import Codec
 from tests.codec.conformance import Conformance
 
 

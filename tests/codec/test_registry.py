@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from codec import registry
-from codec.api import Codec
-from codec.errors import CodecError
-from codec.raw import Raw
+from kvstream.codec import registry
+from kvstream.codec.api import Codec
+from kvstream.codec.errors import CodecError
+from kvstream.codec.raw import Raw
 from tests.codec.profiles import stored
 
 
@@ -19,8 +19,8 @@ def test_every_listed_codec_is_one() -> None:
         assert cls.codec_id == name
 
 
-def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(CodecError, match=r"no codec is called 'zip'; known are .*raw, uniform"):
+def test_unknown_names_list_the_choices() -> None:
+    with pytest.raises(CodecError, match=r"unknown codec 'zip'; choose from .*raw, uniform"):
         registry.make("zip")
     with pytest.raises(CodecError, match="has no setting 'bits'"):
         registry.make("raw", {"bits": 3})
@@ -30,7 +30,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
     points = [
-        EntryPoint("theirs", "codec.raw:Raw", registry.ENTRY_POINT_GROUP),
+        EntryPoint("theirs", "kvstream.codec.raw:Raw", registry.ENTRY_POINT_GROUP),
         EntryPoint("broken", "codec.nowhere:Raw", registry.ENTRY_POINT_GROUP),
         EntryPoint("odd", "json:dumps", registry.ENTRY_POINT_GROUP),
     ]
@@ -52,7 +52,7 @@ def test_configurations() -> None:
                 rebuild(wrong)  # type: ignore[arg-type]
     with pytest.raises(CodecError, match="has no setting 'bits'; it has none"):
         Raw.from_config({"codec": "raw", "settings": {"bits": 3}})
-    with pytest.raises(CodecError, match=r"no entropy coder is called \[\]"):
+    with pytest.raises(CodecError, match=r"unknown entropy coder \[\]"):
         registry.make("cachegen", {"coder": []}, stored("cachegen"))  # type: ignore[dict-item]
     with pytest.raises(CodecError, match="needs profile"):
         registry.from_config({**config, "profile_sha256": "00"})

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from codec.errors import CodecError
-from codec.targets import HuggingFaceTarget, LayeredTarget, LMCacheTarget, PagedTarget, StridedTarget, as_target
+from kvstream.codec.errors import CodecError
+from kvstream.codec.targets import (
+    HuggingFaceTarget,
+    LayeredTarget,
+    LMCacheTarget,
+    PagedTarget,
+    StridedTarget,
+    as_target,
+)
 
 
 def test_misfits_are_refused() -> None:
@@ -28,8 +35,8 @@ def test_misfits_are_refused() -> None:
             PagedTarget(blocks, table, 0, 20)
 
 
-def test_numbers_that_no_cache_has_are_refused() -> None:
-    """Decoding into integers would cut every value off."""
+def test_dtypes_that_no_cache_has_are_refused() -> None:
+    """Decoding into integers would truncate every value."""
 
     def pair(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(1, 2, 16, 4, dtype=dtype, device=device), torch.zeros(1, 2, 16, 4, dtype=dtype)
@@ -37,7 +44,7 @@ def test_numbers_that_no_cache_has_are_refused() -> None:
     half, whole, integer = pair(torch.float16), pair(torch.float32), pair(torch.int32)
     with pytest.raises(CodecError, match=r"not torch.int32"):
         HuggingFaceTarget([integer], 0, 16)
-    with pytest.raises(CodecError, match=r"one dtype and lies on one device, not torch.float16 on cpu, torch.float32"):
+    with pytest.raises(CodecError, match=r"one dtype and one device, not torch.float16 on cpu, torch.float32"):
         HuggingFaceTarget([half, whole], 0, 16)
     with pytest.raises(CodecError, match="on meta"):
         HuggingFaceTarget([pair(torch.float32, "meta")], 0, 16)
@@ -46,7 +53,7 @@ def test_numbers_that_no_cache_has_are_refused() -> None:
     blocks = [torch.zeros(2, 5, 16, 2, 4, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
     with pytest.raises(CodecError, match="one dtype"):
         PagedTarget(blocks, [0], 0, 10)
-    with pytest.raises(CodecError, match="one place for many values"):
+    with pytest.raises(CodecError, match="several elements at one address"):
         StridedTarget(torch.zeros(1, 2, 10, 2, 4).expand(3, 2, 10, 2, 4))
     for other in ([1, 2], {"layers": 3}):
         with pytest.raises(CodecError, match="cannot decode into a"):
@@ -59,7 +66,7 @@ def test_float16_saturates() -> None:
     assert tensor[0, 1].flatten().tolist() == [65504.0, -65504.0]
 
 
-def test_parts_of_a_target_take_their_own_layers() -> None:
+def test_parts_of_a_layered_target_take_their_own_layers() -> None:
     parts = [torch.full((n, 2, 5, 2, 4), torch.nan) for n in (2, 1)]
     target = LayeredTarget([as_target(part) for part in parts])
     assert target.shape == (3, 2, 5, 2, 4)
@@ -73,7 +80,7 @@ def test_parts_of_a_target_take_their_own_layers() -> None:
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     one = torch.empty(1, 2, 5, 2, 4)
     for other in (torch.empty(1, 2, 6, 2, 4), one.half(), one.to("meta")):
-        with pytest.raises(CodecError, match="the parts of a target differ in"):
+        with pytest.raises(CodecError, match="the parts of a layered target differ in"):
             LayeredTarget([as_target(one), as_target(other)])
     with pytest.raises(CodecError, match="at least one"):
         LayeredTarget([])

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec import registry
-from codec.api import Codec
-from codec.uniform import pack_bits, unpack_bits
+from kvstream.codec import registry
+from kvstream.codec.api import Codec
+from kvstream.codec.uniform import pack_bits, unpack_bits
 from tests.codec.conformance import Conformance
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from testbed.emulator import sandbox, topology
-from testbed.errors import MachineError
+from kvstream.testbed.emulator import sandbox, topology
+from kvstream.testbed.errors import MachineError
 
 HERE = Path(__file__).parent
 

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from testbed import specs
-from testbed.emulator import analysis, capture, fidelity, traffic
-from testbed.emulator.link import LinkSettings
-from testbed.emulator.probe import Prober
-from testbed.emulator.record import LinkRecord
-from testbed.emulator.shaper import Shaper
-from testbed.emulator.topology import Network
-from traces.trace import Trace
+from kvstream.testbed.config import specs
+from kvstream.testbed.emulator import analysis, capture, fidelity, traffic
+from kvstream.testbed.emulator.link import LinkSettings
+from kvstream.testbed.emulator.path import LinkPath, open_path
+from kvstream.testbed.emulator.probe import Prober
+from kvstream.testbed.emulator.record import LinkRecord
+from kvstream.testbed.emulator.topology import Network
+from kvstream.traces.trace import Trace
 
 
 def link_of(text: str) -> LinkSettings:
@@ -32,17 +32,18 @@ def trace_of(rows: list[list[float]], end: str = "hold") -> Trace:
     return Trace("test", [row[0] for row in rows], [row[1] * 1e6 for row in rows], end=end)  # type: ignore[arg-type]
 
 
-def backlogged(net: Network, shaper: Shaper, trace: Trace, length_s: float, meanwhile: Any = None) -> LinkRecord:
+def backlogged(path: LinkPath, trace: Trace, length_s: float, meanwhile: Any = None) -> LinkRecord:
     """A session with as much traffic as the link takes; `meanwhile()` is called in its middle."""
+    net = path.network
     server = traffic.start_server(net, net.sender, net.sender_ip)
     client = traffic.start_pull(net, net.receiver, net.sender_ip, seconds=length_s + 5.0)
     time.sleep(0.3)
     t0 = time.monotonic() + 0.05
-    shaper.arm(trace, t0, length_s)
+    path.arm(trace, t0, length_s)
     if meanwhile is not None:
         time.sleep(max(t0 + length_s / 2.0 - time.monotonic(), 0.0))
         meanwhile()
-    record = shaper.finish(t0 + length_s)
+    record = path.finish(t0 + length_s).down
     for program in (client, server):
         program.kill()
         program.communicate()
@@ -94,11 +95,12 @@ def congestion_control(cc: str) -> list[str]:
 def transfer(rate_mbps: float, size_bytes: int) -> float:
     """Seconds that a fixed transfer takes over a constant trace."""
     trace = trace_of([[10.0, rate_mbps]])
-    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(LinkSettings(), [trace]) as path:
+        net = path.network
         server = traffic.start_server(net, net.sender, net.sender_ip)
-        shaper.arm(trace, time.monotonic(), 10.0)
+        path.arm(trace, time.monotonic(), 10.0)
         result = traffic.result_of(traffic.start_pull(net, net.receiver, net.sender_ip, wanted_bytes=size_bytes))
-        shaper.finish()
+        path.finish()
         server.kill()
         server.communicate()
         assert result["bytes"] == size_bytes
@@ -108,27 +110,28 @@ def transfer(rate_mbps: float, size_bytes: int) -> float:
 def replay(rows: list[list[float]], length_s: float, link: str = "") -> dict[str, Any]:
     """A backlogged session; its record beside its verdict."""
     trace = trace_of(rows)
-    with Network(link_of(link), traces=[trace]) as net, Shaper(net) as shaper:
-        record = backlogged(net, shaper, trace, length_s)
+    with open_path(link_of(link), [trace]) as path:
+        record = backlogged(path, trace, length_s)
         return {
             **verdict_of(record, trace),
             "record": record.to_json(),
             "rows": record.rows(),
-            "shaper": shaper.settings,
+            "shaper": path.down.settings,
         }
 
 
 def two_sessions() -> list[dict[str, Any]]:
     """One network, one shaper, two sessions: the second starts from zero."""
     trace = trace_of([[0.2, 20], [0.2, 40], [0.2, 10]])
-    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
-        return [verdict_of(backlogged(net, shaper, trace, 0.6), trace) for _ in range(2)]
+    with open_path(LinkSettings(), [trace]) as path:
+        return [verdict_of(backlogged(path, trace, 0.6), trace) for _ in range(2)]
 
 
 def tampered(how: str) -> dict[str, Any]:
     """A session in the middle of which someone else touches the link, through another program than the shaper."""
     trace = trace_of([[5.0, 20]])
-    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(LinkSettings(), [trace]) as path:
+        net = path.network
 
         def tamper() -> None:
             if how == "delete":
@@ -140,16 +143,16 @@ def tampered(how: str) -> dict[str, Any]:
                 words = "tbf rate 1tbit burst 1g limit 3028"
                 net.run(net.router, f"tc qdisc change dev {net.bottleneck} parent 5:1 handle 6: {words}".split())
             elif how == "kill":
-                subprocess.run(["kill", "-9", str(shaper.pid)], check=True)
+                subprocess.run(["kill", "-9", str(path.down.pid)], check=True)
             else:
                 raise ValueError(how)
 
-        return verdict_of(backlogged(net, shaper, trace, 1.0, tamper), trace)
+        return verdict_of(backlogged(path, trace, 1.0, tamper), trace)
 
 
 def shaper_dies() -> str:
     """What a controller hears whose shaper was killed."""
-    from testbed.errors import MachineError
+    from kvstream.testbed.errors import MachineError
 
     try:
         tampered("kill")
@@ -161,43 +164,41 @@ def shaper_dies() -> str:
 def per_chunk(rates_mbps: list[float]) -> dict[str, Any]:
     """Steps made by the controller instead of a schedule."""
     trace = Trace("chunks", [], [rate * 1e6 for rate in rates_mbps], per="chunk")
-    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(LinkSettings(), [trace]) as path:
+        net = path.network
         server = traffic.start_server(net, net.sender, net.sender_ip)
         client = traffic.start_pull(net, net.receiver, net.sender_ip, seconds=30.0)
         time.sleep(0.3)
-        shaper.arm(trace, time.monotonic(), 10.0)
+        path.arm(trace, time.monotonic(), 10.0)
         for chunk in range(len(rates_mbps)):
-            shaper.set_rate(trace.chunk_rate(chunk))
+            path.down.set_rate(trace.chunk_rate(chunk))
             time.sleep(0.3)
-        record = shaper.finish()
+        record = path.finish().down
         for program in (client, server):
             program.kill()
             program.communicate()
         return {**verdict_of(record, trace), "changes": [list(change) for change in record.changes]}
 
 
-def uplink() -> dict[str, Any]:
-    """Both directions shaped at once, with different rates; Mbit/s that went each way once the queues had settled."""
-    down, up = trace_of([[5.0, 30]]), trace_of([[5.0, 10]])
-    got = {}
-    with Network(LinkSettings(), traces=[down, up]) as net, Shaper(net) as first, Shaper(net, "up") as second:
+def uplink() -> list[dict[str, Any]]:
+    """Both directions shaped at once, with different rates: what is to be said of the way down and of the way up."""
+    down = trace_of([[5.0, 30]])
+    with open_path(LinkSettings(up_trace="constant,rate=10Mbps"), [down]) as path:
+        net = path.network
         servers = [
             traffic.start_server(net, net.sender, net.sender_ip),
             traffic.start_server(net, net.receiver, net.receiver_ips[0]),
         ]
         t0 = time.monotonic()
-        first.arm(down, t0, 4.0)
-        second.arm(up, t0, 4.0)
+        path.arm(down, t0, 4.0)
         clients = [
             traffic.start_pull(net, net.receiver, net.sender_ip, seconds=5.0),
             traffic.start_pull(net, net.sender, net.receiver_ips[0], seconds=5.0),
         ]
-        for way, shaper, trace in (("down", first, down), ("up", second, up)):
-            record = shaper.finish(t0 + 4.0)
-            settled = [sample for sample in record.samples if sample.t_s >= 2.0]
-            sent = settled[-1].delivered_bytes - settled[0].delivered_bytes
-            mbps = sent * 8e-6 / (settled[-1].t_s - settled[0].t_s)
-            got[way] = verdict_of(record, trace) | {"mbps": mbps}
+        done = path.finish(t0 + 4.0)
+        assert done.up is not None
+        assert done.up_trace is not None
+        got = [verdict_of(done.down, down), verdict_of(done.up, done.up_trace)]
         for program in (*clients, *servers):
             traffic.end(program)
     return got
@@ -206,13 +207,14 @@ def uplink() -> dict[str, Any]:
 def contention(receivers: int) -> dict[str, Any]:
     """Several receivers on one bottleneck: what each got, and the link in all, in Mbit/s of goodput."""
     trace = trace_of([[10.0, 40]])
-    with Network(LinkSettings(), receivers=receivers, traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(LinkSettings(), [trace], receivers=receivers) as path:
+        net = path.network
         server = traffic.start_server(net, net.sender, net.sender_ip)
         t0 = time.monotonic()
-        shaper.arm(trace, t0, 10.0)
+        path.arm(trace, t0, 10.0)
         clients = [traffic.start_pull(net, host, net.sender_ip, seconds=3.0) for host in net.receiver_hosts]
         results = [traffic.result_of(client) for client in clients]
-        record = shaper.finish()
+        record = path.finish().down
         server.kill()
         server.communicate()
     shares = []
@@ -226,9 +228,10 @@ def contention(receivers: int) -> dict[str, Any]:
 def starved(seconds: float) -> dict[str, Any]:
     """A session beside which this run itself wants every core."""
     trace = trace_of([[10.0, 20]])
-    with Network(LinkSettings(), traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(LinkSettings(), [trace]) as path:
+        net = path.network
         spinners = [net.popen(net.receiver, [sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-        record = backlogged(net, shaper, trace, seconds)
+        record = backlogged(path, trace, seconds)
         for spinner in spinners:
             spinner.kill()
         return verdict_of(record, trace)
@@ -239,14 +242,15 @@ def beside_others(link: str, trace_file: str = "") -> dict[str, Any]:
     trace = trace_of([[10.0, 40]])
     if trace_file:
         link += f",cross_trace={trace_file}"
-    with Network(link_of(link), traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(link_of(link), [trace]) as path:
+        net = path.network
         server = traffic.start_server(net, net.sender, net.sender_ip)
         client = traffic.start_pull(net, net.receiver, net.sender_ip, seconds=3.5)
         time.sleep(0.4)
         t0 = time.monotonic()
-        shaper.arm(trace, t0, 2.5)
+        path.arm(trace, t0, 2.5)
         cores = [sorted(os.sched_getaffinity(process.pid)) for process in (server, client)]
-        record = shaper.finish(t0 + 2.5)
+        record = path.finish(t0 + 2.5).down
         result = traffic.result_of(client)
         traffic.end(server)
     mbps = traffic.rate_between(result, t0 + 0.5, t0 + 2.5) / 1e6
@@ -308,22 +312,24 @@ for i in range(int(sys.argv[2])):
 
 def round_trips(link: str, count: int = 100) -> dict[str, Any]:
     """Round-trip times of small datagrams, in seconds."""
-    with Network(link_of(link)) as net:
+    with open_path(link_of(link)) as path:
+        net = path.network
         echo = net.popen(net.receiver, [sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
         assert echo.stdout is not None
         echo.stdout.readline()
         rtts = json.loads(net.run(net.sender, [sys.executable, "-c", PING, net.receiver_ips[0], str(count)]))
         echo.kill()
         echo.communicate()
-        report = None if net.impairments is None else net.impairments.report()
-        return {"rtts_s": rtts, "report": report, "settings": net.settings}
+        report = None if path.impairments is None else path.impairments.report()
+        return {"rtts_s": rtts, "report": report, "settings": path.settings}
 
 
 def changing(delays_ms: list[float], losses: list[float]) -> dict[str, Any]:
     """Round trips and losses under a trace that has columns of both, one row a half second, on top of 5 ms."""
     rows = len(delays_ms)
     trace = replace(trace_of([[0.5, 100]] * rows), delay_s=np.array(delays_ms) * 1e-3, loss=np.array(losses))
-    with Network(link_of("delay=5ms"), traces=[trace]) as net, Shaper(net) as shaper:
+    with open_path(link_of("delay=5ms"), [trace]) as path:
+        net = path.network
         echo = net.popen(net.receiver, [sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
         assert echo.stdout is not None
         echo.stdout.readline()
@@ -337,22 +343,23 @@ def changing(delays_ms: list[float], losses: list[float]) -> dict[str, Any]:
         words = [sys.executable, "-c", code, net.receiver_ips[0], str(0.5 * rows)]
         ping = net.popen(net.sender, words, stdout=subprocess.PIPE, text=True)
         t0 = time.monotonic()
-        shaper.arm(trace, t0, 0.5 * rows)
+        path.arm(trace, t0, 0.5 * rows)
         pings = json.loads(ping.communicate()[0])
-        shaper.finish()
-        assert net.impairments is not None
-        return {"pings": [[at_s - t0 - rtt_s, rtt_s] for at_s, rtt_s in pings], "report": net.impairments.report()}
+        path.finish()
+        assert path.impairments is not None
+        return {"pings": [[at_s - t0 - rtt_s, rtt_s] for at_s, rtt_s in pings], "report": path.impairments.report()}
 
 
 def datagrams(link: str, count: int) -> dict[str, Any]:
     """Numbered datagrams toward the receiver: the numbers that arrived, in order of arrival."""
-    with Network(link_of(link)) as net:
+    with open_path(link_of(link)) as path:
+        net = path.network
         sink = net.popen(net.receiver, [sys.executable, "-c", SINK], stdout=subprocess.PIPE, text=True)
         assert sink.stdout is not None
         sink.stdout.readline()
         net.run(net.sender, [sys.executable, "-c", SEND, net.receiver_ips[0], str(count)])
         arrived = json.loads(sink.communicate()[0])
-        report = None if net.impairments is None else net.impairments.report()
+        report = None if path.impairments is None else path.impairments.report()
         return {"arrived": arrived, "report": report}
 
 
@@ -367,14 +374,14 @@ def captured(
         capture.recorder = lambda: recorder
     trace = trace_of([[0.5, 20], [0.5, 40]])
     with (
-        Network(link_of(link), traces=[trace], senders=senders) as net,
-        Shaper(net) as shaper,
-        capture.capture(net, Path(folder)) as captures,
+        open_path(link_of(link), [trace], senders=senders) as path,
+        capture.capture(path.network, Path(folder)) as captures,
     ):
+        net = path.network
         for host, ip in list(zip(net.sender_hosts, net.sender_ips, strict=True))[1:]:
             traffic.start_server(net, host, ip)
             traffic.start_pull(net, net.receiver, ip)
-        record = backlogged(net, shaper, trace, 1.0)
+        record = backlogged(path, trace, 1.0)
     found = analysis.analyse(captures, net.sender_ips)
     begin, end = record.t0_s + record.samples[0].t_s, record.t0_s + record.samples[-1].t_s
     chunks = [{"chunk": 0, "request_s": 0.1, "last_byte_s": 0.4}, {"chunk": 1}]
@@ -395,10 +402,10 @@ def probed(link: str, rates_mbps: list[float]) -> list[list[float]]:
     found = []
     for rate in rates_mbps:
         trace = trace_of([[60, rate]])
-        with Network(link_of(link), traces=[trace]) as net, Shaper(net) as shaper, Prober(net) as prober:
-            shaper.arm(trace, time.monotonic(), 60.0)
+        with open_path(link_of(link), [trace]) as path, Prober(path.network) as prober:
+            path.arm(trace, time.monotonic(), 60.0)
             estimate = prober.measure()
-            shaper.finish()
+            path.finish()
             found.append([estimate.capacity_bps, estimate.rtt_s])
     return found
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed.emulator import capture
-from testbed.errors import MachineError
+from kvstream.testbed.emulator import capture
+from kvstream.testbed.errors import MachineError
 
 
 def test_a_capture_agrees_with_the_counters(scenario, tmp_path):

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import pytest
 
-from testbed.emulator.impairments import Impairments, handled, netem_words
-from testbed.emulator.link import LinkSettings
-from testbed.errors import MachineError, SpecError
-from testbed.specs import build, parse_settings
-from traces.trace import Trace
+from kvstream.testbed.config.specs import build, parse_settings
+from kvstream.testbed.emulator.impairments import Impairments, handled, netem_words
+from kvstream.testbed.emulator.link import LinkSettings
+from kvstream.testbed.errors import MachineError, SpecError
+from kvstream.traces.trace import Trace
 
 
 @pytest.mark.parametrize("delay_ms", [2, 20])

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed import doctor
-from testbed.emulator import sandbox
-from testbed.errors import MachineError
+from kvstream.testbed.emulator import doctor, sandbox
+from kvstream.testbed.errors import MachineError
 
 ROOT = Path(__file__).parents[2]
-RUN = "import sys; from testbed.emulator import sandbox; sys.exit(sandbox.run(sys.argv[1:]))"
+RUN = "import sys; from kvstream.testbed.emulator import sandbox; sys.exit(sandbox.run(sys.argv[1:]))"
 
 
 def output(argv: list[str]) -> str:
@@ -60,7 +59,10 @@ def test_it_is_apart_from_the_host():
     )
     assert all(there[kind] != here[kind] for kind in here)
     assert output(["sh", "-c", "id -u; cat /proc/net/dev | grep -c :"]).split() == ["0", "1"]
-    assert output([sys.executable, "-c", "from testbed.emulator import sandbox; print(sandbox.inside())"]) == "True\n"
+    assert (
+        output([sys.executable, "-c", "from kvstream.testbed.emulator import sandbox; print(sandbox.inside())"])
+        == "True\n"
+    )
 
 
 def test_the_environment_alone_does_not_make_a_sandbox(monkeypatch):
@@ -98,7 +100,8 @@ def test_signals_reach_the_command(number):
 def test_killing_any_process_leaves_nothing(tmp_path):
     """Ten runs, one process of each killed at a random moment: the short form of the benchmark, which says more."""
     out = tmp_path / "kills.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--runs", "10", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--runs", "10", "--stores", "0", "--setups", "0"]
+    command += ["--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(out.read_text())
@@ -157,7 +160,7 @@ def test_a_machine_without_namespaces_gets_one_clear_line():
     """For real: in a user namespace whose own limit is 0, nothing can be unshared."""
     script = (
         "echo 0 > /proc/sys/user/max_user_namespaces && echo 0 > /proc/sys/user/max_net_namespaces && "
-        f"exec '{sys.executable}' -c \"from testbed.emulator import sandbox; print(sandbox.available())\""
+        f"exec '{sys.executable}' -c \"from kvstream.testbed.emulator import sandbox; print(sandbox.available())\""
     )
     inner = ["unshare", "--user", "--map-root-user", "--mount-proc", "--pid", "--fork", "sh", "-c", script]
     done = subprocess.run(inner, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -175,7 +178,7 @@ code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line 
 program = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(code)))
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
-from testbed import doctor
+from kvstream.testbed.emulator import doctor
 found = doctor.probe()[-1]
 print(found.name, found.ok, found.fix)
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from testbed.emulator.link import LinkSettings
-from testbed.emulator.topology import Network
-from testbed.errors import MachineError
+from kvstream.testbed.emulator.link import LinkSettings
+from kvstream.testbed.emulator.topology import Network
+from kvstream.testbed.errors import MachineError
 
 
 @pytest.mark.parametrize(("receivers", "senders"), [(1, 1), (3, 2)])

@@ -1,4 +1,4 @@
-"""Codecs that compute on the CPU take caches of a CUDA device too, and write the same bytes."""
+"""Codecs that compute on the CPU accept caches on a CUDA device, and write the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from codec import registry  # noqa: E402
+from kvstream.codec import registry  # noqa: E402
 from tests.codec.profiles import stored  # noqa: E402
 from tests.codec.synthetic import synthetic_kv  # noqa: E402
 
@@ -24,5 +24,5 @@ def test_caches_on_a_device_give_the_same_bytes(name: str) -> None:
         out = torch.empty(kv.shape, dtype=kv.dtype, device="cuda")
         with torch.cuda.stream(torch.cuda.Stream()):
             codec.decode(data, out)
-            copy = out.cpu()  # on the stream that what was decoded must be on
+            copy = out.cpu()  # on the stream that decoding must use
         assert torch.equal(copy, codec.decode(data))

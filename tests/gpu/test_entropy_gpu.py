@@ -12,9 +12,9 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton  # noqa: E402
-from codec.entropy.tables import laplace_family  # noqa: E402
-from codec.errors import CodecError  # noqa: E402
+from kvstream.codec.entropy import arithmetic, arithmetic_triton, rans, rans_triton  # noqa: E402
+from kvstream.codec.entropy.tables import laplace_family  # noqa: E402
+from kvstream.codec.errors import CodecError  # noqa: E402
 
 COLUMNS, TOKENS, BLOCKS, SEGMENT = 16_384, 512, 16, 256
 

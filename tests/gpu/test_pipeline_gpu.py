@@ -1,4 +1,4 @@
-"""The whole pipeline with the receiver on a CUDA device: what lands there is what the CPU decodes from the bytes."""
+"""The whole pipeline with the receiver on a CUDA device: the cache there is what the CPU decodes from the bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from policies.api import TEXT  # noqa: E402
-from testbed import landing  # noqa: E402
-from testbed.compute import Compute  # noqa: E402
-from testbed.gemv import GemvLoop, slowdown  # noqa: E402
-from testbed.lanes import lanes_of  # noqa: E402
-from testbed.llm import calculate_kv  # noqa: E402
-from testbed.session import SessionFailed  # noqa: E402
+from kvstream.policies.api import TEXT  # noqa: E402
+from kvstream.testbed.engine import buffers  # noqa: E402
+from kvstream.testbed.engine.model import calculate_kv  # noqa: E402
+from kvstream.testbed.engine.model_engine import ModelEngine  # noqa: E402
+from kvstream.testbed.engine.streams import streams_of  # noqa: E402
+from kvstream.testbed.receiver.background_load import GemvLoop, slowdown  # noqa: E402
+from kvstream.testbed.session.record import SessionFailed  # noqa: E402
 from tests.testbed import pipeline  # noqa: E402
 from tests.testbed.pipeline import LEVEL, Kitchen, Plan  # noqa: E402
 
@@ -29,13 +29,13 @@ N_CHUNKS = -(-pipeline.TOKENS // pipeline.CHUNK_TOKENS)
 def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kitchen]:
     made = pipeline.make(tmp_path_factory.mktemp("store"), "cuda")
     yield made
-    made.compute.close()
+    made.engine.close()
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landing, "PIECE_BYTES", 2048)
-    monkeypatch.setattr(landing, "FIRST_PIECE_BYTES", 1024)
+    monkeypatch.setattr(buffers, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(buffers, "FIRST_PIECE_BYTES", 1024)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -46,12 +46,11 @@ def test_the_cache_that_arrives_is_the_one_that_was_sent(kitchen: Kitchen, overl
     kitchen.check(levels)
     for chunk in record.chunks:
         assert chunk.decode_start_s < chunk.decode_end_s <= record.ttft_s  # type: ignore[operator]
-        if chunk.copies_s:
-            assert chunk.first_byte_s - 1e-3 <= chunk.copies_s[0][0] <= chunk.copies_s[-1][1]  # type: ignore[operator]
-            assert chunk.copies_s[-1][1] <= chunk.decode_end_s + 1e-4  # type: ignore[operator]
+        assert chunk.first_byte_s - 1e-3 <= chunk.copies_s[0][0] <= chunk.copies_s[-1][1]  # type: ignore[operator]
+        assert chunk.copies_s[-1][1] <= chunk.decode_end_s + 1e-4  # type: ignore[operator]
 
 
-def test_text_is_recomputed_beside(kitchen: Kitchen) -> None:
+def test_text_is_recomputed_among_encoded_chunks(kitchen: Kitchen) -> None:
     record = kitchen.run(Plan((LEVEL, TEXT, LEVEL, TEXT, TEXT, LEVEL))).record
     assert record.levels == (LEVEL, TEXT, LEVEL, TEXT, TEXT, LEVEL)
     assert bool(kitchen.arrived().isfinite().all())
@@ -65,13 +64,13 @@ def test_pages_get_what_a_dense_cache_gets(kitchen: Kitchen, gpus: int) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} CUDA devices")
     devices = [torch.device("cuda", index) for index in range(gpus)]
-    paged = replace(kitchen, compute=Compute(kitchen.model, pages_on=devices))
+    paged = replace(kitchen, engine=ModelEngine(kitchen.model, pages_on=devices))
     try:
-        paged.compute.reserve(pipeline.TOKENS + 64)
+        paged.engine.reserve(pipeline.TOKENS + 64)
         assert paged.run(Plan(LEVEL)).record.levels == (LEVEL,) * N_CHUNKS
         paged.check((LEVEL,) * N_CHUNKS)
     finally:
-        paged.compute.close()
+        paged.engine.close()
 
 
 def test_damage_leaves_the_context_alive(kitchen: Kitchen) -> None:
@@ -87,15 +86,15 @@ def test_damage_leaves_the_context_alive(kitchen: Kitchen) -> None:
 def test_the_devices_clock_is_the_sessions() -> None:
     import time
 
-    lanes = lanes_of(torch.device("cuda"))
+    streams = streams_of(torch.device("cuda"))
     before_s = time.monotonic()
-    mark = lanes.mark("model")
-    lanes.reach(mark)
+    mark = streams.mark("model")
+    streams.reach(mark)
     after_s = time.monotonic()
-    assert before_s - 2e-4 <= lanes.when(mark) <= after_s + 2e-4
+    assert before_s - 2e-4 <= streams.when(mark) <= after_s + 2e-4
 
 
-def test_a_load_beside_nothing_is_not_slowed() -> None:
+def test_an_idle_device_does_not_slow_the_load() -> None:
     import time
 
     loop = GemvLoop(torch.device("cuda"))
@@ -108,9 +107,8 @@ def test_a_load_beside_nothing_is_not_slowed() -> None:
 
 def test_a_captured_prefill_gives_the_same_token(kitchen: Kitchen) -> None:
     kitchen.run(Plan(LEVEL))
-    eager = kitchen.compute.prefill(list(pipeline.PROMPT))
-    kitchen.compute.capture(pipeline.TOKENS, len(pipeline.PROMPT))
-    assert kitchen.compute._captured
+    eager = kitchen.engine.prefill(list(pipeline.PROMPT))
+    assert kitchen.engine.capture(pipeline.TOKENS, len(pipeline.PROMPT))
     assert kitchen.run(Plan(LEVEL)).token == eager.token
-    assert kitchen.compute.prefill(list(pipeline.PROMPT)).token == eager.token
+    assert kitchen.engine.prefill(list(pipeline.PROMPT)).token == eager.token
     kitchen.check((LEVEL,) * N_CHUNKS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.api import Observation, Transfer
+from kvstream.policies.api import Observation, Transfer
 
 
 def observation(

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.testbed.s3_server import S3Server
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from testbed.llm import Model, Question
-    from testbed.store import Store
+    from kvstream.testbed.engine.model import Model
+    from kvstream.testbed.store.questions import Question
+    from kvstream.testbed.store.store import Store
 
 CHUNK_TOKENS = 64
 TOKENS = 300
 
 
 def save_tiny_model(folder: Path, **settings: Any) -> Path:
-    """A Llama of random weights over bytes, as a folder that `Model.load` reads."""
+    """A Llama of random weights over bytes, as a folder that `load_model` reads."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -60,11 +63,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tiny_folder: Path) -> Iterator[Model]:
     import torch
 
-    from testbed.llm import Model
+    from kvstream.testbed.engine.loading import load_model
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Model.load(tiny_folder)
+    yield load_model(tiny_folder)
     torch.set_num_threads(threads)
 
 
@@ -82,9 +85,11 @@ class Stored:
 def store_context(path: Path, model: Model, codec_name: str = "raw", context: str = "ctx") -> Stored:
     import random
 
-    from codec import registry
-    from testbed.llm import Question, calculate_kv
-    from testbed.store import Store, store_evaluation, store_kv
+    from kvstream.codec import registry
+    from kvstream.testbed.encoding.encode import store_kv
+    from kvstream.testbed.engine.model import calculate_kv
+    from kvstream.testbed.store.questions import Question
+    from kvstream.testbed.store.store import Store
 
     draw = random.Random(3)
     tokens = [draw.randrange(256) for _ in range(TOKENS)]
@@ -92,12 +97,14 @@ def store_context(path: Path, model: Model, codec_name: str = "raw", context: st
     codec = registry.make(codec_name)
     store = Store(path)
     distortions = [0.01 * (len(codec.levels) - 1 - level) for level in range(len(codec.levels))]
-    store_kv(store, context, tokens, model, codec, chunk_tokens=CHUNK_TOKENS, distortions=distortions, kv=exact)
     questions = [
         Question(tuple(draw.randrange(256) for _ in range(9)), tuple(draw.randrange(256) for _ in range(3)))
         for _ in range(3)
     ]
-    store_evaluation(store, context, model, exact, questions)
+    store_kv(
+        store, context, tokens, model, codec, chunk_tokens=CHUNK_TOKENS, distortions=distortions, kv=exact,
+        questions=questions,
+    )  # fmt: skip
     return Stored(store, context, tokens, exact, questions)
 
 
@@ -109,3 +116,27 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tiny_model: Model) -> Store
 @pytest.fixture(scope="session")
 def stored_uniform(tmp_path_factory: pytest.TempPathFactory, tiny_model: Model) -> Stored:
     return store_context(tmp_path_factory.mktemp("store"), tiny_model, "uniform", "ctx8")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    for package in ("s3fs", "moto", "flask_cors"):
+        pytest.importorskip(package, reason="needs s3fs and moto[server], from the extra [dev]")
+    server = S3Server.begin(tmp_path_factory.mktemp("s3") / "log")
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a place in a new bucket of a real S3 server, which this process and its children find."""
+    import secrets
+
+    import s3fs
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"b{secrets.token_hex(6)}"
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
+    return f"s3://{bucket}/some/place"

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 PIECE_BYTES = 2048
 QUEUE_BYTES = 16 << 10
@@ -20,6 +20,7 @@ class Link:
     def __init__(self, port: int, rate_bps: float | None = None) -> None:
         self.target = port
         self.rate_bps = rate_bps
+        self.piece_bytes = PIECE_BYTES
         self.change: Callable[[bytes], bytes] = lambda data: data
         self.carried_bytes = 0
         self.connections = 0
@@ -51,9 +52,9 @@ class Link:
         for writer in list(self._open):
             writer.transport.abort()
 
-    async def carried(self, n_bytes: int) -> None:
-        """Wait until so many bytes went towards the receiver."""
-        while self.carried_bytes < n_bytes:
+    async def carried(self, n_bytes: int, receiver: asyncio.Task[Any] | None = None) -> None:
+        """Wait until so many bytes went towards the receiver, or until it needs no more, or fails."""
+        while self.carried_bytes < n_bytes and not (receiver and receiver.done()):
             await asyncio.sleep(0.005)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -78,7 +79,7 @@ class Link:
         loop = asyncio.get_running_loop()
         free_s = loop.time()
         with suppress(OSError):
-            while data := await source.read(PIECE_BYTES):
+            while data := await source.read(self.piece_bytes):
                 if is_down:
                     while self.rate_bps == 0:
                         await asyncio.sleep(0.01)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from policies.api import Choice, LevelOrText, Observation
-from testbed.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
-from testbed.session import Costs
-from traces.trace import Trace
+from kvstream.policies.api import Choice, LevelOrText, Observation
+from kvstream.testbed.session.costs import Costs
+from kvstream.testbed.store.manifest import ChunkInfo, KVShape, LevelInfo, Manifest
+from kvstream.traces.trace import Trace
 
 
 def manifest(

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from testbed.results import Row, Run
-from testbed.session import ChunkRecord
+from kvstream.testbed.results.folder import Row, Run
+from kvstream.testbed.session.record import ChunkRecord
 
 DISTORTION = (0.021, 0.0084, 0.0031, 0.0011)
 BITS = (1.1, 1.7, 2.4, 3.4)
@@ -24,6 +24,7 @@ TRACES = {
     "steady,scale_mean=30Mbps": lambda t_s: 30e6,
     "step-down-up,scale_mean=30Mbps": lambda t_s: 12e6 if 0.3 <= t_s < 0.7 else 42e6,
     "uniform,low=5Mbps,high=55Mbps,hold=0.2s,seed=7": lambda t_s: random.Random(int(t_s / 0.2)).uniform(5e6, 55e6),
+    "lte-walk,scale_mean=30Mbps": lambda t_s: 30e6 + 12e6 * math.sin(5 * t_s),
 }
 Rule = Callable[[int, float, float], "int | str"]
 """Level from (chunks left, seconds left, last rate in bit/s)."""

@@ -12,17 +12,22 @@ from typing import Any
 import torch
 from aiohttp.test_utils import TestServer
 
-from codec import registry
-from codec.api import Codec
-from policies.api import Choice, LevelOrText, Observation
-from testbed import calibrate, workload
-from testbed.client import Client
-from testbed.compute import Compute
-from testbed.llm import Model, calculate_kv, generate_with_kv
-from testbed.receiver import Fetched, Limits, fetch_session
-from testbed.sender import Sender
-from testbed.session import Costs
-from testbed.store import Store, store_kv
+from kvstream.codec import registry
+from kvstream.codec.api import Codec
+from kvstream.policies.api import Choice, LevelOrText, Observation
+from kvstream.testbed.encoding import calibrate
+from kvstream.testbed.encoding.encode import store_kv
+from kvstream.testbed.engine.loading import load_model
+from kvstream.testbed.engine.model import Model, calculate_kv, generate_with_kv
+from kvstream.testbed.engine.model_engine import ModelEngine
+from kvstream.testbed.net.client import Client
+from kvstream.testbed.net.sender import Sender
+from kvstream.testbed.receiver.driver import Fetched, Limits, fetch_session
+from kvstream.testbed.receiver.examiner import answer
+from kvstream.testbed.session.costs import Costs
+from kvstream.testbed.session.settings import SessionSettings
+from kvstream.testbed.store.store import Store
+from kvstream.testbed.workloads import contexts
 from tests.testbed.link import Link
 
 TOKENS, CHUNK_TOKENS, CONTEXT = 700, 128, "ctx"
@@ -47,22 +52,27 @@ class Kitchen:
     """A receiver on a device, and a sender's store."""
 
     store: Store
-    compute: Compute
+    engine: ModelEngine
     codec: Codec
     tokens: list[int]
 
     @property
     def model(self) -> Model:
-        return self.compute.model
+        return self.engine.model
 
     def run(
-        self, policy: Any, *, change: Callable[[bytes], bytes] | None = None, rate_bps: float | None = None, **more: Any
+        self,
+        policy: Any,
+        *,
+        change: Callable[[bytes], bytes] | None = None,
+        rate_bps: float | None = None,
+        **settings: Any,
     ) -> Fetched:
         """One session; `change` may damage what the link carries."""
-        return asyncio.run(self._run(policy, change, rate_bps, more))
+        return asyncio.run(self._run(policy, change, rate_bps, settings))
 
     async def _run(
-        self, policy: Any, change: Callable[[bytes], bytes] | None, rate_bps: float | None, more: dict[str, Any]
+        self, policy: Any, change: Callable[[bytes], bytes] | None, rate_bps: float | None, settings: dict[str, Any]
     ) -> Fetched:
         manifest = self.store.manifest(CONTEXT)
         n = len(manifest.chunks)
@@ -78,12 +88,11 @@ class Kitchen:
                 client,
                 CONTEXT,
                 policy,
-                60.0,
-                compute=self.compute,
+                SessionSettings(60.0, **settings),
+                engine=self.engine,
                 costs=Costs(((1e-3,) * len(manifest.levels),) * n, (1e-2,) * n, 1e-2),
                 prompt_ids=list(PROMPT),
                 limits=Limits(session_s=60.0),
-                **more,
             )
 
     def decoded(self, levels: tuple[int, ...]) -> torch.Tensor:
@@ -97,8 +106,7 @@ class Kitchen:
 
     def arrived(self) -> torch.Tensor:
         """The cache that a session left, on the CPU."""
-        _, _, cache = self.compute._ready()
-        return cache.view(0, len(self.tokens)).cpu()
+        return self.engine.context.cache.view(0, len(self.tokens)).cpu()
 
     def check(self, levels: tuple[int, ...]) -> None:
         """What arrived is what the CPU decodes, and the model goes on with the same 32 tokens."""
@@ -109,21 +117,21 @@ class Kitchen:
         beyond = (got.float() - wanted.float()).abs() > torch.maximum(ulp, rms * 2.0**-14)
         assert not bool(beyond.any()), f"{int(beyond.sum())} of {beyond.numel()} elements differ by more than allowed"
         expected = generate_with_kv(self.model, wanted.to(self.model.device), list(PROMPT), 32)
-        assert self.compute.answer(list(PROMPT), 32) == expected
+        assert answer(self.engine, list(PROMPT), 32) == expected
 
 
-def make(path: Path, device: str, **settings: Any) -> Kitchen:
-    """The bundled model in float32, so that its next tokens do not hang on rounding."""
-    model = Model.load(device=device, dtype="float32")
+def make(path: Path, device: str, **more: Any) -> Kitchen:
+    """The bundled model in float32, so that its next tokens do not depend on rounding; `more` goes to the engine."""
+    model = load_model(device=device, dtype="float32")
     codec = calibrate.make_codec("kvstream", model)
-    tokens = workload.load_contexts()[0].token_ids[:TOKENS]
+    tokens = model.encode(contexts.load_contexts()[0].text.decode())[:TOKENS]
     store = Store(path)
     n = len(codec.levels)
     kv = calculate_kv(model, tokens).cpu()
     store_kv(store, CONTEXT, tokens, model, codec, chunk_tokens=CHUNK_TOKENS, distortions=[0.0] * n, kv=kv)
-    compute = Compute(model, **settings)
-    compute.reserve(TOKENS + 64)
-    return Kitchen(store, compute, registry.from_config(codec.get_config(), codec.profile), tokens)
+    engine = ModelEngine(model, **more)
+    engine.reserve(TOKENS + 64)
+    return Kitchen(store, engine, registry.from_config(codec.get_config(), codec.profile), tokens)
 
 
 def damage(times: int, start: int = 2 * CHUNK_TOKENS) -> Callable[[bytes], bytes]:

@@ -4,23 +4,34 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from testbed.dashboard.events import ChunkNews, RunEnd, RunStart, SessionEnd, SessionStart, append, read
-from testbed.dashboard.teller import Teller
-from testbed.session import ChunkRecord
+from kvstream.testbed import events
+from kvstream.testbed.events import ChunkNews, RunEnd, RunStart, SessionEnd, SessionStart, append, read
+from kvstream.testbed.receiver.chunk_events import ChunkEventWriter
+from kvstream.testbed.session.record import ChunkRecord
 
 
 def test_every_event_is_one_line_of_json_with_its_kind(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    append(file, RunStart("main", "mininet", ["cachegen"], 72))
-    append(file, SessionStart("000", "cachegen", "cachegen", "cachegen", "docs", "steady", 1.0, 16, 4, [(0.0, 3e7)]))
-    append(file, ChunkNews("000", "cachegen", 0.1, {"chunk": 0, "level": "text", "bytes": 512}))
+    append(file, RunStart("main", "mininet", ["mpc"], 72))
+    append(
+        file, SessionStart("000", "mpc", "mpc,horizon=5", "cachegen", "docs", "steady", 1.0, 16, 4, [(0.0, 3e7)], 2.5)
+    )
+    append(file, ChunkNews("000", "mpc", 0.1, {"chunk": 0, "level": "text", "bytes": 512}))
     append(file, SessionEnd({"unit_id": "000", "met": True}))
     append(file, RunEnd("fine"))
-    kinds = [json.loads(line)["event"] for line, _ in read(file)]
-    assert kinds == ["run_start", "session_start", "chunk", "session_end", "run_end"]
+    assert [json.loads(line) for line, _ in read(file)] == [
+        {"event": "run_start", "name": "main", "backend": "mininet", "schemes": ["mpc"], "sessions": 72},
+        {"event": "session_start", "unit_id": "000", "scheme": "mpc", "policy": "mpc,horizon=5", "codec": "cachegen",
+         "context": "docs", "trace": "steady", "deadline_s": 1.0, "n_chunks": 16, "n_levels": 4,
+         "capacity": [[0.0, 3e7]], "capacity_until_s": 2.5, "clairvoyant": False, "depth": 2, "overlap": True},
+        {"event": "chunk", "unit_id": "000", "scheme": "mpc", "t_s": 0.1,
+         "record": {"chunk": 0, "level": "text", "bytes": 512}},
+        {"event": "session_end", "row": {"unit_id": "000", "met": True}},
+        {"event": "run_end", "verdict": "fine"},
+    ]  # fmt: skip
 
 
-def test_reading_goes_on_where_it_stopped_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+def test_reading_resumes_where_it_stopped_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     assert list(read(file)) == []
     append(file, RunEnd("one"))
@@ -38,20 +49,20 @@ def test_lines_of_many_writers_never_mix(tmp_path: Path) -> None:
     long = ChunkNews("u", "s", 0.0, {"reason": {"x" * 2000: 1.0}})
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: append(file, long), range(200)))
-    assert [json.loads(line)["event"] for line, _ in read(file)] == ["chunk"] * 200
+    assert [line for line, _ in read(file)] == [events.line(long)] * 200
 
 
-def test_only_chunks_that_moved_are_told(tmp_path: Path) -> None:
+def test_only_chunks_that_changed_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     chunks = [ChunkRecord(0, 2, 1000, 0.1), ChunkRecord(1)]
-    tell = Teller(file, "000", "cachegen")
-    tell(chunks, 0.10)
-    tell(chunks, 0.15)
+    write = ChunkEventWriter(file, "000", "cachegen")
+    write(chunks, 0.10)
+    write(chunks, 0.15)
     chunks[0].received_bytes = 400
-    tell(chunks, 0.20)
+    write(chunks, 0.20)
     chunks[0].last_byte_s = 0.24
     chunks[1].request_s = 0.22
-    tell(chunks, 0.25)
+    write(chunks, 0.25)
     news = [json.loads(line) for line, _ in read(file)]
     assert [(one["t_s"], one["record"]["chunk"]) for one in news] == [(0.10, 0), (0.20, 0), (0.25, 0), (0.25, 1)]
     assert news[-2]["record"]["last_byte_s"] == 0.24

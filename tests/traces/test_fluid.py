@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traces.errors import TraceError
-from traces.fluid import FluidLink
-from traces.trace import Trace
+from kvstream.traces.errors import TraceError
+from kvstream.traces.fluid import FluidLink
+from kvstream.traces.trace import Trace
 
 
 def constant(rate_bps: float) -> Trace:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traces import generators as g
-from traces.errors import TraceError
-from traces.generators import GENERATORS
-from traces.resolve import open_trace
+from kvstream.traces import generators as g
+from kvstream.traces.errors import TraceError
+from kvstream.traces.generators import GENERATORS
+from kvstream.traces.resolve import open_trace
 
 SEEDED = ("uniform", "markov", "gilbert-elliott", "lognormal", "histogram", "paper-uniform")
 

@@ -6,11 +6,11 @@ import hashlib
 
 import pytest
 
-from traces import library
-from traces.errors import TraceError
-from traces.generators import GENERATORS
-from traces.library.recipes import RECIPES, make
-from traces.resolve import open_trace
+from kvstream.traces import library
+from kvstream.traces.errors import TraceError
+from kvstream.traces.generators import GENERATORS
+from kvstream.traces.library.recipes import RECIPES, make
+from kvstream.traces.resolve import open_trace
 
 
 def test_names_are_the_recipes_and_no_generators():
@@ -28,17 +28,21 @@ def test_a_file_is_what_its_recipe_makes(name):
     assert (stored.name, stored.story, stored.provenance) == (name, made.story, made.provenance)
     assert len(stored.story.split()) >= 10
     assert stored.kind == "capacity"
-    assert 10e6 <= stored.mean_bps <= 50e6
+    assert 4e6 <= stored.mean_bps <= 50e6
     assert "Apache-2.0" in stored.provenance[0].licence
+
+
+def test_something_happens_in_the_first_second_of_every_lesson_but_the_first():
+    steps = {name: len(library.load(name).changes(0.0, 1.0)) for name in library.TEACHING}
+    assert steps.pop("lab-steady") == 1
+    assert min(steps.values()) > 1
 
 
 @pytest.mark.parametrize("name", library.TEACHING)
 def test_lessons_differ_within_the_first_second(name):
     trace = library.load(name)
-    if name != "lab-steady":
-        assert len(trace.changes(0.0, 1.0)) > 1
     others = [library.load(other) for other in library.TEACHING if other != name]
-    assert all(max(abs(trace.bits_by(t) - other.bits_by(t)) for t in (0.2, 0.4, 0.8)) > 1e6 for other in others)
+    assert all(max(abs(trace.bits_by(t) - other.bits_by(t)) for t in (0.2, 0.4, 0.8)) > 0.4e6 for other in others)
 
 
 def test_families_have_two_halves_that_share_nothing():
@@ -100,15 +104,15 @@ def test_families_do_not_drift():
     ],
 )
 def test_unknown_names_are_refused(name):
-    with pytest.raises(TraceError, match=r"there are|families are") as caught:
+    with pytest.raises(TraceError, match=r"choose from|families are") as caught:
         library.load(name)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_families_and_halves_are_refused():
-    with pytest.raises(TraceError, match="no trace family 'x' with a part 'tune'; there are markov"):
+    with pytest.raises(TraceError, match="no trace family 'x' with a split 'tune'; choose from markov"):
         library.family("x", "tune")
-    with pytest.raises(TraceError, match="no trace family 'ramp' with a part 'tune'"):
+    with pytest.raises(TraceError, match="no trace family 'ramp' with a split 'tune'"):
         library.family("ramp", "tune")
-    with pytest.raises(TraceError, match="use tune, held-out or unseen"):
+    with pytest.raises(TraceError, match="choose from tune, held-out, unseen"):
         library.family("markov", "test")

@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from traces.errors import TraceError
-from traces.framing import capacity_bps, goodput_bps, goodput_per_capacity
-from traces.trace import Provenance, Trace
+from kvstream.traces.errors import TraceError
+from kvstream.traces.framing import capacity_bps, goodput_bps, goodput_per_capacity
+from kvstream.traces.trace import MAX_RATE_BPS, Provenance, Trace
 
 ENDS = ("loop", "hold", "stop")
 durations = st.floats(0.001, 10.0)
@@ -75,24 +75,26 @@ def test_bits_never_fall(trace, a, b):
 @given(traces(), times, st.floats(1.0, 1e10))
 def test_time_for_inverts_bits_by(trace, start, bits):
     needed = trace.time_for(bits, start)
-    if needed == math.inf:
-        assert trace.end != "loop" or trace.mean_bps == 0.0
-        assert trace.end != "hold" or trace.rates_bps[-1] == 0.0
-        far = start + trace.duration_s
-        assert trace.bits_by(far) - trace.bits_by(start) < bits * (1 + 1e-9) + 1e-6 * trace.peak_bps
-        return
+    assume(needed < math.inf)
     got = trace.bits_by(start + needed) - trace.bits_by(start)
     assert near(got, bits, trace, span=start + needed + 1.0)
+
+
+@given(traces(), st.floats(0.0, 1.5), st.floats(0.1, 3.0))
+def test_time_for_is_infinite_where_the_bits_never_arrive_and_only_there(trace, start_share, bits_share):
+    start, bits = start_share * trace.duration_s, max(bits_share * trace.bits_by(trace.duration_s), 1.0)
+    rows_carry = trace.bits_by(trace.duration_s) - trace.bits_by(min(start, trace.duration_s))
+    assume(not near(rows_carry, bits, trace))
+    after_bps = {"loop": trace.mean_bps, "hold": trace.rates_bps[-1], "stop": 0.0}[trace.end]
+    assert (trace.time_for(bits, start) == math.inf) == (after_bps == 0.0 and rows_carry < bits)
 
 
 @given(traces(), times, st.floats(1.0, 1e10))
 def test_time_for_is_the_earliest(trace, start, bits):
     needed = trace.time_for(bits, start)
-    if needed == math.inf:
-        return
-    sooner = max(needed - 1e-3, 0.0)
-    missing = bits - (trace.bits_by(start + sooner) - trace.bits_by(start))
-    assert missing > 0.0 or needed <= 1e-3 or near(missing, 0.0, trace, span=start + needed + 1.0)
+    assume(1e-3 < needed < math.inf)
+    sooner = trace.bits_by(start + needed - 1e-3) - trace.bits_by(start)
+    assert sooner < bits or near(sooner, bits, trace, span=start + needed + 1.0)
 
 
 def test_time_for_at_the_corners():
@@ -140,12 +142,15 @@ def test_changes_replay_the_trace(trace, start, length):
     assert near(total, trace.bits_by(start + length) - trace.bits_by(start), trace)
 
 
+@given(traces(ends=("stop",)), times)
+def test_no_shift_beyond_the_end_of_a_trace_that_stops(trace, beyond):
+    with pytest.raises(TraceError, match="no start offset"):
+        trace.shifted(trace.duration_s + beyond)
+
+
 @given(traces(), times, times)
 def test_shifted_begins_later(trace, offset, t):
-    if trace.end == "stop" and offset >= trace.duration_s:
-        with pytest.raises(TraceError, match="no start offset"):
-            trace.shifted(offset)
-        return
+    assume(trace.end != "stop" or offset < trace.duration_s)
     assert near(trace.shifted(offset).bits_by(t), trace.bits_by(offset + t) - trace.bits_by(offset), trace)
 
 
@@ -163,9 +168,12 @@ def test_resampled_carries_the_same_bits(trace, step, k):
     coarse = trace.resampled(step)
     t = min(k * step, trace.duration_s)
     assert near(coarse.bits_by(t), trace.bits_by(t), trace)
-    if trace.end == "hold":
-        assert coarse.rates_bps[-1] == trace.rates_bps[-1]
     assert np.sum(coarse.delay_s[: len(coarse)] >= 0.0) == len(coarse)
+
+
+@given(traces(ends=("hold",)), st.floats(0.05, 20.0))
+def test_resampled_keeps_the_held_rate(trace, step):
+    assert trace.resampled(step).rates_bps[-1] == trace.rates_bps[-1]
 
 
 @given(traces(), traces(), times)
@@ -184,18 +192,21 @@ def test_concatenated_is_one_after_the_other(first, second, t):
 
 @given(traces(), st.floats(0.01, 100.0), times)
 def test_scaling_scales_the_bits(trace, factor, t):
-    if trace.peak_bps * factor <= 1e14:
-        assert near(trace.scaled(factor).bits_by(t), factor * trace.bits_by(t), trace.scaled(factor))
+    assert near(trace.scaled(factor).bits_by(t), factor * trace.bits_by(t), trace.scaled(factor))
 
 
 @given(traces(), st.floats(1e3, 1e10))
 def test_scale_to_reaches_mean_and_peak(trace, bps):
-    if trace.peak_bps == 0.0:
-        with pytest.raises(TraceError, match="zero everywhere"):
-            trace.scale_to(mean_bps=bps)
-    elif bps / trace.mean_bps * trace.peak_bps <= 1e14:
-        assert trace.scale_to(mean_bps=bps).mean_bps == pytest.approx(bps)
-        assert trace.scale_to(peak_bps=bps).peak_bps == pytest.approx(bps)
+    assume(trace.mean_bps > 0.0)
+    assume(bps / trace.mean_bps * trace.peak_bps <= MAX_RATE_BPS)
+    assert trace.scale_to(mean_bps=bps).mean_bps == pytest.approx(bps)
+    assert trace.scale_to(peak_bps=bps).peak_bps == pytest.approx(bps)
+
+
+@pytest.mark.parametrize("target", ["mean_bps", "peak_bps"])
+def test_nothing_cannot_be_scaled_to_a_rate(target):
+    with pytest.raises(TraceError, match="zero everywhere"):
+        Trace("t", [1.0, 2.0], [0.0, 0.0]).scale_to(**{target: 1e6})
 
 
 @given(traces(), st.floats(0.01, 10.0), times)
@@ -309,7 +320,7 @@ BAD = [
     ({"durations_s": [1.0, -1.0]}, r"durations_s\[1\]"),
     ({"durations_s": [1.0, 1e-20]}, r"durations_s\[1\]"),
     ({"durations_s": [1e308, 1.7e308]}, "overflow|durations_s"),
-    ({"end": "bounce"}, "end='bounce'; use one of loop, hold, stop"),
+    ({"end": "bounce"}, "end='bounce'; choose from loop, hold, stop"),
     ({"kind": "guess"}, "kind"),
     ({"per": "packet"}, "per"),
     ({"per": "chunk"}, "length 0"),

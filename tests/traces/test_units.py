@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traces.errors import TraceError
-from traces.units import (
+from kvstream.traces.errors import TraceError
+from kvstream.traces.units import (
     format_rate,
     format_time,
     parse_fraction,
@@ -28,6 +30,7 @@ from traces.units import (
         ("1gbit", 1e9),
         ("512kbit", 512e3),
         ("3MB/s", 24e6),
+        ("3MBps", 24e6),
         ("1MiB/s", 8 * 2**20),
         ("7bps", 7.0),
         ("0.2s", 0.2),
@@ -80,10 +83,10 @@ def test_nonsense_is_refused_in_one_line(text):
 @pytest.mark.parametrize(
     ("parse", "text", "says"),
     [
-        (parse_rate, "20ms", "is a time, where a rate is wanted"),
-        (parse_time, "20Mbps", "is a rate, where a time is wanted"),
-        (parse_size, "20Mbps", "is a rate, where a size is wanted"),
-        (parse_fraction, "20s", "is a time, where a fraction is wanted"),
+        (parse_rate, "20ms", "is a time; expected a rate"),
+        (parse_time, "20Mbps", "is a rate; expected a time"),
+        (parse_size, "20Mbps", "is a rate; expected a size"),
+        (parse_fraction, "20s", "is a time; expected a fraction"),
         (parse_rate, "-1Mbps", "negative"),
         (parse_time, "-1s", "negative"),
         (parse_size, "-1B", "negative"),
@@ -95,12 +98,26 @@ def test_a_wrong_dimension_or_sign_is_refused(parse, text, says):
         parse(text)
 
 
-def test_bare_numbers_are_si():
-    assert parse_rate("1e6") == 1e6
-    assert parse_time("0.2") == 0.2
-    assert parse_size("4096") == 4096
+@pytest.mark.parametrize(
+    ("parse", "text", "says"),
+    [
+        (parse_rate, "30", "'30' has no unit; write 30Mbps, 30kbps or 30bps"),
+        (parse_time, "800", "'800' has no unit; write 800s or 800ms"),
+        (parse_size, "4096", "'4096' has no unit; write 4096B or 4096KiB"),
+        (parse_time, " 1e-3 ", "'1e-3' has no unit; write 1e-3s or 1e-3ms"),
+    ],
+)
+def test_numbers_without_the_unit_that_is_meant_are_refused(parse, text, says):
+    with pytest.raises(TraceError, match=re.escape(says)):
+        parse(text)
+
+
+def test_nothing_needs_no_unit_and_neither_do_fractions():
+    assert (parse_rate("0"), parse_time("0.0"), parse_size("0")) == (0.0, 0.0, 0)
     assert isinstance(parse_size("1.5KiB"), int)
     assert parse_fraction("0.001") == 0.001
+    assert parse_quantity("3", "number") == 3.0
+    assert parse_quantity("0.2", "time", bare=True) == 0.2
 
 
 @given(st.floats(1.0, 1e12))

@@ -1,4 +1,4 @@
-"""CacheGen's `bw.jsonl` (SIGCOMM 2024 artifact): `{"bw": [0.5658, 5.0257, ...]}`, one trace a line, Gbit/s.
+"""CacheGen's `bw.jsonl` (SIGCOMM 2024 artifact): `{"bw": [0.5658, 5.0257, ...]}`, one trace per line, Gbit/s.
 
 A number is the rate of the whole chunk with that index, whatever time it takes: `per=chunk`. To lay the numbers out in
 time instead, which is another link, use `Trace.over_time(hold_s)` or `hold=0.2s` in a spec. The artifact divides a
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 
-from traces.errors import TraceError
-from traces.formats.base import Format, Text, choose_part
-from traces.formats.sabre import number_in, parse_json
-from traces.trace import MAX_RATE_BPS, MAX_ROWS, Trace
+from kvstream.traces.errors import TraceError
+from kvstream.traces.formats.base import Format, Options, choose_part, trace_of
+from kvstream.traces.formats.sabre import number_in, parse_json
+from kvstream.traces.formats.text import Text
+from kvstream.traces.trace import MAX_RATE_BPS, MAX_ROWS, Trace
 
 
-def read(text: Text, part: int | None) -> Trace:
-    rows = list(text.rows())
-    chosen = choose_part(text, part, [f"line {line}" for line, _ in rows])
+def read(text: Text, options: Options) -> Trace:
+    if "rows" not in text.known:
+        text.known["rows"] = list(text.rows())
+    rows: list[tuple[int, str]] = text.known["rows"]
+    chosen = choose_part(text, options.part, [f"line {line}" for line, _ in rows])
     line, row = rows[chosen]
     content = parse_json(text, row, line)
     if not isinstance(content, dict) or not isinstance(content.get("bw"), list) or not content["bw"]:
@@ -28,21 +31,21 @@ def read(text: Text, part: int | None) -> Trace:
     part = chosen if len(rows) > 1 else None
     rates = [rate * 1e9 for rate in gbps]
     licence = "Apache-2.0 where from LMCache"
-    return text.trace("cachegen", [], rates, goodput=True, per="chunk", part=part, licence=licence)
+    return trace_of(text, "cachegen", [], rates, goodput=True, per="chunk", part=part, licence=licence)
 
 
 def write(trace: Trace) -> str:
     if trace.per != "chunk":
         raise TraceError(f"cachegen holds one rate a chunk; trace {trace.name!r} is over time")
     if trace.end != "loop":
-        raise TraceError(f"cachegen cannot say end={trace.end}; give trace {trace.name!r} end=loop")
+        raise TraceError(f"cachegen cannot express end={trace.end}; give trace {trace.name!r} end=loop")
     if trace.delay_s is not None or trace.loss is not None:
         raise TraceError(f"cachegen has no column for delay or loss of trace {trace.name!r}; write format kvstream")
     return json.dumps({"bw": (trace.as_goodput().rates_bps / 1e9).tolist()}) + "\n"
 
 
 def fits(text: Text) -> bool:
-    first = text.head()[0].replace(" ", "")
+    first = text.first[1].replace(" ", "")
     return first.startswith('{"bw":[')
 
 
@@ -54,5 +57,5 @@ FORMAT = Format(
     fits=fits,
     read=read,
     write=write,
-    parts=True,
+    takes=("part",),
 )

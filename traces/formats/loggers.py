@@ -8,54 +8,44 @@ the row. The bytes are what an application received, so the rates are achieved.
 
 from __future__ import annotations
 
-from traces.formats.base import Format, Text, table
-from traces.trace import Trace
+from functools import partial
+
+from kvstream.traces.formats import numbers
+from kvstream.traces.formats.base import Format, Options, rising, trace_of
+from kvstream.traces.formats.text import Text
+from kvstream.traces.trace import Trace
 
 CLOCK_SPLIT = 1e11
 """Unix seconds stay below this, unix milliseconds above, for any date from 1973 to 5138."""
 
 
-def _read(text: Text, name: str) -> Trace:
-    durations, rates = [], []
-    previous = None
-    for line, fields in text.numbers(6):
-        clock = text.number(line, fields[1], "milliseconds since the start", 0.0)
-        if previous is not None and clock <= previous:
-            raise text.error(line, f"the clock goes from {previous:.0f} to {clock:.0f} ms; it must rise")
-        previous = clock
-        size = text.number(line, fields[4], "bytes", 0.0, 1e12)
-        span = text.number(line, fields[5], "milliseconds since the last row", 0.0, 1e9)
-        if span == 0.0:
-            raise text.error(line, "0 ms since the last row; an interval must last")
-        durations.append(span / 1000.0)
-        rates.append(size * 8.0 / (span / 1000.0))
-    return text.trace(name, durations, rates, kind="achieved", goodput=True)
+def _read(name: str, text: Text, options: Options) -> Trace:
+    _, clock, _, _, size, span = numbers.table(text, 6).columns
+    numbers.checked(text, clock, 1, "milliseconds since the start", 0.0)
+    numbers.checked(text, size, 4, "bytes", 0.0, 1e12)
+    numbers.checked(text, span, 5, "milliseconds since the last row", 1e-3, 1e9)
+    _, (size, span), notes = rising(clock, [size, span], options.repair, partial(numbers.complaint, text))
+    seconds = span / 1000.0
+    return trace_of(text, name, seconds, size * 8.0 / seconds, kind="achieved", goodput=True, notes=notes)
 
 
-def _clocks(text: Text) -> list[float]:
-    return [row[0] for row in table(text, 6) or []]
-
-
-def read_norway(text: Text, part: int | None) -> Trace:
-    return _read(text, "norway-hsdpa")
-
-
-def read_ghent(text: Text, part: int | None) -> Trace:
-    return _read(text, "ghent-4g")
-
-
-def fits_norway(text: Text) -> bool:
-    clocks = _clocks(text)
-    return bool(clocks) and max(clocks) < CLOCK_SPLIT
-
-
-def fits_ghent(text: Text) -> bool:
-    clocks = _clocks(text)
-    return bool(clocks) and min(clocks) >= CLOCK_SPLIT
+def _fits(late: bool, text: Text) -> bool:
+    if numbers.width(text) != 6 or text.is_json:
+        return False
+    if "clock" not in text.known:
+        clock = numbers.table(text, 6).columns[0]
+        text.known["clock"] = (float(clock.min()), float(clock.max()))
+    low, high = text.known["clock"]
+    return bool(low >= CLOCK_SPLIT) if late else bool(high < CLOCK_SPLIT)
 
 
 _UNIT = "application bytes and milliseconds since the last row"
 _EDGE = "the interval that ends at the row, as long as its last column says"
 
-NORWAY = Format("norway-hsdpa", _UNIT, _EDGE, "achieved", fits_norway, read_norway)
-GHENT = Format("ghent-4g", _UNIT, _EDGE, "achieved", fits_ghent, read_ghent)
+
+def _format(name: str, late: bool) -> Format:
+    return Format(name, _UNIT, _EDGE, "achieved", partial(_fits, late), partial(_read, name), takes=("repair",))
+
+
+NORWAY = _format("norway-hsdpa", late=False)
+GHENT = _format("ghent-4g", late=True)

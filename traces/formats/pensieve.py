@@ -2,29 +2,29 @@
 
 A row's rate holds for the interval that ends at its time, so the first row only says where time begins; files may begin
 anywhere (180.0 is common). (Park, which reads the same files, takes the interval that starts there: another link.)
-The rates were measured as application bytes: they are achieved, and converted to layer-2 capacity.
+The rates were measured as application bytes: they are achieved, and converted to layer-2 capacity. Comments (`#`) and
+one line of names are passed over.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from traces.errors import TraceError
-from traces.formats.base import Format, Text, refuse, table, until_next
-from traces.trace import Trace
+from kvstream.traces.errors import TraceError
+from kvstream.traces.formats import numbers, pairs
+from kvstream.traces.formats.base import Format, Options, refuse, rising, trace_of
+from kvstream.traces.formats.text import Text
+from kvstream.traces.trace import Trace
 
-MOST_MBPS = 20_000.0
 
-
-def read(text: Text, part: int | None) -> Trace:
-    lines, times, rates = [], [], []
-    for line, (time, rate) in text.numbers(2):
-        lines.append(line)
-        times.append(text.number(line, time, "time in s"))
-        rates.append(text.rate(line, rate, "rate in Mbit/s", 1e6))
+def read(text: Text, options: Options) -> Trace:
+    times, rates = numbers.timed(text, 1e6, "rate in Mbit/s")
     if len(times) < 2:
         raise TraceError(f"{text.source}: one row; a cooked trace needs two, as the first only says where time begins")
-    return text.trace("pensieve", until_next(text, lines, times)[:-1], rates[1:], kind="achieved", goodput=True)
+    times, (rates,), notes = rising(times, [rates], options.repair, partial(numbers.complaint, text))
+    return trace_of(text, "pensieve", np.diff(times), rates[1:].copy(), kind="achieved", goodput=True, notes=notes)
 
 
 def write(trace: Trace) -> str:
@@ -35,17 +35,13 @@ def write(trace: Trace) -> str:
     return "".join(f"{time}\t{rate}\n" for time, rate in zip(times.tolist(), rates.tolist(), strict=True))
 
 
-def fits(text: Text) -> bool:
-    rows = table(text, 2)
-    return rows is not None and len(rows) >= 2 and max(rate for _, rate in rows) <= MOST_MBPS
-
-
 FORMAT = Format(
     name="pensieve",
     unit="Mbit/s of application bytes",
     edge="the interval that ends at the row's time (s); the first row's rate is not used",
     kind="achieved",
-    fits=fits,
+    fits=pairs.is_pensieve,
     read=read,
     write=write,
+    takes=("repair",),
 )

@@ -1,30 +1,23 @@
 """Purdue's ABR lab (CS 50863): `seconds bit/s`, each rate from that time on.
 
-Synthetic links, so capacity. The last rate stays (`end=hold`).
+Synthetic links, so capacity. The last rate stays (`end=hold`). Pairs of whole numbers could be anything, so this format
+is never recognised, only named.
 """
 
 from __future__ import annotations
 
-from traces.formats.base import Format, Text, table, until_next
-from traces.trace import Trace
+from functools import partial
 
-LEAST_BPS = 20_000.0
-
-
-def read(text: Text, part: int | None) -> Trace:
-    lines, times, rates = [], [], []
-    for line, (time, rate) in text.numbers(2):
-        lines.append(line)
-        times.append(text.number(line, time, "time in s", 0.0))
-        rates.append(text.rate(line, rate, "rate in bit/s", 1.0))
-    return text.trace("purdue", until_next(text, lines, times), rates, end="hold")
+from kvstream.traces.formats import numbers
+from kvstream.traces.formats.base import Format, Options, rising, trace_of, until_next
+from kvstream.traces.formats.text import Text
+from kvstream.traces.trace import Trace
 
 
-def fits(text: Text) -> bool:
-    rows = table(text, 2)
-    if rows is None or not all(value.is_integer() for row in rows for value in row):
-        return False
-    return all(rate >= LEAST_BPS or rate <= 0.0 for _, rate in rows) and any(rate > 0.0 for _, rate in rows)
+def read(text: Text, options: Options) -> Trace:
+    times, rates = numbers.timed(text, 1.0, "rate in bit/s", low=0.0)
+    times, (rates,), notes = rising(times, [rates], options.repair, partial(numbers.complaint, text))
+    return trace_of(text, "purdue", until_next(times), rates, end="hold", notes=notes)
 
 
 FORMAT = Format(
@@ -32,6 +25,7 @@ FORMAT = Format(
     unit="bit/s",
     edge="from the row's time (s) until the next row's; the last stays",
     kind="capacity",
-    fits=fits,
+    fits=lambda text: False,
     read=read,
+    takes=("repair",),
 )

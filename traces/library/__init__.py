@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from traces.errors import TraceError
-from traces.formats import load as load_file
-from traces.library.families import FAMILIES, UNSEEN, member
-from traces.trace import Trace
+from kvstream.traces.errors import TraceError
+from kvstream.traces.formats import load as load_file
+from kvstream.traces.library.families import FAMILIES, UNSEEN, member
+from kvstream.traces.trace import Trace
 
 Split = Literal["tune", "held-out", "unseen"]
 
@@ -40,12 +40,12 @@ def load(name: str) -> Trace:
             len(number) == 3 and number.isdecimal() and int(number) < 2 * HALF
         ):
             raise TraceError(
-                f"no trace {name!r}; families are family/NAME-000 to {2 * HALF - 1:03d}, "
+                f"unknown trace {name!r}; families are family/NAME-000 to {2 * HALF - 1:03d}, "
                 f"NAME of {', '.join(FAMILIES | UNSEEN)}"
             )
         return member(family_name, int(number)).renamed(name)
     if name not in names():
-        raise TraceError(f"no library trace {name!r}; there are {', '.join(names())}")
+        raise TraceError(f"unknown library trace {name!r}; choose from {', '.join(names())}")
     return load_file(FOLDER / f"{name}.csv", format="kvstream")
 
 
@@ -65,8 +65,8 @@ def family(name: str, split: Split) -> list[Trace]:
 def family_names(name: str, split: Split) -> list[str]:
     """The names of these traces, as `load` and a spec take them. Raises TraceError."""
     if split not in get_args(Split):
-        raise TraceError(f"no part {split!r} of a family; use tune, held-out or unseen")
+        raise TraceError(f"unknown split {split!r} of a family; choose from tune, held-out, unseen")
     if name not in families(split):
-        raise TraceError(f"no trace family {name!r} with a part {split!r}; there are {', '.join(families(split))}")
+        raise TraceError(f"no trace family {name!r} with a split {split!r}; choose from {', '.join(families(split))}")
     numbers = {"tune": range(HALF), "held-out": range(HALF, 2 * HALF), "unseen": range(2 * HALF)}[split]
     return [f"family/{name}-{number:03d}" for number in numbers]

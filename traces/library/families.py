@@ -3,7 +3,7 @@
 Both halves of a family in `FAMILIES` come from the same ranges with different seeds, so the held-out half asks whether
 a policy learned the kind of link, not the links. The families in `UNSEEN` are other kinds of links, made after our
 policies had their settings: they ask what those are worth elsewhere. Settings are rounded, so that a member's
-provenance is a spec one can type.
+provenance is a spec that can be typed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from traces.generators import gilbert_elliott, histogram, lognormal, markov, outage, sine, square, step, uniform
-from traces.trace import Trace
+from kvstream.traces.generators import (
+    gilbert_elliott,
+    histogram,
+    lognormal,
+    markov,
+    outage,
+    sine,
+    square,
+    step,
+    uniform,
+)
+from kvstream.traces.trace import Trace
 
 LENGTH_S = 30.0
 Draw = Callable[[float, float], float]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from traces.formats import save
-from traces.resolve import open_trace
-from traces.trace import Trace
+from kvstream.traces.formats import save
+from kvstream.traces.resolve import open_trace
+from kvstream.traces.trace import Trace
 
 RECIPES: dict[str, tuple[str, str]] = {
     "steady": (
@@ -35,27 +35,27 @@ RECIPES: dict[str, tuple[str, str]] = {
         "A handover: nothing at all for half a second, then as fast as before. What was sent early saves the answer.",
     ),
     "lab-steady": (
-        "constant,rate=30Mbps,length=10s",
+        "constant,rate=12Mbps,length=10s",
         "Lesson 1. Nothing happens. Find the best fixed level by hand, then ask what a policy can add.",
     ),
     "lab-cliff": (
-        "step,rates=45Mbps:8Mbps,hold=0.35s:4s",
+        "step,rates=18Mbps:3.2Mbps,hold=0.35s:4s",
         "Lesson 2. Fast, then a sixth of it for good. Who looks only at the last chunk learns it one chunk too late.",
     ),
     "lab-recovery": (
-        "step,rates=8Mbps:45Mbps,hold=0.4s:4s",
+        "step,rates=3.2Mbps:18Mbps,hold=0.4s:4s",
         "Lesson 3. Slow, then fast for good. The careful pay in quality: when is it safe to climb again?",
     ),
     "lab-sawtooth": (
-        "step,rates=10Mbps:20Mbps:30Mbps:40Mbps:50Mbps,hold=0.1s,end=loop",
+        "step,rates=4Mbps:8Mbps:12Mbps:16Mbps:20Mbps,hold=0.1s,end=loop",
         "Lesson 4. A ramp up and a fall, twice a second. Only the mean matters, and the last sample is always wrong.",
     ),
     "lab-outage": (
-        "outage,rate=40Mbps,floor=0,first=0.3s,down=0.25s,length=2s",
+        "outage,rate=16Mbps,floor=0,first=0.3s,down=0.25s,length=2s",
         "Lesson 5. A quarter of a second of nothing. Estimates over time and over bytes disagree: which one to trust?",
     ),
     "lab-burst": (
-        "step,rates=90Mbps:18Mbps,hold=0.1s:4s",
+        "step,rates=36Mbps:7.2Mbps,hold=0.1s:4s",
         "Lesson 6. A tenth of a second at five times the speed, as a full token bucket gives: the first sample lies.",
     ),
 }

@@ -1,42 +1,60 @@
-"""Exercise 8: plan for the middle of what the link may do, and keep a way out for all but epsilon of it."""
+"""Exercise 9: least expected distortion, among levels that let the deadline still be met but for a share epsilon."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
 
 from kvstream import TEXT, Choice, Observation
 
-PRIOR = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.0, 1.1, 1.2, 1.4)  # rate to come over estimate, on practice links
+Z = [NormalDist().inv_cdf((i + 0.5) / 9) for i in range(9)]  # nine equally likely rates
 
 
 @dataclass
 class MyPolicy:
-    epsilon: float = 0.1
-    middle: float = 0.3
-    _guesses: list[float] = field(default_factory=list, init=False)
+    epsilon: float = 0.2
+    spread: float = 0.5  # of log(rate to come / estimate), on the practice links
+    first: int = 2
+    margin: float = 0.04  # of the deadline, for compute that takes longer
 
     def choose(self, obs: Observation) -> Choice:
-        if not obs.transfers:
-            return Choice(0)
-        rates = [8 * d.bytes / max(d.end_s - d.first_byte_s, 1e-3) for d in obs.transfers if d.level != TEXT]
-        seen = [rate / guess for guess, rate in zip(self._guesses, rates[1:], strict=False)]
-        estimate_bps = len(rates[-4:]) / sum(1 / rate for rate in rates[-4:])
-        self._guesses = (self._guesses + [estimate_bps] * len(rates))[: len(rates)]
-        chances = sorted([*PRIOR, *seen])
+        recompute_s = obs.recompute_s[0] * 1.15 if obs.recompute_s else math.inf
+        left_s = obs.left_s - obs.prefill_s - self.margin * obs.deadline_s
+        if obs.compute_backlog_s < 0.08 and recompute_s + sum(row[0] for row in obs.decode_s[1:]) < left_s:
+            return Choice(TEXT, chunk=obs.remaining[0])  # from the front, encoded chunks from the back
+        estimate_bps, at = self.estimate(obs), len(obs.remaining) - 1
+        if estimate_bps is None:
+            return Choice(self.first, chunk=obs.remaining[at])
+        left_s -= obs.decode_s[at][-1] + (0 if obs.in_flight else obs.rtt_s or 0)
+        under_way = sum(flight.bytes - flight.received_bytes for flight in obs.in_flight)
+        sizes, loss = obs.sizes_bytes[at], obs.distortion[at]
+        rest = [sum(row[level] for row in obs.sizes_bytes[:at]) for level in range(obs.n_levels)]
 
-        def budget_bytes(quantile: float) -> float:
-            rate_bps = estimate_bps * chances[int(quantile * (len(chances) - 1))]
-            under_way = sum(flight.bytes - flight.received_bytes for flight in obs.in_flight)
-            return (obs.left_s - obs.prefill_s - obs.decode_s[-1][0]) * rate_bps / 8 - under_way
+        def room(z: float) -> float:
+            return estimate_bps * math.exp(z * self.spread) / 8 * left_s - under_way
 
-        reason = {"estimate_bps": estimate_bps, "middle_bytes": budget_bytes(self.middle)}
-        # text costs the decoder time and the link nothing: early, while the decoder idles, it is a gift
-        if obs.recompute_s is not None and obs.compute_backlog_s + obs.recompute_s[0] < 0.2 * obs.left_s:
-            return Choice(TEXT, reason=reason)
-        fitting = [
-            level
-            for level in range(obs.n_levels)
-            if sum(sizes[level] for sizes in obs.sizes_bytes) <= budget_bytes(self.middle)
-            and obs.sizes_bytes[0][level] + sum(sizes[0] for sizes in obs.sizes_bytes[1:]) <= budget_bytes(self.epsilon)
-        ]
-        return Choice(max(fitting, default=0), reason={**reason, "sure_bytes": budget_bytes(self.epsilon)})
+        def cost(level: int, room: float) -> float:
+            best = self.least(rest, loss, room - sizes[level])
+            return loss[0] * (at + 1) if best is None else loss[level] + at * best
+
+        sure = room(NormalDist().inv_cdf(self.epsilon)) - rest[0]
+        costs = {k: sum(cost(k, room(z)) for z in Z) for k in range(obs.n_levels) if k == 0 or sizes[k] <= sure}
+        level = min(costs, key=costs.__getitem__)
+        return Choice(level, chunk=obs.remaining[at], reason={"rate_bps": estimate_bps, "sure_bytes": sure})
+
+    def least(self, sizes: list[int], loss: tuple[float, ...], room: float) -> float | None:
+        """Least distortion of the rest in so many bytes, mixing two levels; None if nothing fits."""
+        low = max((level for level, size in enumerate(sizes) if size <= room), default=-1)
+        if low in (-1, len(sizes) - 1):
+            return None if low < 0 else loss[low]
+        return loss[low] + (room - sizes[low]) / (sizes[low + 1] - sizes[low]) * (loss[low + 1] - loss[low])
+
+    def estimate(self, obs: Observation) -> float | None:
+        bits = seconds = free_s = 0.0
+        for done in obs.transfers:
+            some_s, free_s = done.end_s - max(done.first_byte_s, free_s), done.end_s
+            if done.level != TEXT:
+                fade = 0.5 ** (some_s / (0.6 * obs.deadline_s))
+                bits, seconds = bits * fade + 8 * done.bytes, seconds * fade + max(some_s, 0.003)
+        return bits / seconds if seconds else None

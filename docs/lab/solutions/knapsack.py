@@ -1,4 +1,4 @@
-"""Exercise 5: the best levels for a known number of bytes, by trying everything and by a table. Not a policy."""
+"""Exercise 5: the best levels for a known number of bytes, by exhaustive search and by a table. Not a policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def try_everything(sizes: Table, distortion: Table, budget: float) -> tuple[floa
 
 
 def by_table(sizes: Table, distortion: Table, budget: float) -> tuple[float, tuple[int, ...]]:
-    """The same from a front that holds, after each chunk, only (bytes, distortion) pairs that nothing beats."""
+    """The same from a front that holds, after each chunk, only (bytes, distortion) pairs that no other dominates."""
     front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
     for row, losses in zip(sizes, distortion, strict=True):
         grown = sorted(

@@ -1,36 +1,37 @@
-"""Exercise 6: plan all that is left, take the first step, plan again; trust the estimate as far as it was right."""
+"""Exercise 7: plan all remaining chunks, take the first step, replan; text while the decoder is idle."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstream import TEXT, Choice, Observation
 
 
 @dataclass
 class MyPolicy:
-    memory: int = 4  # past errors that discount the estimate
-    least: float = 0.8  # the least discount
-    _guesses: list[float] = field(default_factory=list, init=False)
+    first: int = 2
+    half_s: float = 0.2
+    careful: float = 0.75
+    reserve_s: float = 0.1
+    idle: float = 0.4  # a recomputation that ends within this part of the time left delays nothing
 
     def choose(self, obs: Observation) -> Choice:
-        if not obs.transfers:
-            return Choice(0)
-        # from the first byte on: before it, a small chunk waits for its request, not for the link
-        rates = [8 * d.bytes / max(d.end_s - d.first_byte_s, 1e-3) for d in obs.transfers if d.level != TEXT]
-        estimate_bps = len(rates[-3:]) / sum(1 / rate for rate in rates[-3:])
-        errors = [guess / rate - 1 for guess, rate in zip(self._guesses, rates[1:], strict=False)][-self.memory :]
-        self._guesses = (self._guesses + [estimate_bps] * len(rates))[: len(rates)]
-        rate_bps = estimate_bps / (1 + max([self.least, *errors]))
-        # text travels in no time and is computed while bytes travel: take it while the decoder has nothing to do
-        if obs.recompute_s is not None and obs.recompute_s[0] + obs.compute_backlog_s < 0.2 * obs.left_s:
-            return Choice(TEXT, reason={"rate_bps": rate_bps})
+        if obs.recompute_s is not None and obs.compute_backlog_s + obs.recompute_s[0] < self.idle * obs.left_s:
+            return Choice(TEXT)
+        estimate_bps = self.estimate(obs)
+        if estimate_bps is None:
+            return Choice(self.first)
+        rate_bps = self.careful * estimate_bps
         under_way = sum(flight.bytes - flight.received_bytes for flight in obs.in_flight)
-        budget = (obs.left_s - obs.prefill_s - obs.decode_s[-1][0]) * rate_bps / 8 - under_way
-        return Choice(self._first_of_plan(obs, budget), reason={"rate_bps": rate_bps, "budget_bytes": budget})
+        time_s = obs.left_s - obs.prefill_s - obs.decode_s[-1][0]
+        least = obs.sizes_bytes[0][1] + sum(sizes[0] for sizes in obs.sizes_bytes[1:])
+        level = self.first_of_plan(obs, (time_s - self.reserve_s) * rate_bps / 8 - under_way)
+        if level == 0 and least <= time_s * rate_bps / 8 - under_way:
+            level = 1
+        return Choice(level, reason={"rate_bps": rate_bps})
 
-    def _first_of_plan(self, obs: Observation, budget: float) -> int:
-        """Start at the smallest level everywhere; again and again buy the step with the most quality a byte."""
+    def first_of_plan(self, obs: Observation, budget: float) -> int:
+        """Start at the smallest level everywhere; repeatedly buy the step with the most quality per byte."""
         levels = [0] * len(obs.remaining)
         budget -= sum(sizes[0] for sizes in obs.sizes_bytes)
         while True:
@@ -43,3 +44,13 @@ class MyPolicy:
                 return levels[0]
             _, _, i, cost = max(steps)
             levels[i], budget = levels[i] + 1, budget - cost
+
+    def estimate(self, obs: Observation) -> float | None:
+        """As in exercise 5; text is too small to measure a link."""
+        bits = seconds = free_s = 0.0
+        for done in obs.transfers:
+            some_s, free_s = done.end_s - max(done.first_byte_s, free_s), done.end_s
+            if done.level != TEXT:
+                fade = 0.5 ** (some_s / self.half_s)
+                bits, seconds = bits * fade + 8 * done.bytes, seconds * fade + max(some_s, 0.003)
+        return bits / seconds if seconds else None

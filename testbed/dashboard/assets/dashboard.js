@@ -1,10 +1,11 @@
-// The dashboard: follows a run by server-sent events, and plays finished sessions again at any speed.
+// The dashboard: follows a run by server-sent events, and replays finished sessions at any speed.
 "use strict";
 (function () {
   const look = JSON.parse(document.getElementById("look").textContent);
   const $ = (id) => document.getElementById(id);
   const rows = new Map();          // "unit scheme" -> row
   const finished = new Map();      // "unit scheme" -> session, as fetched
+  let compared = [];               // schemes that every unit needs to count
   let total = 0, live = null, following = true, playing = null, shown = null, viewer = null, ladder = 0, began = null, doneAtStart = 0;
 
   const key = (one) => one.unit_id + " " + one.scheme;
@@ -18,7 +19,7 @@
 
   const duration = (s) => (s < 90 ? Math.ceil(s) + " s" : Math.round(s / 60) + " min");
 
-  // --- the session under way
+  // --- the current session
 
   function startLive(start) {
     live = {
@@ -36,19 +37,19 @@
     const record = event.record, chunk = live.session.chunks[record.chunk];
     if (!chunk) return;
     Object.assign(chunk, record);
-    // the run's clock is the true one; ours only fills the time between two messages
+    // the run's clock counts; ours only fills the time between two messages
     live.clock = Math.min(live.clock ?? Infinity, performance.now() / 1000 - event.t_s);
     const received = live.session.chunks.reduce((sum, c) => sum + (c.last_byte_s !== null ? c.bytes : c.received_bytes || 0), 0);
     const last = live.arrivals[live.arrivals.length - 1];
     if (last[0] < event.t_s) live.arrivals.push([event.t_s, received]);
-    else last[1] = received;   // chunks that are told of together
+    else last[1] = received;   // chunks reported together
   }
 
   function liveNow() {
     return live.clock === null ? 0 : performance.now() / 1000 - live.clock;
   }
 
-  // Capacity is known ahead, arrivals up to now: one time axis for both, which grows with the session.
+  // Capacity is known in advance, arrivals up to now: one time axis for both, which grows with the session.
   function liveLink(now) {
     const { deadline_s: deadline, capacity: steps } = live.session, known = steps.length ? live.session.capacity_until_s : 0;
     for (let at = (live.t.length * deadline) / 100; at <= Math.max(2 * deadline, now + deadline / 2); at = (live.t.length * deadline) / 100) {
@@ -112,7 +113,7 @@
     gauges(session, now === null ? Infinity : now);
   }
 
-  // A session that runs shares its processors with this page as often as not: few pictures, and little time for them.
+  // A running session often shares its processors with this page: few redraws, and little time for them.
   const LIVE_EVERY_MS = 150, LIVE_SHARE = 0.05;
 
   function drawLive() {
@@ -185,20 +186,31 @@
 
   function mean(values) { return values.length ? values.reduce((a, b) => a + b, 0) / values.length : null; }
 
+  // Units that count, as in the report: a session of every scheme, and none invalid.
+  function countedUnits() {
+    const units = new Map();
+    for (const row of rows.values()) {
+      if (row.reference) continue;
+      if (!units.has(row.unit_id)) units.set(row.unit_id, new Map());
+      units.get(row.unit_id).set(row.scheme, row.status);
+    }
+    return new Set([...units].filter(([, found]) => compared.every((name) => found.has(name)) && ![...found.values()].includes("invalid")).map(([unit]) => unit));
+  }
+
   function table() {
-    const schemes = new Map();
+    const schemes = new Map(), counted = countedUnits();
     for (const row of rows.values()) {
       if (!schemes.has(row.scheme)) schemes.set(row.scheme, []);
       schemes.get(row.scheme).push(row);
     }
     const known = (list, field) => list.map((r) => r[field]).filter((x) => x !== null && x !== undefined);
-    $("table").tBodies[0].innerHTML = [...schemes].sort().map(([name, all]) => {
-      const list = all.filter((r) => r.status !== "invalid"), last = all[all.length - 1];
+    $("table").tBodies[0].innerHTML = [...schemes].sort(([a, [x]], [b, [y]]) => !!x.reference - !!y.reference || (a < b ? -1 : 1)).map(([name, all]) => {
+      const list = all.filter((r) => (r.reference ? r.status !== "invalid" : counted.has(r.unit_id))), last = all[all.length - 1];
       const ttft = list.map((r) => (r.ttft_s === null ? Infinity : r.ttft_s)).sort((a, b) => a - b);
       const median = ttft.length ? ttft[Math.floor((ttft.length - 1) / 2)] : null;
       const met = list.filter((r) => r.met).length, regret = known(list, "regret"), answers = known(list, "answers");
-      return `<tr><th scope="row"><svg class="swatch" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" fill="${last.hollow ? "none" : last.colour}" stroke="${last.colour}" stroke-width="2"/></svg> ${escape(name)}${last.clairvoyant ? ' <abbr title="told the future of the link">*</abbr>' : ""}` +
-        `<td>${list.length}<td>${met}/${list.length}<td>${median === null || median === Infinity ? "–" : median.toFixed(3) + " s"}<td>${number(mean(known(list, "distortion")))}` +
+      return `<tr><th scope="row"><svg class="swatch" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" fill="${last.hollow ? "none" : last.colour}" stroke="${last.colour}" stroke-width="2"/></svg> ${escape(name)}${last.clairvoyant ? ' <abbr title="clairvoyant: sees the future trace">*</abbr>' : ""}${last.reference ? ' <abbr title="reference line: on a few units only, compared with nothing">†</abbr>' : ""}` +
+        `<td>${list.length}<td>${list.length ? met + "/" + list.length : "–"}<td>${median === null || median === Infinity ? "–" : median.toFixed(3) + " s"}<td>${number(mean(known(list, "distortion")))}` +
         `<td>${answers.length ? known(list, "answers_right").reduce((a, b) => a + b, 0) + "/" + answers.reduce((a, b) => a + b, 0) : "–"}<td>${size(mean(known(list, "bytes")))}` +
         `<td>${regret.length ? number(mean(regret)) + " (" + regret.length + ")" : "–"}<td>${all.length - list.length || "–"}<td>${last.status !== "ok" ? escape(last.status) : last.met ? "met" : "missed"}</tr>`;
     }).join("");
@@ -232,6 +244,7 @@
       $("name").textContent = event.name;
       document.title = event.name + " · kvstream dashboard";
       total = event.sessions;
+      compared = event.compared;
       for (const row of event.rows) rows.set(key(row), row);
       began = performance.now(); doneAtStart = rows.size; live = null;
       if (event.current) {
@@ -244,7 +257,7 @@
       const last = [...rows.keys()].pop();
       if (last && !live) choose(last);
     },
-    run_start(event) { $("name").textContent = event.name; total = event.sessions; began = performance.now(); doneAtStart = rows.size; mode("live"); follow(true); table(); },
+    run_start(event) { compared = event.compared; $("name").textContent = event.name; total = event.sessions; began = performance.now(); doneAtStart = rows.size; mode("live"); follow(true); table(); },
     session_start(event) { startLive(event); mode("live"); },
     chunk: news,
     session_end(event) { end(event.row); },

@@ -5,20 +5,23 @@
 //   viewer.show(session);                        a finished session
 //   viewer.show(session, {now: t_s, follow: true});   a growing one, again and again; follow selects its newest chunk;
 //                                                {span: s} shows so many seconds, and scrolls with now
+//   viewer.show(session, {overlay: other, until: s});   with the bytes of another one on the same unit; s is the least
+//                                                       that the time axis shows
 "use strict";
 
 function kvViewer(root, look) {
   const SVG = "http://www.w3.org/2000/svg";
   const LANE_HEIGHT = 26, LANE_GAP = 10;
-  const SHORT = { transfer: "link", copy: "copy", decode: "dec.", compute: "comp." };   // where there is little room
-  let session = null, plot = null, selected = 0, nowS = null, spanS = null, keep = null;
+  const SHORT = { transfer: "link", copy: "copy", decode: "dec.", compute: "comp." };   // on narrow screens
+  let over = null;                                  // another session, whose bytes are drawn beside
+  let session = null, plot = null, selected = 0, nowS = null, spanS = null, untilS = 0, keep = null;
 
   root.innerHTML = `
     <p class="v-title" data-part="title"></p>
     <div data-part="legend"></div>
     <div data-part="plot"></div>
     <svg class="v-lanes" data-part="lanes" tabindex="0" role="application"
-         aria-label="Transfers, decoding and computing of every chunk; arrow keys walk through the chunks"></svg>
+         aria-label="Transfers, decoding and computing of every chunk; arrow keys select a chunk"></svg>
     <div class="v-key" data-part="key"></div>
     <div class="v-strip" data-part="strip"></div>
     <p class="v-detail" data-part="detail" aria-live="polite"></p>
@@ -57,26 +60,41 @@ function kvViewer(root, look) {
 
   function reasons(chunk) {
     const words = Object.entries(chunk.reason || {}).map(([key, value]) => reason(key, value));
-    if (chunk.fault) words.unshift("the policy's answer could not be used (" + chunk.fault + ")");
+    if (chunk.fault) words.unshift("invalid choice of the policy (" + chunk.fault + ")");
     return words.join(", ");
   }
 
-  // Goodput of the last 50 ms, from bytes delivered so far.
+  // Bytes per time over windows of 10 ms, longer where 10 ms hold few packets; [t, rate] as steps. A mean over more would
+  // show bytes during an outage, and more than the link carries after its rate has fallen.
   function rates(link) {
-    const out = [];
+    const out = link.t.map(() => null);
     let from = 0;
-    for (let i = 0; i < link.t.length; i++) {
-      if (link.delivered[i] === null) { out.push(null); continue; }
-      while (link.t[i] - link.t[from] > 0.0505) from++;
-      const span = link.t[i] - link.t[from];
-      out.push(span > 0 ? ((link.delivered[i] - link.delivered[from]) * 8) / span / 1e6 : null);
+    for (let i = 1; i < link.t.length; i++) {
+      if (link.delivered[i] === null) continue;
+      const span = link.t[i] - link.t[from], bytes = link.delivered[i] - link.delivered[from];
+      const changes = link.capacity[i] !== link.capacity[i - 1];
+      if (!(span >= 0.05 || (span >= 0.0095 && (bytes >= 15000 || bytes === 0)) || (changes && span >= 0.0045))) continue;
+      out.fill(span > 0 ? (bytes * 8) / span / 1e6 : null, from, i);
+      out[i] = out[i - 1];
+      from = i;
     }
     return out;
   }
 
   function data() {
     const link = session.link;
-    return [link.t, link.capacity.map((x) => (x === null ? null : x / 1e6)), rates(link), link.delivered.map((x) => (x === null ? null : x / 1e6))];
+    const columns = [link.t, link.capacity.map((x) => (x === null ? null : x / 1e6)), rates(link), link.delivered.map((x) => (x === null ? null : x / 1e6))];
+    return over ? [...columns, bytesAt(over.link, link.t)] : columns;
+  }
+
+  // Megabytes of a link at other times than its samples'.
+  function bytesAt(link, times) {
+    let i = 0;
+    return times.map((t) => {
+      while (i + 1 < link.t.length && link.t[i + 1] <= t) i++;
+      if (!link.t.length || t > link.t[link.t.length - 1] + 0.02) return null;
+      return (link.delivered[i] || 0) / 1e6;
+    });
   }
 
   // What is shown: the stretch chosen by hand, a window that goes along with a running session, or all of it.
@@ -88,13 +106,14 @@ function kvViewer(root, look) {
 
   function endS() {
     const last = session.link.t.length ? session.link.t[session.link.t.length - 1] : 0;
-    return Math.max(session.deadline_s * 1.08, (session.ttft_s || 0) * 1.03, last, nowS || 0);
+    return Math.max(untilS, session.deadline_s * 1.08, (session.ttft_s || 0) * 1.03, last, nowS || 0);
   }
 
   function makePlot() {
     const axis = (more) => ({ stroke: () => css("--quiet"), grid: { stroke: () => css("--rule"), width: 1 }, ticks: { stroke: () => css("--rule"), width: 1 }, font: "12px system-ui, sans-serif", ...more });
     const narrow = root.clientWidth < 560;
     const rate = (u, v) => (v === null ? "" : number(v) + " Mbit/s");
+    const other = over ? [{ label: `delivered, ${over.scheme}`, scale: "mb", stroke: () => css("--now"), width: 2, dash: [2, 3], value: (u, v) => (v === null ? "" : size(v * 1e6)), points: { show: false } }] : [];
     const options = {
       width: root.clientWidth,
       height: 220,
@@ -104,8 +123,9 @@ function kvViewer(root, look) {
       series: [
         { label: "time", value: (u, v) => (v === null ? "" : v.toFixed(2) + " s") },
         { label: "capacity", scale: "mbit", stroke: () => css("--quiet"), width: 1, fill: () => css("--capacity"), paths: uPlot.paths.stepped({ align: 1 }), value: rate, points: { show: false } },
-        { label: "arriving", scale: "mbit", stroke: () => css("--accent"), width: 2, value: rate, points: { show: false } },
+        { label: "arriving", scale: "mbit", stroke: () => css("--accent"), width: 2, value: rate, paths: uPlot.paths.stepped({ align: 1 }), points: { show: false } },
         { label: "delivered", scale: "mb", stroke: () => css("--delivered"), width: 2, dash: [6, 4], value: (u, v) => (v === null ? "" : size(v * 1e6)), points: { show: false } },
+        ...other,
       ],
       axes: [
         axis({ values: (u, splits) => splits.map((v) => +v.toFixed(3) + " s") }),
@@ -144,7 +164,7 @@ function kvViewer(root, look) {
       ctx.font = `${11 * dpr}px system-ui, sans-serif`;
       ctx.textAlign = x > u.bbox.left + u.bbox.width * 0.8 ? "right" : "left";
       const at = [label, x + (ctx.textAlign === "left" ? 4 : -4) * dpr, u.bbox.top + (label === "deadline" ? 12 : 26) * dpr];
-      ctx.strokeStyle = css("--paper");   // a halo, so that lines behind the words do not cross them out
+      ctx.strokeStyle = css("--paper");   // a halo, so that lines do not cross out the words
       ctx.lineWidth = 4 * dpr;
       ctx.setLineDash([]);
       ctx.strokeText(...at);
@@ -170,7 +190,7 @@ function kvViewer(root, look) {
     return node;
   }
 
-  // [lane]: its upper edge. What is copied has a lane where anything is.
+  // [lane]: its upper edge. There is a lane for copies if there are any.
   function lanes() {
     const copied = session.chunks.some((c) => c.copies_s && c.copies_s.length);
     const names = ["transfer", ...(copied ? ["copy"] : []), "decode", "compute"];
@@ -189,7 +209,7 @@ function kvViewer(root, look) {
       nodes.push(label(left - 6, y, narrow ? SHORT[name] : name, "end", "v-lane"), rect(left, y - 2, width, LANE_HEIGHT + 4, { class: "v-bed" }));
     }
     const end = nowS === null ? endS() : nowS;
-    // a bar in a lane, and words on it where they fit
+    // a bar in a lane, with words on it if they fit
     const bar = (name, from, to, attributes, words, room, ink) => {
       nodes.push(rect(x(from), lane[name], x(to) - x(from) - 0.4, LANE_HEIGHT, attributes));
       if (words && x(to) - x(from) > room) nodes.push(label((x(from) + x(to)) / 2, lane[name], words, "middle", "v-digit", ink));
@@ -227,7 +247,7 @@ function kvViewer(root, look) {
   function title() {
     const words = [`<b>${escape(session.scheme)}</b> on ${escape(session.context)} over ${escape(session.trace.split(",")[0])}`];
     if (session.status === "failed") words.push(`failed: ${escape(session.why)}`);
-    else if (session.ttft_s !== null) words.push(`first token after ${seconds(session.ttft_s)} of ${number(session.deadline_s)} s: ${session.met ? "met" : "missed"}`);
+    else if (session.ttft_s !== null) words.push(`first token after ${seconds(session.ttft_s)}, deadline ${number(session.deadline_s)} s ${session.met ? "met" : "missed"}`);
     if (session.status === "invalid") words.push(`invalid: ${escape(session.why)}`);
     if (session.distortion !== null && session.distortion !== undefined) {
       words.push(`distortion ${number(session.distortion)}` + (session.oracle_distortion === null || session.oracle_distortion === undefined ? "" : ` (optimum ${number(session.oracle_distortion)})`));
@@ -241,7 +261,7 @@ function kvViewer(root, look) {
     part.key.innerHTML = used.map((l) => `<span><i style="background:${colour(l)}"></i>${name(l)}${l === 0 ? " (smallest)" : ""}</span>`).join("");
   }
 
-  // The share of a chunk that is here; a travelling one's bytes are known while the session runs, else only its times.
+  // The share of a chunk that has arrived; its bytes are known while the session runs, else only its times.
   function arrived(chunk) {
     if (chunk.last_byte_s !== null || !chunk.bytes) return 1;
     if (chunk.received_bytes) return chunk.received_bytes / chunk.bytes;
@@ -264,7 +284,7 @@ function kvViewer(root, look) {
     const optimum = session.oracle_levels && session.oracle_levels[selected] !== undefined ? ` (optimum: ${name(session.oracle_levels[selected])})` : "";
     const why = reasons(chunk);
     part.detail.textContent = `Chunk ${chunk.chunk}: ${name(chunk.level)}${optimum}, ${size(chunk.bytes)}; chosen at ${seconds(chunk.request_s)}, ` +
-      `here at ${seconds(chunk.last_byte_s)}, ${chunk.level === "text" ? "recomputed" : "decoded"} at ${seconds(chunk.decode_end_s)}.` + (why ? ` Why: ${why}.` : "");
+      `received at ${seconds(chunk.last_byte_s)}, ${chunk.level === "text" ? "recomputed" : "decoded"} at ${seconds(chunk.decode_end_s)}.` + (why ? ` Why: ${why}.` : "");
   }
 
   function table() {
@@ -292,13 +312,17 @@ function kvViewer(root, look) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (plot) { makePlot(); strip(); } });
 
   return {
-    show(next, { now = null, follow = false, span = null } = {}) {
+    show(next, { now = null, follow = false, span = null, overlay = null, until = 0 } = {}) {
+      const changed = (overlay && overlay.scheme) !== (over && over.scheme);
+      over = overlay;
       if (!session || session.unit_id !== next.unit_id || session.scheme !== next.scheme) { keep = null; selected = 0; }
       session = next;
       nowS = now;
       spanS = span;
+      untilS = until;
       if (follow) selected = session.chunks.reduce((last, c, i) => (c.request_s !== null ? i : last), 0);
-      if (plot) plot.setData(data()); else makePlot();
+      if (plot && !changed) plot.setData(data()); else makePlot();
+      root.classList.toggle("v-greyed", session.status === "invalid");
       title(); key(); strip(); detail();
       if (folded.open) table();
     },

@@ -1,4 +1,4 @@
-"""Looks at the clock: the further ahead of an even pace, the better the level. It never estimates a rate."""
+"""Looks at the clock: the further ahead of schedule, the better the level. It never estimates a rate."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from kvstream import Choice, Observation
 
 @dataclass
 class MyPolicy:
-    full_s: float = 0.25  # a lead of so many seconds buys the best level
+    full_s: float = 0.25  # a lead of this many seconds earns the best level
 
     def choose(self, obs: Observation) -> Choice:
         share = len(obs.transfers) / obs.n_chunks

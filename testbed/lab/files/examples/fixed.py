@@ -1,4 +1,4 @@
-"""Never looks: the same level for every chunk."""
+"""Ignores the link: the same level for every chunk."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Looks at the link: the best level at which everything left fits at the last chunk's rate."""
+"""Looks at the link: the best level at which all remaining chunks fit at the last chunk's rate."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,12 @@ from kvstream import Choice, Observation
 
 @dataclass
 class MyPolicy:
+    first: int = 1  # before anything is known of the link
     careful: float = 0.8
 
     def choose(self, obs: Observation) -> Choice:
         if not obs.transfers:
-            return Choice(1)
+            return Choice(self.first)
         rate_bps = self.careful * obs.transfers[-1].goodput_bps
         waiting = sum(flight.bytes - flight.received_bytes for flight in obs.in_flight)
         for level in reversed(range(obs.n_levels)):

@@ -1,0 +1,1 @@
+"""Text to objects: experiments, settings and plug-ins as people write them."""

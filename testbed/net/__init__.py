@@ -1,0 +1,1 @@
+"""Bytes between the two ends: messages, frames, sender, client."""

@@ -1,0 +1,1 @@
+"""The receiving process: a session driven in real time, and the engine that computes."""

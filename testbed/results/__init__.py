@@ -1,0 +1,1 @@
+"""A run's files and what they say."""

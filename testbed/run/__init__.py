@@ -1,0 +1,1 @@
+"""An experiment carried out, over emulated links or in virtual time."""

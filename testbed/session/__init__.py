@@ -1,0 +1,1 @@
+"""The state machine of a transfer: no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""Contexts on disk or in an object store, and what describes them."""
