@@ -189,7 +189,10 @@ def test_check_is_one_screen() -> None:
 
 
 def test_the_lab_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from tests.testbed.lab.test_lab import run; sys.exit(run('check', 'mpc'))"
+    code = (
+        "import sys; sys.modules['torch'] = None; "
+        "from tests.testbed.lab.test_lab import run; sys.exit(run('check', 'mpc'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mpc" in done.stdout
