@@ -78,13 +78,15 @@ def fit(
     kinds, expected = _kinds(found.classes, found.class_of_column, found.shift_of_column, alive)
     bases = [basis[own] for basis, own in zip(chosen.bases, kept, strict=True)]
     scale = torch.cat([basis.abs().amax(dim=(0, 4)) for basis in bases]).clamp(min=1e-30)
-    metric_scale = metric.abs().amax(dim=(3, 4))
+    # not the metric: rounded to float16 it would not be positive definite where directions differ a thousandfold
+    root = samples.root
+    root_scale = root.abs().amax(dim=(3, 4))
     tensors: dict[str, NDArray[Any]] = {
         "mean": mean.numpy(),
         "spread": spread.numpy(),
         "scale": scale.numpy(),
-        "metric": (metric / metric_scale[..., None, None]).half().numpy(),
-        "metric_scale": metric_scale.numpy(),
+        "root": (root / root_scale[..., None, None]).half().numpy(),
+        "root_scale": root_scale.numpy(),
         "tables": found.classes.tables.frequencies,
         "values": found.classes.values,
         "steps": np.array(steps, np.float32),
@@ -175,7 +177,7 @@ class _Samples:
         self.layers = len(mean)
         weight, axes = torch.linalg.eigh(metric.double())
         weight = weight.clamp(min=1e-30)
-        self._root = ((axes * weight.sqrt()[..., None, :]) @ axes.mT).float()
+        self.root = ((axes * weight.sqrt()[..., None, :]) @ axes.mT).float()
         self._back = ((axes * weight.rsqrt()[..., None, :]) @ axes.mT).float()
 
     def whitened(self, layers: range) -> Tensor:
@@ -183,7 +185,7 @@ class _Samples:
         part = slice(layers.start, layers.stop)
         rows = [vectors(kv, layers, self._rope, range(kv.shape[2]), self._mean)[self._sinks :] for kv in self._kv]
         values = torch.cat(rows).unflatten(1, self._mean[part].shape)
-        return torch.einsum("tlshd,lshde->tlshe", values, self._root[part]).flatten(1)
+        return torch.einsum("tlshd,lshde->tlshe", values, self.root[part]).flatten(1)
 
     def unwhitened(self, rows: Tensor, layers: range) -> Tensor:
         """Directions `[K, N]` there as directions `[K, layers, 2, H, D]` of values."""

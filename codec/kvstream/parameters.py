@@ -185,9 +185,7 @@ def group_layers(layers: int, each: int) -> list[range]:
 
 def _groups(profile: Profile, layers: int, heads: int, dim: int) -> tuple[Group, ...]:
     scale = torch.tensor(profile.tensor("scale", np.float32, (layers, 2, heads)))
-    metric_scale = torch.tensor(profile.tensor("metric_scale", np.float32, (layers, 2, heads)))
-    metric = torch.tensor(profile.tensor("metric", np.float16, (layers, 2, heads, dim, dim))).float()
-    metric *= metric_scale[..., None, None]
+    metric = _metric(profile, (layers, 2, heads, dim))
     found: list[Group] = []
     first = 0
     for index, own in enumerate(group_layers(layers, profile.number("group_layers"))):
@@ -198,6 +196,14 @@ def _groups(profile: Profile, layers: int, heads: int, dim: int) -> tuple[Group,
         found.append(Group(own, slice(first, first + len(basis)), basis, scale[part], metric[part]))
         first += len(basis)
     return tuple(found)
+
+
+def _metric(profile: Profile, shape: tuple[int, int, int, int]) -> Tensor:
+    """float32 `[L, 2, H, D, D]`. Profiles hold its symmetric square root; the first ones held the metric itself."""
+    name = "metric" if "metric" in profile.tensors else "root"
+    held = torch.tensor(profile.tensor(name, np.float16, (*shape, shape[-1]))).float()
+    held *= torch.tensor(profile.tensor(f"{name}_scale", np.float32, shape[:-1]))[..., None, None]
+    return held if name == "metric" else held @ held.mT
 
 
 def _count(profile: Profile, name: str) -> int:

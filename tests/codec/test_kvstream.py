@@ -357,6 +357,16 @@ class TestKVStream(Conformance):
         with pytest.raises(CodecError, match="calibrate again"):
             self.encode(codec, kv)
 
+    @pytest.mark.parametrize("name", ["root", "root_scale"])
+    def test_profiles_whose_metric_is_no_number_are_refused(self, name: str) -> None:
+        good = fit([synthetic_kv(2, 64, 2, 8)], target_bits=(4.0,))
+        without = {k: v for k, v in good.tensors.items() if k != name}
+        with pytest.raises(CodecError, match="has no tensor"):
+            registry.make("kvstream", {}, Profile(without, good.metadata))
+        damaged = {**good.tensors, name: np.full_like(good.tensors[name], np.nan)}
+        with pytest.raises(CodecError):
+            registry.make("kvstream", {}, Profile(damaged, good.metadata))
+
     def test_steps_that_give_no_numbers_fall_back_to_eight_bits(self) -> None:
         good = stored("kvstream")
         steps = np.full_like(good.tensors["steps"], 1e-45)
@@ -437,6 +447,26 @@ def test_large_heads_come_back_whatever_the_number_of_threads(dim: int) -> None:
         torch.set_num_threads(threads)
     for found in decoded:
         assert float((found - kv).pow(2).mean().sqrt()) < 0.05 * float(kv.std())
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_metric_of_few_directions_survives_being_stored(dim: int) -> None:
+    """Gradients of a large model: few directions matter a thousand times as much as others, and a basis is long where
+    nothing matters. A profile that kept the metric itself in float16 lost that it is positive definite."""
+    draw = torch.Generator().manual_seed(dim)
+    kv = torch.randn((1, 2, 600, 1, dim), generator=draw)
+    few = torch.full((dim,), 1e-5).index_fill_(0, torch.arange(2), 1.0)
+    factor = torch.randn((1, 2, 1, dim, dim), generator=draw) * few
+    codec = KVStream(profile=fit([kv], sensitivity=factor @ factor.mT / dim, target_bits=(6.0,)))
+    group = codec.parameters.groups[0]
+    rows = group.basis.unflatten(1, group.stored_basis.shape[1:])
+    gram = torch.einsum("klshd,lshde,jlshe->kj", *(x.double() for x in (rows, group.metric, rows)))
+    weights = torch.linalg.eigvalsh(gram)
+    assert float(weights[0]) > 0.95
+    assert float(weights[-1]) < 1.05
+    decoded = codec.decode(codec.encode(kv, 0, positions=range(600)))
+    error, exact = (torch.einsum("lsthd,lshde->lsthe", x, factor) for x in (decoded - kv, kv))
+    assert float(error.pow(2).mean().sqrt()) < 0.05 * float(exact.pow(2).mean().sqrt())
 
 
 @settings(deadline=None, max_examples=25)
