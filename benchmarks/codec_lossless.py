@@ -5,7 +5,8 @@
 Caches of 1,024 tokens of the models' check text. Beside zstd -19 of the whole cache as it lies in memory (package
 zstandard; where it is missing, lzma's preset 9, which is smaller, and Deflate) stands the limit that this level keeps:
 75 % of raw for bfloat16, 92 % for float16. Rates are bytes of the cache a second, on the CPU and, where there is one,
-on a GPU: of `codec.decode` from host memory, and of the kernel alone.
+on a GPU: of `codec.decode` from host memory, and of the kernel alone. Where nvCOMP is installed beside a GPU, its ANS is
+compared too, as bytes and as 16-bit floats, whichever is smaller.
 """
 
 from __future__ import annotations
@@ -58,6 +59,27 @@ def chunk_of(kv: Tensor) -> Chunk:
     return container.parse(container.pack(header, lossless.encode(kv)))
 
 
+def nvcomp_ans(kv: Tensor) -> tuple[int, float] | None:
+    """Bytes that nvCOMP's ANS makes of a cache, and seconds to decode them on the GPU; None where it is missing."""
+    try:
+        from nvidia import nvcomp
+    except ImportError:
+        return None
+    import triton
+
+    flat = kv.contiguous().view(-1).view(torch.uint8).cuda()
+    found: tuple[int, float] | None = None
+    for data_type in ("|u1", "<f2"):
+        codec = nvcomp.Codec(algorithm="ANS", data_type=data_type)
+        coded = codec.encode(nvcomp.as_array(flat if data_type == "|u1" else flat.view(torch.float16)))
+        decoded = torch.as_tensor(codec.decode(coded), device="cuda")
+        assert torch.equal(decoded.view(-1).view(torch.uint8), flat)
+        if found is None or coded.buffer_size < found[0]:
+            seconds = float(triton.testing.do_bench(lambda: codec.decode(coded), return_mode="median")) / 1e3  # noqa: B023
+            found = (coded.buffer_size, seconds)
+    return found
+
+
 def row(name: str, kv: Tensor, others: dict[str, Callable[[bytes], bytes]]) -> dict[str, Any]:
     chunk = chunk_of(kv)
     out = torch.empty_like(kv)
@@ -65,6 +87,8 @@ def row(name: str, kv: Tensor, others: dict[str, Callable[[bytes], bytes]]) -> d
     assert torch.equal(out.view(torch.int16), kv.view(torch.int16))
     raw = kv.view(torch.uint8).numpy().tobytes()
     sizes = {"lossless": chunk.total_bytes} | {peer: len(compress(raw)) for peer, compress in others.items()}
+    if torch.cuda.is_available() and (ans := nvcomp_ans(kv)):
+        sizes["nvCOMP ANS"] = ans[0]
     shown = ", ".join(f"{peer} {size / len(raw):.1%}" for peer, size in sizes.items())
     print(f"{name:<12} {kv.dtype!s:<15} {len(raw) / 1e6:6.1f} MB: {shown} of raw", flush=True)
     encode = len(raw) / 1e6 / fastest_s(lambda: lossless.encode(kv))
@@ -103,7 +127,12 @@ def gpu_rows() -> list[dict[str, Any]]:
         )
         facts = {"name": torch.cuda.get_device_name(), "dtype": str(dtype).removeprefix("torch.")}
         rates = {"kernel_gb_per_s": kv.nbytes / kernel / 1e9, "from_host_gb_per_s": kv.nbytes / wall / 1e9}
-        found.append(facts | {"of_raw": {"lossless": chunk.total_bytes / kv.nbytes}} | rates)
+        of_raw = {"lossless": chunk.total_bytes / kv.nbytes}
+        if ans := nvcomp_ans(kv):
+            of_raw["nvCOMP ANS"] = ans[0] / kv.nbytes
+            rates["nvcomp_gb_per_s"] = kv.nbytes / ans[1] / 1e9
+            print(f"  nvCOMP's ANS: {of_raw['nvCOMP ANS']:.1%} of raw, {rates['nvcomp_gb_per_s']:.0f} GB/s")
+        found.append(facts | {"of_raw": of_raw} | rates)
     return found
 
 
