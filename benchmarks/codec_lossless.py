@@ -5,8 +5,8 @@
 Caches of 1,024 tokens of the models' check text. Beside zstd -19 of the whole cache as it lies in memory (package
 zstandard; where it is missing, lzma's preset 9, which is smaller, and Deflate) stands the limit that this level keeps:
 75 % of raw for bfloat16, 92 % for float16. Rates are bytes of the cache a second, on the CPU and, where there is one,
-on a GPU: of `codec.decode` from host memory, and of the kernel alone. Where nvCOMP is installed beside a GPU, its ANS is
-compared too, as bytes and as 16-bit floats, whichever is smaller.
+on a GPU: of `codec.decode` from host memory, and of the kernel alone. Where nvCOMP is installed beside a GPU, so is its
+ANS, of bytes or of 16-bit floats, whichever is smaller.
 """
 
 from __future__ import annotations
