@@ -1,7 +1,8 @@
 """Runs an experiment over emulated links: real processes, real bytes, a real first token.
 
 For each link setting one path is built, with a warm sender and a warm receiver at its ends (`stage`). A session over
-the fidelity limits is repeated, then marked invalid.
+the fidelity limits is repeated, then marked invalid. Where that never helps, because something else keeps the machine
+busy all the time, the next ones are not repeated.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median
+from typing import Final
 
 from kvstream.testbed import events
 from kvstream.testbed.config import build
@@ -27,6 +29,38 @@ from kvstream.testbed.run.stage import open_stage
 from kvstream.testbed.session.costs import Costs, Slowdown
 from kvstream.testbed.simulator import link_model
 from kvstream.testbed.store import shift
+
+FRUITLESS: Final = 4
+"""So many sessions in a row that all their repeats left invalid: the machine is to blame, not a moment."""
+
+
+GIVEN_UP: Final = (
+    "{} sessions in a row stayed invalid, however often repeated ({}); sessions are not repeated until one is valid. "
+    "kvstream doctor checks the machine"
+)
+
+
+class Patience:
+    """How often the next session may be repeated: `most` times, and not at all once that has been fruitless."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._fruitless = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._most > 0 and self._fruitless >= FRUITLESS
+
+    @property
+    def repeats(self) -> int:
+        return 0 if self.ended else self._most
+
+    def learn(self, outcome: rows.Outcome) -> None:
+        """From how the last session ended; one that is valid restores it."""
+        if outcome.status == "ok":
+            self._fruitless = 0
+        elif outcome.status == "invalid" and outcome.repeats == self._most:
+            self._fruitless += 1
 
 
 def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, shard: Shard = WHOLE) -> None:
@@ -48,6 +82,7 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, shard: Shard 
     progress.begin(experiment, len(sessions), [unit for unit, _ in todo], emulated=True, part=shard.words)
     log = (run.path / events.FILE_NAME).absolute()
     names = [scheme.name for scheme in experiment.schemes]
+    patience = Patience(experiment.max_repeats)
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(sessions)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
         with open_stage(
@@ -69,7 +104,11 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, shard: Shard 
                 prior_bps = None
                 if experiment.carry_over:
                     prior_bps = link_model.carried_bps(whole, links[text], unit.offset_s, unit.deadline_s)
-                measured = stage.settled(unit, scheme, trace, limits, log, experiment.max_repeats, prior_bps)
+                lasting = patience.ended
+                measured = stage.settled(unit, scheme, trace, limits, log, patience.repeats, prior_bps)
+                patience.learn(measured.outcome)
+                if patience.ended and not lasting:
+                    progress.say(GIVEN_UP.format(FRUITLESS, measured.outcome.why))
                 bound = stage.bound(unit, scheme, trace)
                 row = rows.row_of(unit, scheme, prepared.model_name, "mininet", measured.outcome, bound)
                 run.save(row, measured.chunks, measured.link, measured.outcome.packets)

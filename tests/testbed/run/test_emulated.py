@@ -58,7 +58,7 @@ class MadeStage:
 
 
 def carry_out(
-    monkeypatch: pytest.MonkeyPatch, run: Run, status: str = "ok", breaks: int | None = None
+    monkeypatch: pytest.MonkeyPatch, run: Run, status: str = "ok", breaks: int | None = None, *, quiet: bool = True
 ) -> tuple[list[tuple[Unit, Scheme]], list[float]]:
     """Run what is left of the experiment: the sessions that ran, and the delay of each path that was opened."""
     offer = precomputed.load("docs", CODEC)
@@ -76,7 +76,7 @@ def carry_out(
     monkeypatch.setattr(emulated, "open_stage", open_stage)
     monkeypatch.setattr(emulated, "_prepared", lambda *_: prepared)
     try:
-        emulated.run_emulated(EXPERIMENT, run, quiet=True)
+        emulated.run_emulated(EXPERIMENT, run, quiet=quiet)
     except KeyboardInterrupt:
         assert breaks is not None
     return done, delays_s
@@ -129,3 +129,34 @@ def test_the_simulator_beside_takes_what_compute_took_in_sessions():
     ]
     rows += [{"context": "docs", "codec": "b", "slowdown": None}]
     assert emulated._slowdowns(rows) == {("docs", "a"): Slowdown(decode=1.4, recompute=1.0, prefill=1.1)}
+
+
+def test_repeats_end_where_they_never_help_and_come_back_with_a_valid_session() -> None:
+    patience = emulated.Patience(5)
+    for _ in range(emulated.FRUITLESS):
+        assert patience.repeats == 5
+        patience.learn(Outcome("invalid", "CPU contention", repeats=5))
+    assert patience.ended
+    patience.learn(Outcome("invalid", "CPU contention", repeats=0))
+    assert patience.repeats == 0
+    patience.learn(Outcome("ok"))
+    assert patience.repeats == 5
+
+
+def test_what_was_not_repeated_or_helped_by_repeating_costs_no_patience() -> None:
+    patience = emulated.Patience(2)
+    for _ in range(2 * emulated.FRUITLESS):
+        patience.learn(Outcome("invalid", "the link was never full", repeats=0))
+        patience.learn(Outcome("ok", repeats=1))
+        patience.learn(Outcome("invalid", "CPU contention", repeats=2))
+    assert patience.repeats == 2
+    assert not emulated.Patience(0).ended
+
+
+def test_the_user_is_told_once_that_repeating_does_not_help(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(emulated, "FRUITLESS", 2)
+    monkeypatch.setattr(MadeStage, "settled", lambda self, *_: Measured(Outcome("invalid", "made", repeats=2), [], []))
+    carry_out(monkeypatch, Run(tmp_path / "run"), quiet=False)
+    assert capsys.readouterr().out.count("2 sessions in a row stayed invalid, however often repeated (made)") == 1
