@@ -23,6 +23,7 @@ ABOUT = {
     "lab": "the course",
     "report": "figures and pages of a run",
     "run": "carries out an experiment: emulated or simulated",
+    "requests": "many requests in time",
     "receiver": "the receiving process",
     "encoding": "contexts to encoded chunks",
     "connectors": "doors to other engines",

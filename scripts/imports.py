@@ -24,7 +24,7 @@ FLOORS = (
     ("commands",),
     ("dashboard", "lab"),
     ("report",),
-    ("run",),
+    ("run", "requests"),
     ("connectors",),
     ("receiver", "encoding"),
     ("simulator", "engine"),

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstream.testbed.commands.arguments import count
+from kvstream.testbed.errors import MachineError
 from kvstream.testbed.terminal import many, say
 
 if TYPE_CHECKING:
     from kvstream.testbed.config.requests import RequestsSpec
-    from kvstream.testbed.run.requests import Point
+    from kvstream.testbed.requests.sweep import Point
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     requests = subparsers.add_parser(
         "requests",
-        help="SLO attainment and goodput of many requests in time, simulated",
-        description="Serve many requests, as they come in time, on simulated receivers that share a link or have their "
-        "own, and find the highest rate at which enough of them meet their deadline (goodput).",
+        help="SLO attainment and goodput of many requests in time",
+        description="Serve many requests, as they come in time, on receivers that share a link or have their own, in "
+        "the simulator or over an emulated link, and find the highest rate at which enough of them meet their deadline "
+        "(goodput).",
     )
     requests.add_argument("spec", nargs="?", metavar="SPEC", help="a TOML file; options take its place")
     requests.add_argument("--name", help="name of the run and of its folder")
@@ -44,20 +46,34 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     requests.add_argument("--policy", action="append", help="a policy to compare; repeatable (default: five schemes)")
     requests.add_argument("--codec", help="the codec of all --policy schemes (default: kvstream)")
     requests.add_argument("--seed", type=int, help="seed of the arrivals")
+    requests.add_argument(
+        "--emulated", action="store_true", help="over an emulated link with real receivers, and in the simulator beside"
+    )
     requests.add_argument("--json", action="store_true", help="print the results as JSON")
     requests.set_defaults(run=requests_command)
 
 
 def requests_command(args: argparse.Namespace) -> int:
+    from kvstream.testbed.config.experiment import about
+    from kvstream.testbed.emulator import sandbox
+    from kvstream.testbed.requests import emulated
+    from kvstream.testbed.requests import sweep as requests
     from kvstream.testbed.results.claim import claimed
-    from kvstream.testbed.run import requests
 
     sweep = requests.Sweep(resolve(args))
+    if sweep.spec.emulated and not sandbox.inside():
+        emulated.check(sweep)
+        if problem := sandbox.available():
+            raise MachineError(problem)
+        return sandbox.run([sys.executable, "-m", "kvstream.testbed.cli", *sys.argv[1:]])
     folder = Path(args.runs) / sweep.spec.name
     with claimed(folder, ""):
         on_point = _silent if args.json or not sys.stderr.isatty() else _say
-        curves = [sweep.curve(scheme, on_point) for scheme in sweep.spec.schemes]
-        body = requests.to_json(sweep, curves)
+        if sweep.spec.emulated:
+            say(f"Requests over an emulated link, {about(emulated.predicted_s(sweep))}", error=True)
+            body = emulated.run(sweep, folder, on_point)
+        else:
+            body = requests.to_json(sweep, [sweep.curve(scheme, on_point) for scheme in sweep.spec.schemes])
         file = requests.write(folder, body)
         picture = None
         if find_spec("seaborn") is not None:
@@ -69,11 +85,15 @@ def requests_command(args: argparse.Namespace) -> int:
         return 0
     facts = body["requests"]
     rows = f"{facts['count']} x {body['spec']['repetitions']} requests of {facts['trace']} per rate"
-    say(f"SIMULATOR, SYNTHETIC workload: {body['workload']}, {many(body['fleet']['receivers'], 'receiver')}")
+    place = "Backend mininet" if sweep.spec.emulated else "SIMULATOR"
+    say(f"{place}, SYNTHETIC workload: {body['workload']}, {many(body['fleet']['receivers'], 'receiver')}")
     say(f"{rows}: {facts['tokens']:.0f} tokens each, {facts['reusable']:.0%} of them seen before")
     if body["simplified"]:
         say(f"The simulator {body['simplified']}")
     print(f"\n{requests.table(body)}\n")
+    if sweep.spec.emulated:
+        print(f"The same in the simulator:\n\n{requests.table(body | {'curves': body['simulated']})}\n")
+        say(emulated.verdict(body))
     say(f"{requests.verdict(body)}\nResults: {file}")
     if picture is not None:
         print(f"Figure: {picture}")
@@ -92,6 +112,8 @@ def resolve(args: argparse.Namespace) -> RequestsSpec:
     changes: dict[str, Any] = {name: given for name in names if (given := getattr(args, name)) is not None}
     if args.rate:
         changes["rates"] = tuple(args.rate)
+    if args.emulated:
+        changes["emulated"] = True
     if args.deadline:
         changes["deadline_s"] = parse_time(args.deadline)
     if args.policy:

@@ -53,6 +53,8 @@ class RequestsSpec:
         Scheme("lowest", "kvstream", label="ours-lowest"),
     )
     seed: int = 1
+    emulated: bool = False
+    """Over an emulated link, with a process for each receiver, beside the simulator."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

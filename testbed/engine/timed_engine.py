@@ -98,7 +98,9 @@ class TimedEngine:
         return _step(start_s, context.costs.recompute_s[chunk])
 
     def prefill(self, prompt_ids: Sequence[int]) -> Step:
-        return _step(time.monotonic(), self._opened().costs.prefill_s, token=0)
+        start_s, begin = time.monotonic(), self._opened().manifest.tokens
+        cost_s = self._workload.forward_s(begin, begin + len(prompt_ids)) if prompt_ids else 0.0
+        return _step(start_s, cost_s, token=0)
 
     def _opened(self) -> _OpenContext:
         if self._context is None:

@@ -32,6 +32,13 @@ def draw(body: dict[str, Any], folder: Path) -> Path:
             low, high = ([100 * (one["met_rate"] if one[end] is None else one[end]) for one in points]
                          for end in ("low", "high"))  # fmt: skip
             axes.fill_between(rates, low, high, color=style.colour, alpha=0.2, linewidth=0)
+        for curve in body.get("simulated", ()):
+            style = scheme_style(curve)
+            rates = [one["rate"] for one in curve["points"]]
+            shares = [100 * one["met_rate"] for one in curve["points"]]
+            axes.plot(rates, shares, color=style.colour, linewidth=1, linestyle=(0, (2, 2)))
+        if "simulated" in body:
+            axes.plot([], [], color=INK, linewidth=1, linestyle=(0, (2, 2)), label="simulator")
         for target in body["spec"]["targets"]:
             axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         if len(set(shown)) > 1:

@@ -49,6 +49,25 @@ def test_a_file_options_and_json(capsys: pytest.CaptureFixture[str], tmp_path: P
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (("--rate", "2"), "slots=1,cache=0"),
+        (("--fleet", "receivers=8,slots=1,cache=0"), "give the rates"),
+        (("--fleet", "receivers=8,slots=1,cache=0,link=own", "--rate", "2"), "share the link"),
+    ],
+    ids=range(3),
+)
+def test_what_real_receivers_cannot_do_is_one_line(
+    options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["requests", "--emulated", *options]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert says in said.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
         (("--requests", "none.jsonl"), "no such request trace"), (("--fleet", "receivers=0"), "receivers=0"),
         (("--fleet", "gpus=3"), "unknown setting 'gpus'"), (("--rate", "0"), "rate is 0"),
         (("--policy", "oracle"), "sees the future"), (("--policy", "fixed,level=9"), "level 9"),

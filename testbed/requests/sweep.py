@@ -13,11 +13,11 @@ from kvstream.testbed.config import build, specs
 from kvstream.testbed.config.experiment import Scheme
 from kvstream.testbed.config.requests import SAMPLE_NAME, RequestsSpec
 from kvstream.testbed.host import machine
+from kvstream.testbed.requests import goodput
+from kvstream.testbed.requests.goodput import Goodput
 from kvstream.testbed.results import stats
 from kvstream.testbed.results.folder import write_whole
 from kvstream.testbed.results.words import nats, percent, seconds
-from kvstream.testbed.run import goodput
-from kvstream.testbed.run.goodput import Goodput
 from kvstream.testbed.simulator import link_model, orders
 from kvstream.testbed.simulator.requests import Fleet, Outcome, Serving, simulate
 from kvstream.testbed.workloads import arrivals, request_trace, synthetic
@@ -109,12 +109,16 @@ class Sweep:
             for number, trace in enumerate(self.requests)
         ]
 
-    def curve(self, scheme: Scheme, say: Callable[[Point], None]) -> Curve:
-        """A scheme's points, at the spec's rates or those that are found; `say` is told of each."""
+    def curve(
+        self, scheme: Scheme, say: Callable[[Point], None],
+        serve: Callable[[Scheme, float], list[Outcome]] | None = None,
+    ) -> Curve:  # fmt: skip
+        """A scheme's points, at the spec's rates or those that are found; `say` is told of each. Served by `serve`, or
+        in the simulator."""
         serving, points = self.serving(scheme), {}
 
         def measure(rate: float) -> Point:
-            points[rate] = point_of(scheme.name, rate, self.at(serving, rate))
+            points[rate] = point_of(scheme.name, rate, serve(scheme, rate) if serve else self.at(serving, rate))
             say(points[rate])
             return points[rate]
 
@@ -170,20 +174,24 @@ def to_json(sweep: Sweep, curves: Sequence[Curve]) -> Json:
             "reusable": trace.reusable,
         },
         "simplified": link_model.left_out([open_trace(spec.trace)], [build.make_link(spec.link)]),
-        "curves": [
-            {
-                "scheme": curve.scheme.name,
-                "policy": curve.scheme.policy,
-                "codec": curve.scheme.codec,
-                "depth": curve.scheme.depth,
-                "goodput": [asdict(one) for one in curve.goodputs],
-                "points": [asdict(point) for point in curve.points],
-            }
-            for curve in curves
-        ],
+        "curves": curves_json(curves),
         "command": machine.command(),
     }  # fmt: skip
     return body | machine.describe()
+
+
+def curves_json(curves: Sequence[Curve]) -> list[Json]:
+    return [
+        {
+            "scheme": curve.scheme.name,
+            "policy": curve.scheme.policy,
+            "codec": curve.scheme.codec,
+            "depth": curve.scheme.depth,
+            "goodput": [asdict(one) for one in curve.goodputs],
+            "points": [asdict(point) for point in curve.points],
+        }
+        for curve in curves
+    ]
 
 
 def write(folder: Path, body: Json) -> Path:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from kvstream.testbed.run.goodput import FINE, attainment, goodput, search
+from kvstream.testbed.requests.goodput import FINE, attainment, goodput, search
 
 
 @dataclass(frozen=True)
