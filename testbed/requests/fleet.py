@@ -170,7 +170,7 @@ class Crew:
         busy_s = np.zeros(len(self._receivers))
         answers: queue.SimpleQueue[tuple[int, int, int, Any]] = queue.SimpleQueue()
         self._path.size_packets(self._trace)
-        zero_s = time.monotonic() + LEAD_S - float(arrivals_s[0])
+        zero_s = time.monotonic() + LEAD_S
         self._path.arm(self._trace, zero_s, REST_S)
         while board.left:
             now_s = time.monotonic() - zero_s
