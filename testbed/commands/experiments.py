@@ -33,6 +33,9 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     run.add_argument(
         "--capture", action="store_true", help="capture packets at both ends: round-trip times, retransmissions"
     )
+    run.add_argument(
+        "--executor", metavar="ray[,address=HOST:PORT]", help="parts as tasks of a Ray cluster, a link a machine"
+    )
     run.add_argument("--live", action="store_true", help="print the URL of a page that shows the run live")
     run.set_defaults(run=run_command)
 
@@ -131,6 +134,12 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from kvstream.testbed.emulator import sandbox
 
+    if args.executor:
+        from kvstream.testbed.run import parts, ray_executor
+
+        if args.live or args.shard:
+            raise SpecError("--executor does without --live and --shard; omit them")
+        return _carry_out(args, partial(parts.run_on_cluster, on=ray_executor.parse(args.executor)))
     if not args.dry_run and not sandbox.inside():
         problem = sandbox.available()
         if problem is None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstream.testbed.config import build
-from kvstream.testbed.config.experiment import Scheme
+from kvstream.testbed.config.experiment import Scheme, about
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.requests import fleet, sweep
 from kvstream.testbed.requests.sweep import Json, Point, Sweep
@@ -28,6 +28,11 @@ def check(given: Sweep) -> None:
     fleet.check(given.serving(given.spec.schemes[0]).fleet)
     if not given.spec.rates:
         raise SpecError("over an emulated link every rate takes its time; give the rates, such as --rate 2 --rate 4")
+    longest_s = given.spec.count / min(given.spec.rates)
+    if longest_s > fleet.COVERED_S / 2:
+        raise SpecError(
+            f"{given.spec.count} requests take {about(longest_s)} at the lowest rate; give a smaller --count"
+        )
     for scheme in given.spec.schemes:
         if build.is_clairvoyant(scheme.policy):
             raise SpecError(f"scheme {scheme.name} sees the future, which nobody knows where requests share a link")

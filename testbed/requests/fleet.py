@@ -37,7 +37,7 @@ from kvstream.traces.trace import Trace
 
 PORT: Final = 8700
 LEAD_S: Final = 0.2
-REST_S: Final = 3600.0
+COVERED_S: Final = 3600.0
 """A trace is scheduled for so long."""
 ANSWER_S: Final = 150.0
 """A receiver gives a session up after two minutes."""
@@ -171,7 +171,7 @@ class Crew:
         answers: queue.SimpleQueue[tuple[int, int, int, Any]] = queue.SimpleQueue()
         self._path.size_packets(self._trace)
         zero_s = time.monotonic() + LEAD_S
-        self._path.arm(self._trace, zero_s, REST_S)
+        self._path.arm(self._trace, zero_s, COVERED_S)
         while board.left:
             now_s = time.monotonic() - zero_s
             coming_s = board.arrive(now_s)

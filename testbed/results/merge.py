@@ -45,6 +45,18 @@ def _merge(sources: Sequence[Run], into: Path) -> None:
         _merge(beside, into / SIMULATED)
 
 
+def take(source: Run, into: Run) -> None:
+    """Take the sessions of a part into the run that it is part of. Raises SpecError where it is not."""
+    into.create(source.manifest)
+    for file in sorted(source.cells.glob("*.json")):
+        _take(into, source, file)
+    if (source.path / "packets").is_dir():
+        shutil.copytree(source.path / "packets", into.path / "packets", dirs_exist_ok=True)
+    beside = Run(source.path / SIMULATED)
+    if beside.exists():
+        take(beside, Run(into.path / SIMULATED))
+
+
 def _manifest(sources: Sequence[Run]) -> Json:
     first, *others = (run.manifest for run in sources)
     for run, other in zip(sources[1:], others, strict=True):

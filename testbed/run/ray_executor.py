@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 
 RETRIES: Final = 10
 """How often a task is started again whose worker or machine was lost. One that exhausts a machine's memory ends so."""
+LINK: Final = "kvstream_link"
+"""The resource that a machine has which can emulate a link: one."""
 AHEAD: Final = 16
 """Tasks per processor that are handed out before their turn: a unit may take less time than the way to its worker."""
 
@@ -82,6 +84,7 @@ def cluster(where: Ray, files: Iterable[str] = ()) -> Iterator[int]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=None if where.address else False,
+                resources=None if where.address else {LINK: 1},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             what = f"no Ray cluster answers at {where.address}" if where.address else "Ray does not start here"
@@ -92,15 +95,25 @@ def cluster(where: Ray, files: Iterable[str] = ()) -> Iterator[int]:
             ray.shutdown()
 
 
-def results(do: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """What `do` returns for each item, in their order, computed by the tasks of a cluster that is connected.
+def links() -> int:
+    """Machines of the connected cluster that can emulate a link."""
+    import ray
+
+    return int(ray.cluster_resources().get(LINK, 0))
+
+
+def results(
+    do: Callable[[Item], Result], items: Iterable[Item], workers: int, *, gpus: int = 0, link: bool = False
+) -> Iterator[Result]:
+    """What `do` returns for each item, in their order, computed by the tasks of a cluster that is connected; a task
+    takes GPUs, and a machine's link, if told so.
 
     Raises what `do` raises, and MachineError for a task that lost its worker too often.
     """
     import ray
 
     task = [ray.put(do)]  # in a list, Ray hands the reference on and not the value
-    work = ray.remote(max_retries=RETRIES)(_work)
+    work = ray.remote(max_retries=RETRIES, num_gpus=gpus, resources={LINK: 1} if link else None)(_work)
     waiting: deque[Any] = deque()
     try:
         for item in items:

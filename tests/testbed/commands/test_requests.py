@@ -52,8 +52,9 @@ def test_a_file_options_and_json(capsys: pytest.CaptureFixture[str], tmp_path: P
         (("--rate", "2"), "slots=1,cache=0"),
         (("--fleet", "receivers=8,slots=1,cache=0"), "give the rates"),
         (("--fleet", "receivers=8,slots=1,cache=0,link=own", "--rate", "2"), "share the link"),
+        (("--fleet", "receivers=8,slots=1,cache=0", "--rate", "0.1"), "a smaller --count"),
     ],
-    ids=range(3),
+    ids=range(4),
 )
 def test_what_real_receivers_cannot_do_is_one_line(
     options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
