@@ -84,7 +84,7 @@ def cluster(where: Ray, files: Iterable[str] = ()) -> Iterator[int]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=None if where.address else False,
-                resources=None if where.address else {LINK: 1},
+                resources=None if where.address else {LINK: 1.0},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             what = f"no Ray cluster answers at {where.address}" if where.address else "Ray does not start here"
@@ -113,7 +113,7 @@ def results(
     import ray
 
     task = [ray.put(do)]  # in a list, Ray hands the reference on and not the value
-    work = ray.remote(max_retries=RETRIES, num_gpus=gpus, resources={LINK: 1} if link else None)(_work)
+    work = ray.remote(max_retries=RETRIES, num_gpus=gpus, resources={LINK: 1.0} if link else {})(_work)
     waiting: deque[Any] = deque()
     try:
         for item in items:
