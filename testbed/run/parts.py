@@ -14,8 +14,8 @@ import os
 import pickle
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,16 +116,17 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _packed(folder: Path) -> bytes:
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz", compresslevel=1) as archive:
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for file in _files(folder):
             if file.is_file():
-                archive.add(file, str(file.relative_to(folder)))
+                archive.write(file, file.relative_to(folder))
     return data.getvalue()
 
 
 def _unpack(data: bytes, folder: Path) -> None:
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        archive.extractall(folder, filter="data")
+    """Names that lead out of the folder are bent into it by the library."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(folder)
 
 
 def _absorb(done: bytes, run: Run) -> None:
