@@ -225,7 +225,8 @@ class Crew:
         return asked | {"deadline_s": deadline_s, "depth": depth, "seed": seed}
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Wait for no answer: the processes end next, and with them what is still asked."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
