@@ -137,7 +137,7 @@ def watching() -> Iterator[list[float]]:
     def watch() -> None:
         meter = CpuMeter()
         while not over.wait(WATCH_S):
-            _, own, foreign, waited = meter.read()
+            _, own, foreign, waited, _ = meter.read()
             starved_s[0] += waited * foreign / max(own + foreign, 1e-9)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -423,8 +423,8 @@ def saturated(trace: Trace) -> LinkRecord:
 
 WATCH = """
 import sys, time
-from kvstream.testbed.host.clock import be_punctual
-be_punctual(light=True)
+from kvstream.testbed.host.clock import Urgency, be_punctual
+be_punctual(Urgency.LINK)
 print("ready", flush=True)
 due, end = time.monotonic(), time.monotonic() + float(sys.argv[1])
 seen = []

@@ -181,7 +181,7 @@ def _probe_links() -> list[Check]:
 
 def _inside() -> list[Check]:
     """Try out, in namespaces of our own, everything that a link may be made of."""
-    from kvstream.testbed.host.clock import be_punctual
+    from kvstream.testbed.host.clock import REAL_TIME, Urgency, be_punctual
 
     checks = [_try("veth", _make_veth, _modules("veth"))]
     if checks[0].ok:
@@ -190,8 +190,8 @@ def _inside() -> list[Check]:
         checks.append(_try("NFQUEUE", _make_packet_queue, "sudo modprobe nfnetlink_queue", needed=False))
         checks.append(_iptables())
     checks.append(_congestion_controls())
-    granted = be_punctual(light=True)
-    prompt = granted.startswith(("SCHED", "EEVDF"))
+    granted = be_punctual(Urgency.LINK)
+    prompt = granted.startswith((REAL_TIME, "EEVDF"))
     fix = "root, or Linux 6.12 and newer, keeps rate changes punctual on a busy machine"
     checks.append(_mininet())
     return [*checks, Check("punctual shaper", prompt, granted, fix, needed=False)]

@@ -27,7 +27,7 @@ from collections import deque
 from typing import Any, Final
 
 from kvstream.testbed.emulator.nfqueue import ACCEPT, DROP, PacketQueue, payload_of
-from kvstream.testbed.host.clock import be_punctual, spent_s
+from kvstream.testbed.host.clock import Urgency, be_punctual, spent_s
 from kvstream.testbed.host.json_lines import Requests
 
 EARLY_S: Final = 0.00003
@@ -162,7 +162,7 @@ class Losses:
 
 
 def main(settings: dict[str, Any]) -> None:
-    punctual = be_punctual()
+    punctual = be_punctual(Urgency.LINK)
     queues = [PacketQueue(number, payload=bool(settings["duplicate"])) for number in (0, 1)]
     lanes = [Lane(queue, settings, forward=i == 0) for i, queue in enumerate(queues)]
     by_descriptor = {lane.queue.socket.fileno(): lane for lane in lanes}

@@ -27,6 +27,7 @@ import numpy as np
 
 from kvstream.testbed.emulator.record import LinkRecord
 from kvstream.testbed.emulator.tc import BURST_S
+from kvstream.testbed.host.clock import REAL_TIME
 from kvstream.traces.trace import Trace
 
 State = Literal["valid", "invalid", "unjudged"]
@@ -368,9 +369,15 @@ def starvation(record: LinkRecord) -> float:
 def crowding(record: LinkRecord) -> float:
     """CPU contention: processors that other programs used, on average, while hardly any was idle.
 
-    Threads that sleep most of the time wait little, and yet late, where every processor is taken: this sees it.
+    Threads that sleep most of the time wait little, and yet late, where every processor is taken: this sees it. A run
+    with real-time priority waits for no other program, and only what other virtual machines take counts.
     """
-    taken_s = sum(sample.foreign_s for sample in record.cpu if sample.idle_s <= IDLE * _busy_s(sample))
+    first = str(record.settings.get("scheduling", "")).startswith(REAL_TIME)
+    taken_s = sum(
+        sample.stolen_s if first else sample.foreign_s
+        for sample in record.cpu
+        if sample.idle_s <= IDLE * _busy_s(sample)
+    )
     sampled_s = sum(map(_busy_s, record.cpu)) / record.cores  # which begins before the session does
     return taken_s / sampled_s if sampled_s > 0.0 else 0.0
 

@@ -39,6 +39,8 @@ class CpuSample(NamedTuple):
     """Spent by other programs and other virtual machines (steal)."""
     waited_s: float
     """Summed over this run's threads: ready to run, but without a processor."""
+    stolen_s: float = 0.0
+    """The part of `foreign_s` that other virtual machines took."""
 
 
 @dataclass(frozen=True)

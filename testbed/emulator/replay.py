@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvstream.testbed.emulator.tc import BURST_S, MIN_BPS, Interface, KernelRefused
-from kvstream.testbed.host.clock import CpuMeter, be_punctual, spent_s
+from kvstream.testbed.host.clock import CpuMeter, Urgency, be_punctual, spent_s
 from kvstream.testbed.host.json_lines import Requests
 
 SAMPLE_S: Final = 0.01
@@ -114,7 +114,7 @@ class Replay:
         self.chunk_starts = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         steps_path(interface).unlink(missing_ok=True)
         self.chunk_starts.bind(str(steps_path(interface)))
-        self.scheduling = be_punctual(light=True)
+        self.scheduling = be_punctual(Urgency.LINK)
         self.rate_bps = self.idle_bps = 0.0
         self.closed = False
         self.queue_s = 0.05

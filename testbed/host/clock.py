@@ -1,9 +1,10 @@
-"""Being on time: a short scheduling slice, and a look at who else uses the processors."""
+"""Being on time: priority over other programs, and a look at who else uses the processors."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import os
 import platform
 import resource
@@ -11,6 +12,8 @@ import struct
 from pathlib import Path
 from typing import Final
 
+REAL_TIME: Final = "SCHED_RR"
+"""What scheduling is called that goes before all ordinary programs."""
 SLICE_S: Final = 0.0001
 TIMER_SLACK_NS: Final = 1
 PR_SET_TIMERSLACK: Final = 29
@@ -18,31 +21,49 @@ SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le"
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
-def be_punctual(*, light: bool = False) -> str:
-    """Ask the scheduler to wake this process promptly even when every core is busy; says what was granted.
+class Urgency(enum.IntEnum):
+    """Real-time priorities of an emulated run's threads: the link waits for none, and computing for the network."""
 
-    A task with a slice of 0.1 ms gets an early virtual deadline under EEVDF (Linux 6.12 and later), also as an
-    ordinary user: some 0.3 ms late at p99 instead of 4 ms. Root gets weight too, or, for a `light` process that never
-    computes for long, real-time priority: 0.1 ms late at p99 on a machine with four times its cores' worth of work.
+    COMPUTE = 1
+    NETWORK = 2
+    LINK = 3
+
+
+def go_before_others(urgency: Urgency) -> str | None:
+    """Have this thread, and those that it starts later, run before all ordinary programs; None without the right to.
+
+    With real-time priority, a program that keeps a core busy delays a run no more than an idle machine would: Linux
+    moves such threads to whichever core runs nothing more urgent, and reserves 5 % for ordinary programs.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(urgency))
+        return f"{REAL_TIME} {urgency:d}"
+    return None
+
+
+def be_punctual(urgency: Urgency) -> str:
+    """Ask the scheduler to wake this thread promptly even when every core is busy; says what was granted.
+
+    Root gets real-time priority: 0.1 ms late at p99 on a machine with four times its cores' worth of work. Otherwise,
+    a slice of 0.1 ms gives a task an early virtual deadline under EEVDF (Linux 6.12 and later), also as an ordinary
+    user: some 0.3 ms late at p99 instead of 4 ms.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
-    if light:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-            return "SCHED_FIFO"
+    if (granted := go_before_others(urgency)) is not None:
+        return granted
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
         # Where sessions are groups to the scheduler, it is the group's weight that counts.
         Path("/proc/self/autogroup").write_text("-20")
-    granted = os.getpriority(os.PRIO_PROCESS, 0)
+    weight = os.getpriority(os.PRIO_PROCESS, 0)
     number = SCHED_SETATTR.get(platform.machine())
     if number is not None and _kernel() >= (6, 12):
         # struct sched_attr: size, policy, flags, nice, priority, runtime (the slice), deadline, period
-        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, granted, 0, round(SLICE_S * 1e9), 0, 0)
+        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, weight, 0, round(SLICE_S * 1e9), 0, 0)
         if libc.syscall(number, 0, attributes, 0) == 0:
-            return f"EEVDF slice {SLICE_S * 1e3:g} ms, nice {granted}"
-    return f"nice {granted}"
+            return f"EEVDF slice {SLICE_S * 1e3:g} ms, nice {weight}"
+    return f"nice {weight}"
 
 
 def _kernel() -> tuple[int, int]:
@@ -62,23 +83,25 @@ class CpuMeter:
         self._machine_last = self._machine()
         self._own()
 
-    def read(self) -> tuple[float, float, float, float]:
-        """(idle, own, foreign, waited) since the reading before, summed over cores and threads.
+    def read(self) -> tuple[float, float, float, float, float]:
+        """(idle, own, foreign, waited, stolen) since the reading before, summed over cores and threads.
 
-        Own is the time of this run's threads, foreign that of all other programs and of other virtual machines
-        (steal); interrupts count as neither. Waited is how long the run's threads could have run but did not.
+        Own is the time of this run's threads, foreign that of all other programs and of other virtual machines,
+        stolen of the latter alone; interrupts count as none. Waited is how long the run's threads could have run but
+        did not.
         """
-        busy, idle = self._machine()
-        spent, rested = busy - self._machine_last[0], idle - self._machine_last[1]
-        self._machine_last = (busy, idle)
+        now = self._machine()
+        spent, rested, taken = (after - before for after, before in zip(now, self._machine_last, strict=True))
+        self._machine_last = now
         own, waited = self._own()
-        return max(rested, 0.0), own, max(spent - own, 0.0), waited
+        return max(rested, 0.0), own, max(spent - own, 0.0), waited, max(taken, 0.0)
 
     @staticmethod
-    def _machine() -> tuple[float, float]:
+    def _machine() -> tuple[float, float, float]:
+        """Seconds that all processors were busy, idle, and taken by other virtual machines (which counts as busy)."""
         with open("/proc/stat") as file:
             user, nice, system, idle, iowait, _, _, steal = map(int, file.readline().split()[1:9])
-        return (user + nice + system + steal) / TICKS_PER_S, (idle + iowait) / TICKS_PER_S
+        return (user + nice + system + steal) / TICKS_PER_S, (idle + iowait) / TICKS_PER_S, steal / TICKS_PER_S
 
     def _own(self) -> tuple[float, float]:
         """Seconds that the run's threads ran and waited since the last look."""

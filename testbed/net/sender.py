@@ -45,7 +45,7 @@ from aiohttp import web
 import kvstream
 from kvstream.codec.profile import MAX_PROFILE_BYTES
 from kvstream.testbed.errors import MachineError, SpecError
-from kvstream.testbed.host.clock import be_punctual
+from kvstream.testbed.host.clock import Urgency, be_punctual
 from kvstream.testbed.net import messages, openapi, stream
 from kvstream.testbed.net.doorkeeper import Connection, Doorkeeper, LineLimit, most_connections
 from kvstream.testbed.net.pace import LEAST_BYTES_PER_S, Pace
@@ -422,7 +422,7 @@ def run(
         raise SpecError(f"{host} is beyond loopback: set KVSTREAM_TOKEN to a secret, or bind 127.0.0.1")
     opened = open_store(store, create=writable, quota_bytes=quota_bytes)
     if sandbox:
-        be_punctual()
+        be_punctual(Urgency.NETWORK)
     asyncio.run(serve(Sender(opened, token=token, writable=writable), host, port, announce, tls))
 
 

@@ -51,7 +51,7 @@ from kvstream.testbed.engine.loading import load_model
 from kvstream.testbed.engine.model_engine import ModelEngine
 from kvstream.testbed.engine.threads import SWITCH_INTERVAL_S, set_threads
 from kvstream.testbed.errors import SpecError
-from kvstream.testbed.host.clock import be_punctual
+from kvstream.testbed.host.clock import Urgency, be_punctual, go_before_others
 from kvstream.testbed.receiver.model_worker import ModelWorker
 from kvstream.testbed.receiver.warmup import Experience
 from kvstream.testbed.receiver.worker import REFUSALS, Worker
@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
+        go_before_others(Urgency.COMPUTE)  # inherited by the threads that compute
         threads = set_threads(options.threads)
         for codec in options.codec:
             codec_spec(codec)
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"receiver: {error}", file=sys.stderr)
         return 2
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    scheduling = be_punctual()  # this thread only: the network's
+    scheduling = be_punctual(Urgency.NETWORK)  # this thread only: the network's
     ready = {"ready": True, **identity, "threads": threads, "scheduling": scheduling}
     answers.write(json.dumps(ready) + "\n")
     answers.flush()

@@ -269,6 +269,15 @@ def test_programs_that_take_every_processor_are_contention(cpu, valid):
         assert verdict.crowded == pytest.approx(1.6)
 
 
+def test_a_run_with_real_time_priority_is_crowded_by_other_machines_alone():
+    hogs, stolen = CpuSample(1.0, 0.0, 0.4, 1.6, 0.05, 0.1), CpuSample(1.0, 0.0, 0.4, 1.6, 0.05, 0.9)
+    granted = {"scheduling": "SCHED_RR 3"}
+    assert judge(record_of(STEPS, cpu=(hogs,), settings=granted), STEPS).crowded == pytest.approx(0.1)
+    assert judge(record_of(STEPS, cpu=(hogs,), settings={"scheduling": "nice 0"}), STEPS).crowded == pytest.approx(1.6)
+    verdict = judge(record_of(STEPS, cpu=(stolen,), settings=granted), STEPS)
+    assert "other programs used 0.90 processors while none was idle (limit 0.25)" in verdict.reasons[0]
+
+
 def test_a_record_survives_json():
     record = record_of(STEPS, cpu=(CpuSample(0.1, 0.1, 0.0, 0.1, 0.0),), faults=("x",))
     assert LinkRecord.from_json(record.to_json()) == record

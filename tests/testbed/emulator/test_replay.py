@@ -53,7 +53,7 @@ class Interface:
 def shaper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(replay, "Interface", Interface)
     monkeypatch.setattr(replay, "steps_path", lambda interface: tmp_path / f"{interface}.steps")
-    monkeypatch.setattr(replay, "be_punctual", lambda **_: "made")
+    monkeypatch.setattr(replay, "be_punctual", lambda _: "made")
     monkeypatch.setattr(gc, "collect", lambda: 0)  # of this process's heap it takes longer than these sessions
     made = replay.Replay("router-right")
     assert "ok" in made._answer(
