@@ -35,7 +35,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 from kvstream.policies.api import TEXT, Choice, Observation
 from kvstream.policies.errors import PolicyError
@@ -56,12 +58,8 @@ SLOWNESS = tuple(
 )
 
 
-USUAL = 1
-"""Of these cases."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
+# Named tuples, here and below: dozens are made and taken apart for a choice, and dataclasses take thrice the time.
+class Case(NamedTuple):
     """One of a few speeds of compute."""
 
     weight: float
@@ -73,8 +71,7 @@ class Case:
     """Times its estimate that decoding takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What is still to come and to compute, texts apart."""
 
     nbytes: int
@@ -114,7 +111,7 @@ class KVStream:
             return Choice(TEXT, chunk=obs.remaining[0], reason={"texts": texts, "in_time": chance})
         back = -1 if obs.recompute_s is not None else 0
         if belief is None:
-            needed = needed_bps(lowest(obs, 0), cases[USUAL], obs, 0)
+            needed = needed_bps(lowest(obs, 0), cases[(len(cases) - 1) // 2], obs.rtt_s or 0.0, _waits(obs, 0))
             if needed == math.inf:
                 return Choice(0, chunk=obs.remaining[back], reason={"texts": texts})
             belief = GUESS * needed, self.spread
@@ -146,10 +143,9 @@ class KVStream:
             recompute_s = [0.0, *accumulate(obs.recompute_s)]
             decode_s = [0.0, *accumulate([row[-1] for row in obs.decode_s])]
         cases = []
-        for weight, z in zip(WEIGHTS, SLOWNESS, strict=True):
-            decode = math.exp(z * obs.decode_spread)
-            recompute = obs.concurrent * math.exp(z * obs.recompute_spread)
-            case_s = left_s - obs.concurrent * math.exp(z * obs.prefill_spread) * obs.prefill_s
+        for weight, decode, recompute, prefill in _speeds(obs.decode_spread, obs.recompute_spread, obs.prefill_spread):
+            recompute *= obs.concurrent
+            case_s = left_s - obs.concurrent * prefill * obs.prefill_s
             free_s = case_s - max(recompute * obs.compute_backlog_s / obs.concurrent, obs.rtt_s or 0.0)
             while texts and recompute * recompute_s[texts] + decode * (decode_s[-1] - decode_s[texts]) > free_s:
                 texts -= 1
@@ -203,6 +199,18 @@ class KVStream:
         return 0, least
 
 
+@lru_cache(maxsize=64)
+def _speeds(decode: float, recompute: float, prefill: float) -> tuple[tuple[float, float, float, float], ...]:
+    """(weight, times its estimate that decoding, recomputing and prefill take) of each case, the fastest first; one
+    case where nothing varies."""
+    if decode == recompute == prefill == 0.0:
+        return ((1.0, 1.0, 1.0, 1.0),)
+    return tuple(
+        (weight, math.exp(z * decode), math.exp(z * recompute), math.exp(z * prefill))
+        for weight, z in zip(WEIGHTS, SLOWNESS, strict=True)
+    )
+
+
 def lowest(obs: Observation, texts: int) -> Plan:
     """So many texts from the front, and the rest at its lowest level."""
     sizes, decode_s = [row[0] for row in obs.sizes_bytes[texts:]], [row[0] for row in obs.decode_s[texts:]]
@@ -225,25 +233,33 @@ def in_time(plan: Plan, belief: tuple[float, float], cases: Sequence[Case], obs:
     """The probability that a plan and `texts` texts are here and computed in time."""
     median_bps, spread = belief
     scale = 1.0 / (spread * math.sqrt(2.0))
+    rtt_s, waits, compute_s = obs.rtt_s or 0.0, _waits(obs, texts), plan.compute_s
     found = 0.0
     for case in cases:
-        if case.texts >= texts and case.slower * plan.compute_s <= case.left_s:
-            needed = needed_bps(plan, case, obs, texts)
+        weight, most, left_s, slower = case
+        if most >= texts and slower * compute_s <= left_s:
+            needed = needed_bps(plan, case, rtt_s, waits)
             if needed < math.inf:
-                found += 0.5 * case.weight * math.erfc(scale * math.log(needed / median_bps))
+                found += 0.5 * weight * math.erfc(scale * math.log(needed / median_bps))
     return found
 
 
-def needed_bps(plan: Plan, case: Case, obs: Observation, texts: int) -> float:
-    """The least throughput (bit/s) at which a plan's bytes come in time; inf where none is enough.
+def _waits(obs: Observation, texts: int) -> int:
+    """Round trips in which nothing of a plan arrives: with nothing in flight, the next byte is one away."""
+    return texts + (not obs.in_flight)
+
+
+def needed_bps(plan: Plan, case: Case, rtt_s: float, waits: int) -> float:
+    """The least throughput (bit/s) at which a plan's bytes come in time, with so many round trips of nothing; inf where
+    none is enough.
 
     A chunk takes a round trip at least: the one after it is not asked for before it begins to arrive.
     """
-    rtt_s = obs.rtt_s or 0.0
-    # with nothing in flight, the next byte is a round trip away
-    left_s = case.left_s - case.slower * plan.last_s - (texts + (not obs.in_flight)) * rtt_s
-    nbytes: float = plan.nbytes
-    for count, size in plan.chunks:
+    _, _, left_s, slower = case
+    nbytes: float
+    nbytes, chunks, _, last_s = plan
+    left_s = left_s - slower * last_s - waits * rtt_s
+    for count, size in chunks:
         if left_s <= 0.0 or size * left_s >= rtt_s * nbytes:
             break
         left_s -= count * rtt_s

@@ -12,7 +12,7 @@ simulated without giving up transfers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kvstream.policies.api import KEEP, TEXT, Choice, Observation, Progress, Replace
 from kvstream.policies.kvstream import KVStream, in_time, lowest
@@ -54,7 +54,7 @@ class Replacing(KVStream):
         kept = replaced = 0.0
         for texts in {0, *[case.texts for case in cases]}:
             plan = lowest(obs, texts)
-            other = replace(plan, nbytes=plan.nbytes - left + instead, compute_s=plan.compute_s + sooner_s)
+            other = plan._replace(nbytes=plan.nbytes - left + instead, compute_s=plan.compute_s + sooner_s)
             kept = max(kept, in_time(plan, belief, cases, obs, texts))
             replaced = max(replaced, in_time(other, belief, cases, obs, texts))
         return Replace(0) if kept < GIVE_UP * replaced else KEEP

@@ -23,6 +23,7 @@ LARGE_FRAME_BYTES: Final = 524_288
 FRAMES_PER_LARGE_ANSWER: Final = 32
 
 
+@lru_cache(maxsize=4096)  # both ends of a simulated session ask
 def frame_bytes(total_bytes: int) -> int:
     """Size of the frames in which a receiver learns of an answer's bytes: an eighth of it, within 4 to 64 KiB, and of
     more than 2 MiB a thirty-second, up to 512 KiB.

@@ -20,12 +20,17 @@ RATE_WINDOW_S: Final = 0.05
 class ArrivalRate:
     """A sliding window over (time, bytes of the chunk received by then). Times are seconds since the request."""
 
-    def __init__(self, prior_bps: float | None = None) -> None:
+    def __init__(self, lookahead_s: float, prior_bps: float | None = None) -> None:
+        """The next chunk is due when the rest of this one takes `lookahead_s`."""
+        self._lookahead_s = lookahead_s
         self._known_bps = prior_bps
         self._points: deque[tuple[float, int]] = deque()
-        self._size = 0
+        self._size = self._frame = 0
         self._first_s = self._burst_until_s = 0.0
         self._burst = (0.0, 0)
+        self._ready_s: float | None = None
+        self._is_new = False
+        """Something was reported since `_ready_s` was found."""
 
     @property
     def burst(self) -> tuple[float, int]:
@@ -36,13 +41,15 @@ class ArrivalRate:
         """No chunk in flight has shown its first byte."""
         self._points.clear()
         self._burst = (0.0, 0)
+        self._ready_s, self._is_new = None, False
 
     def begin(self, size: int, now_s: float, received: int, *, after_pause: bool) -> None:
         """A chunk of `size` bytes begins to arrive; `after_pause` if the link carried nothing just before."""
         self.clear()
-        self._size, self._first_s = size, now_s
+        self._size, self._frame, self._first_s = size, frame_bytes(size), now_s
         self._burst_until_s = now_s + BURST_S if after_pause else 0.0
         self._points.append((now_s, received))
+        self._is_new = True
 
     def add(self, now_s: float, received: int) -> None:
         """`received` bytes of the chunk are here in all."""
@@ -53,6 +60,7 @@ class ArrivalRate:
         points.append((now_s, received))
         while len(points) > 2 and points[1][0] <= now_s - RATE_WINDOW_S:
             points.popleft()
+        self._is_new = True
 
     def end(self, now_s: float, goodput_bps: float) -> None:
         """All of the chunk is here; it came with a goodput of this from its request on."""
@@ -60,24 +68,29 @@ class ArrivalRate:
             self.add(now_s, self._size)
         rate = self._rate() if self._is_known() else None
         self._known_bps = goodput_bps if rate is None else 8.0 * rate
+        self._is_new = True
 
-    def ready_s(self, lookahead_s: float) -> float | None:
-        """When the rest of the chunk takes `lookahead_s`, but not before its first frame is here. None while that is
+    def ready_s(self) -> float | None:
+        """When the rest of the chunk takes the lookahead, but not before its first frame is here. None while that is
         unknown: nobody could choose well."""
+        if self._is_new:  # asked several times between reports
+            self._ready_s, self._is_new = self._find_ready_s(), False
+        return self._ready_s
+
+    def _find_ready_s(self) -> float | None:
         rate = self._rate() if self._is_known() else None
         if rate is None and self._known_bps is not None:
             rate = self._known_bps / 8.0
-        frame = frame_bytes(self._size)
-        if not self._points or not rate or frame >= self._size:
+        if not self._points or not rate or self._frame >= self._size:
             return None
         last_s, received = self._points[-1]
-        return last_s + max((self._size - received) / rate - lookahead_s, (frame - received) / rate)
+        return last_s + max((self._size - received) / rate - self._lookahead_s, (self._frame - received) / rate)
 
-    def wake_s(self, lookahead_s: float) -> float | None:
+    def wake_s(self) -> float | None:
         """When to look again even if nothing is reported; None: not needed."""
         if not self._points:
             return None
-        ready_s = self.ready_s(lookahead_s)
+        ready_s = self.ready_s()
         if self._is_known():
             return ready_s
         last_s, received = self._points[-1]

@@ -76,17 +76,20 @@ class Session:
         """Requests that share link and decoder; a driver of several changes it as they come and go."""
         self._policy = policy
         self._progress_policy: ProgressPolicy | None = policy if hasattr(policy, "progress") else None  # type: ignore[assignment]
+        self.has_progress = self._progress_policy is not None
+        """Whether the policy has a progress hook, to be called at least every PROGRESS_S."""
+        self.done = False
+        """Whether the first token is out."""
         self._clairvoyant = bool(getattr(policy, "clairvoyant", False))
         self._ask = ask
         self._slots = slots
         self._rtt_s = rtt_s
-        self._lookahead_s = (rtt_s or 0.0) + LOOKAHEAD_MARGIN_S
         self._tables = ChunkTables(manifest, costs)
 
         self._chunks = [ChunkRecord(i) for i in range(len(manifest.chunks))]
         self._unrequested = list(range(len(manifest.chunks)))
         self._in_flight: list[int] = []
-        self._rate = ArrivalRate(settings.prior_bps)
+        self._rate = ArrivalRate((rtt_s or 0.0) + LOOKAHEAD_MARGIN_S, settings.prior_bps)
         self._progress_due = False
         self._transfers: list[Transfer] = []
         self._computed: list[Computed] = []
@@ -114,7 +117,7 @@ class Session:
             work += self._ask_progress(now_s)
         while (
             self._unrequested
-            and self._has_slot()
+            and (self._slots is None or self._has_slot())
             and (not self._in_flight or (self.settings.depth > 1 and self._may_look_ahead(now_s)))
         ):
             work.append(self._request(now_s))
@@ -129,19 +132,12 @@ class Session:
 
     def wake_s(self) -> float | None:
         """When to call `poll` even if nothing happens: the current chunk is then nearly complete. None: not needed."""
-        if self.settings.depth == 1 or not self._unrequested or len(self._in_flight) != 1 or not self._has_slot():
+        if self.settings.depth == 1 or not self._unrequested or len(self._in_flight) != 1:
             return None
-        wake_s = self._rate.wake_s(self._lookahead_s)
+        if self._slots is not None and not self._has_slot():
+            return None
+        wake_s = self._rate.wake_s()
         return None if wake_s is None else max(0.0, wake_s)
-
-    @property
-    def has_progress(self) -> bool:
-        """Whether the policy has a progress hook, to be called at least every PROGRESS_S."""
-        return self._progress_policy is not None
-
-    @property
-    def done(self) -> bool:
-        return self._ttft_s is not None
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -249,7 +245,7 @@ class Session:
     ) -> None:
         """Decoding or recomputing of `chunk` is done; PREFILL means the first token is out."""
         if chunk == PREFILL:
-            self._ttft_s = end_s
+            self._ttft_s, self.done = end_s, True
             return
         self._computing = None
         record = self._chunks[chunk]
@@ -275,8 +271,7 @@ class Session:
 
     def _has_slot(self) -> bool:
         """Whether one more encoding may be requested."""
-        if self._slots is None:
-            return True
+        assert self._slots is not None
         held = [*self._in_flight, *self._arrived, *([] if self._computing is None else [self._computing])]
         return sum(self._chunks[chunk].level != TEXT for chunk in held) < self._slots
 
@@ -286,7 +281,7 @@ class Session:
             return False
         if self._clairvoyant:  # waiting would tell it nothing, and cost a round trip where the rate is misjudged
             return self._chunks[self._in_flight[0]].first_byte_s is not None
-        ready_s = self._rate.ready_s(self._lookahead_s)
+        ready_s = self._rate.ready_s()
         return ready_s is not None and now_s >= ready_s - 1e-9
 
     def _is_next(self, chunk: int) -> bool:

@@ -17,7 +17,6 @@ class ChunkTables:
     def __init__(self, manifest: Manifest, costs: Costs) -> None:
         chunks = manifest.chunks
         self.n_levels = len(manifest.levels)
-        self._n_chunks = len(chunks)
         self._ladder = tuple(level.distortion for level in manifest.levels)
         self._tokens = tuple(chunk.tokens for chunk in chunks)
         self._sizes_bytes = tuple(chunk.sizes_bytes for chunk in chunks)
@@ -44,7 +43,6 @@ class ChunkTables:
 
     def rows(self, remaining: Sequence[int]) -> dict[str, Any]:
         """The fields of an `Observation` that run over the remaining chunks (ascending)."""
-        n = self._n_chunks
         rows: dict[str, Any] = {
             "tokens": self._tokens,
             "sizes_bytes": self._sizes_bytes,
@@ -52,9 +50,9 @@ class ChunkTables:
             "decode_s": self._decode_s,
             "recompute_s": self._recompute_s,
         }
-        if not remaining or len(remaining) == n - remaining[0]:  # nothing was reordered: the end of every table
-            rest = slice(remaining[0] if remaining else n, None)
-            rows = {name: table and table[rest] for name, table in rows.items()}
+        first, stop = (remaining[0], remaining[-1] + 1) if remaining else (0, 0)
+        if stop - first == len(remaining):  # without a gap: a part of every table
+            rows = {name: table and table[first:stop] for name, table in rows.items()}
         else:
             rows = {name: table and tuple([table[i] for i in remaining]) for name, table in rows.items()}
         now = self.estimates

@@ -506,7 +506,7 @@ class TestKVStreamInGeneral:
         for plan, chance in zip(plans, chances, strict=True):
             assert in_time(plan, (2e7, 0.5), KVStream()._cases(later), later, 0) >= chance
             assert in_time(plan, (4e7, 0.5), cases, obs, 0) >= chance
-            assert in_time(replace(plan, compute_s=plan.compute_s + more_s), (2e7, 0.5), cases, obs, 0) <= chance
+            assert in_time(plan._replace(compute_s=plan.compute_s + more_s), (2e7, 0.5), cases, obs, 0) <= chance
 
     @given(
         counts=st.lists(st.tuples(st.integers(1, 20), st.integers(1_000, 1_000_000)), min_size=1, max_size=2),
@@ -519,8 +519,7 @@ class TestKVStreamInGeneral:
         """At it, chunks that take a round trip or their bytes' time, whichever is longer, just fill the time left."""
         chunks = tuple(sorted(((n, float(size)) for n, size in counts), key=lambda one: one[1]))
         plan = Plan(int(sum(n * size for n, size in chunks)), chunks, 0.0, 0.0)
-        obs = observation(1, in_flight=(InFlight(0, 0, 1, 1, 0.0, 0.0),), rtt_s=rtt_s)
-        bps = needed_bps(plan, Case(1.0, 0, left_s, 1.0), obs, 0)
+        bps = needed_bps(plan, Case(1.0, 0, left_s, 1.0), rtt_s, 0)
         if bps == math.inf:
             assert sum(n for n, _ in chunks) * rtt_s >= left_s * 0.999
         else:

@@ -27,17 +27,17 @@ def arriving(
 
 
 def test_nothing_is_known_before_the_first_byte() -> None:
-    rate = ArrivalRate()
-    assert rate.ready_s(AHEAD_S) is None
-    assert rate.wake_s(AHEAD_S) is None
+    rate = ArrivalRate(AHEAD_S)
+    assert rate.ready_s() is None
+    assert rate.wake_s() is None
     assert rate.burst == (0.0, 0)
 
 
 @pytest.mark.parametrize("burst", [0, 25_000, 100_000])
 def test_a_burst_after_a_pause_is_no_rate(burst: int) -> None:
-    rate = ArrivalRate()
+    rate = ArrivalRate(AHEAD_S)
     received = arriving(rate, 0.03, burst=burst)
-    ready_s = rate.ready_s(AHEAD_S)
+    ready_s = rate.ready_s()
     assert ready_s == pytest.approx(0.03 + (SIZE - received) / RATE - AHEAD_S, abs=0.003)
     at_s, size = rate.burst
     assert at_s <= BURST_S
@@ -45,7 +45,7 @@ def test_a_burst_after_a_pause_is_no_rate(burst: int) -> None:
 
 
 def test_without_a_pause_all_counts() -> None:
-    rate = ArrivalRate()
+    rate = ArrivalRate(AHEAD_S)
     arriving(rate, 0.03, pause=False)
     assert rate.burst == (0.0, 0)
 
@@ -55,12 +55,12 @@ def test_without_a_pause_all_counts() -> None:
 def test_a_rate_is_known_only_after_enough_time_and_bytes_beyond_the_burst(
     bytes_per_s: float, burst: int, until_s: float
 ) -> None:
-    rate = ArrivalRate()
+    rate = ArrivalRate(AHEAD_S)
     received = arriving(rate, until_s, burst=burst, bytes_per_s=bytes_per_s)
     beyond = received - rate.burst[1]
     enough = until_s - PACKET / bytes_per_s >= SAMPLE_S and beyond >= SAMPLE_BYTES
     short = until_s < SAMPLE_S or beyond < SAMPLE_BYTES
-    ready_s = rate.ready_s(AHEAD_S)
+    ready_s = rate.ready_s()
     assert not enough or ready_s is not None
     assert not short or ready_s is None
     if ready_s is not None:  # the burst and the packets' spacing are all that can be wrong
@@ -69,28 +69,28 @@ def test_a_rate_is_known_only_after_enough_time_and_bytes_beyond_the_burst(
 
 
 def test_it_says_when_to_look_again() -> None:
-    rate = ArrivalRate()
+    rate = ArrivalRate(AHEAD_S)
     arriving(rate, 0.005)
-    assert rate.ready_s(AHEAD_S) is None
-    assert rate.wake_s(AHEAD_S) == pytest.approx(0.011, abs=0.002)  # 8 KiB beyond what came within 3 ms
+    assert rate.ready_s() is None
+    assert rate.wake_s() == pytest.approx(0.011, abs=0.002)  # 8 KiB beyond what came within 3 ms
     rate.begin(SIZE, 1.0, 0, after_pause=True)
-    assert rate.wake_s(AHEAD_S) == pytest.approx(1.0 + SAMPLE_S)  # nothing arrives: look all the same
+    assert rate.wake_s() == pytest.approx(1.0 + SAMPLE_S)  # nothing arrives: look all the same
 
 
 def test_what_was_known_before_counts_until_the_chunk_shows_its_own_rate() -> None:
-    rate = ArrivalRate(prior_bps=8 * RATE)
+    rate = ArrivalRate(AHEAD_S, prior_bps=8 * RATE)
     rate.begin(SIZE, 0.0, 0, after_pause=True)
-    assert rate.ready_s(AHEAD_S) == pytest.approx(SIZE / RATE - AHEAD_S)
-    assert rate.wake_s(AHEAD_S) == pytest.approx(SAMPLE_S)
+    assert rate.ready_s() == pytest.approx(SIZE / RATE - AHEAD_S)
+    assert rate.wake_s() == pytest.approx(SAMPLE_S)
     rate.end(0.005, 4 * RATE)  # too soon for a rate of its own: the goodput is all that is known
     rate.clear()
     rate.begin(SIZE, 0.3, 0, after_pause=True)
-    assert rate.ready_s(AHEAD_S) == pytest.approx(0.3 + 2 * SIZE / RATE - AHEAD_S)
+    assert rate.ready_s() == pytest.approx(0.3 + 2 * SIZE / RATE - AHEAD_S)
 
 
 def test_the_next_chunk_is_not_chosen_before_the_first_frame_is_here() -> None:
-    rate = ArrivalRate(prior_bps=8 * RATE)
+    rate = ArrivalRate(10.0, prior_bps=8 * RATE)
     rate.begin(SIZE, 0.0, 0, after_pause=True)
-    assert rate.ready_s(10.0) == pytest.approx(SIZE / 8 / RATE)
+    assert rate.ready_s() == pytest.approx(SIZE / 8 / RATE)
     rate.begin(4_000, 0.0, 0, after_pause=True)
-    assert rate.ready_s(10.0) is None
+    assert rate.ready_s() is None
