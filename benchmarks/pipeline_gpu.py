@@ -224,7 +224,7 @@ class Bench:
                 stack, network.receiver, "kvstream.testbed.receiver",
                 "--model", self._model, "--device", self._device, "--dtype", dtype, *self._pages,
             )  # fmt: skip
-            self.ready = self._receiver.ready
+            self.ready = self._receiver.await_ready()
             contexts = [lookalike.context_of(codec) for codec in ("kvstream", "uniform")]
             self.costs = self._receiver.ask({"cmd": "prepare", "contexts": contexts}, 300.0)["costs"]
             self._stack = stack.pop_all()

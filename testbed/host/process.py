@@ -49,10 +49,16 @@ class Process:
                 text=True,
                 env=environment,
             )
+        self._ready: dict[str, Any] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.ready = self._answer(READY_S)
-        """What it said when it was ready."""
+
+    def await_ready(self) -> dict[str, Any]:
+        """What it said when it was ready. Several can be started before one is waited for. Raises MachineError if it
+        ended before."""
+        if self._ready is None:
+            self._ready = self._answer(READY_S)
+        return self._ready
 
     @property
     def pid(self) -> int:
@@ -61,6 +67,7 @@ class Process:
     def ask(self, command: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send a command and wait for its answer. Raises SpecError for what it refuses, MachineError if it is gone."""
         assert self._child.stdin is not None
+        self.await_ready()
         try:
             self._child.stdin.write(json.dumps(command) + "\n")
             self._child.stdin.flush()

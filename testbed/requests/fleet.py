@@ -244,12 +244,14 @@ def open_crew(
             log = folder / f"{name}.log"
             return stack.enter_context(closing(Process(name, partial(path.network.popen, host), argv, log)))
 
-        sender = path.network.sender
-        start("sender", sender, "kvstream.testbed.net.sender", "--host", "0.0.0.0", "--port", str(PORT), "--sandbox")
+        address = ("--host", "0.0.0.0", "--port", str(PORT))
+        sender = start("sender", path.network.sender, "kvstream.testbed.net.sender", *address, "--sandbox")
         receivers = [
             start(f"receiver{i}", path.network.receiver, "kvstream.testbed.receiver", "--workload", workload)
             for i in range(serving.fleet.receivers)
         ]
+        for process in (sender, *receivers):
+            process.await_ready()
         crew = stack.enter_context(closing(Crew(path, receivers, ids, trace)))
         crew.warm_up()
         yield crew

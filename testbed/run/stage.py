@@ -282,13 +282,17 @@ def open_stage(
             log = folder / f"{module.rpartition('.')[2]}.log"
             return stack.enter_context(closing(Process(name, partial(path.network.popen, host), argv, log)))
 
-        for host in path.network.sender_hosts:
-            address = ("--host", "0.0.0.0", "--port", str(PORT))
+        address = ("--host", "0.0.0.0", "--port", str(PORT))
+        senders = [
             start(host.name, host, "kvstream.testbed.net.sender", *address, "--sandbox")
+            for host in path.network.sender_hosts
+        ]
         # A model on a GPU must hold its cache in the type that was encoded.
         dtype = next(iter(prepared.manifests.values())).kv.dtype
         compute = (*prepared.receiver_arguments, "--device", device, "--dtype", dtype)
         receiver = start("receiver", path.network.receiver, "kvstream.testbed.receiver", *compute)
+        for process in (*senders, receiver):
+            process.await_ready()
         ids = list(dict.fromkeys(prepared.ids.values()))
         costs_json = receiver.ask({"cmd": "prepare", "contexts": ids}, SESSION_LIMIT_S)["costs"]
         stage = Stage(path, receiver, prepared, folder, costs_json, prober=prober, packets=packets)
