@@ -118,6 +118,22 @@ def _left_of(values, value, low):
 
 
 @_jit
+def _near_left_of(values, value, low):
+    """bisect_left from `low` on, where the place is expected to be near."""
+    at, step = low, 1
+    while at < len(values) and values[at] < value:
+        low, at, step = at + 1, at + step, 2 * step
+    high = min(at, len(values))
+    while low < high:
+        middle = (low + high) // 2
+        if values[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@_jit
 def _divmod(value, by):
     """Python's of two floats that are not negative."""
     mod = np.fmod(value, by)
@@ -217,13 +233,13 @@ def _answer(trace, start_s, size, frame, chunk):
         base = sums[row] + rates[row] * (start_s - edges[row])
         if base + size * 8.0 <= sums[-1]:
             target = base + 8.0
-            row = _left_of(sums, target, row) - 1
+            row = _near_left_of(sums, target, row) - 1
             first_s = start_s + (edges[row] + (target - sums[row]) / rates[row] - start_s)
             target = base + frame * 8.0
-            row = _left_of(sums, target, row) - 1
+            row = _near_left_of(sums, target, row) - 1
             frame_s = start_s + (edges[row] + (target - sums[row]) / rates[row] - start_s)
             target = base + size * 8.0
-            row = _left_of(sums, target, row) - 1
+            row = _near_left_of(sums, target, row) - 1
             last_s = start_s + (edges[row] + (target - sums[row]) / rates[row] - start_s)
             return min(first_s, last_s), min(frame_s, last_s), last_s
     first_s = start_s + _serve(trace, 8.0, start_s, chunk)
@@ -459,7 +475,7 @@ def _learn(learned, spread, expected_s, took_s):
 
 @_jit
 def _factor(learned, shared):
-    return math.exp(shared * (learned[1] / learned[0]))
+    return math.exp(shared * (learned[1] / learned[0])) if learned[1] != 0.0 else 1.0
 
 
 # --- kvstream.testbed.session.session and kvstream.testbed.simulator.simulator
