@@ -50,6 +50,7 @@ FAIR = 0.7
 """Part of the chance of being in time that the rest at the same level must have."""
 GUESS = 4.0
 """Median of an unknown link's throughput, over what the session needs at least."""
+ROOT_2 = math.sqrt(2.0)
 WEIGHTS = (0.4, 0.4, 0.15, 0.05)
 """Compute is fast, usual, slow or very slow with these probabilities: the middles of such parts of a Gumbel
 distribution with median 0 and standard deviation 1, its median first."""
@@ -111,7 +112,7 @@ class KVStream:
             return Choice(TEXT, chunk=obs.remaining[0], reason={"texts": texts, "in_time": chance})
         back = -1 if obs.recompute_s is not None else 0
         if belief is None:
-            needed = needed_bps(lowest(obs, 0), cases[(len(cases) - 1) // 2], obs.rtt_s or 0.0, _waits(obs, 0))
+            needed = needed_bps(lowest(obs, 0), cases[(len(cases) - 1) // 2], obs.rtt_s or 0.0, not obs.in_flight)
             if needed == math.inf:
                 return Choice(0, chunk=obs.remaining[back], reason={"texts": texts})
             belief = GUESS * needed, self.spread
@@ -232,8 +233,8 @@ def _compute_runs_dry(obs: Observation, belief: tuple[float, float] | None) -> b
 def in_time(plan: Plan, belief: tuple[float, float], cases: Sequence[Case], obs: Observation, texts: int) -> float:
     """The probability that a plan and `texts` texts are here and computed in time."""
     median_bps, spread = belief
-    scale = 1.0 / (spread * math.sqrt(2.0))
-    rtt_s, waits, compute_s = obs.rtt_s or 0.0, _waits(obs, texts), plan.compute_s
+    scale = 1.0 / (spread * ROOT_2)
+    rtt_s, waits, compute_s = obs.rtt_s or 0.0, texts + (not obs.in_flight), plan.compute_s
     found = 0.0
     for case in cases:
         weight, most, left_s, slower = case
@@ -244,16 +245,11 @@ def in_time(plan: Plan, belief: tuple[float, float], cases: Sequence[Case], obs:
     return found
 
 
-def _waits(obs: Observation, texts: int) -> int:
-    """Round trips in which nothing of a plan arrives: with nothing in flight, the next byte is one away."""
-    return texts + (not obs.in_flight)
-
-
 def needed_bps(plan: Plan, case: Case, rtt_s: float, waits: int) -> float:
-    """The least throughput (bit/s) at which a plan's bytes come in time, with so many round trips of nothing; inf where
-    none is enough.
+    """The least throughput (bit/s) at which a plan's bytes come in time; inf where none is enough.
 
-    A chunk takes a round trip at least: the one after it is not asked for before it begins to arrive.
+    In so many round trips (`waits`) nothing of the plan arrives: one for each text, and one with nothing in flight. A
+    chunk takes a round trip at least: the one after it is not asked for before it begins to arrive.
     """
     _, _, left_s, slower = case
     nbytes: float

@@ -32,8 +32,8 @@ class Urgency(enum.IntEnum):
 def go_before_others(urgency: Urgency) -> str | None:
     """Have this thread, and those that it starts later, run before all ordinary programs; None without the right to.
 
-    With real-time priority, a program that keeps a core busy delays a run no more than an idle machine would: Linux
-    moves such threads to whichever core runs nothing more urgent, and reserves 5 % for ordinary programs.
+    With real-time priority, a program that keeps a core busy hardly delays a run: Linux moves such threads to whichever
+    core runs nothing more urgent, and reserves 5 % for ordinary programs.
     """
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(urgency))

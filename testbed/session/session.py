@@ -76,10 +76,6 @@ class Session:
         """Requests that share link and decoder; a driver of several changes it as they come and go."""
         self._policy = policy
         self._progress_policy: ProgressPolicy | None = policy if hasattr(policy, "progress") else None  # type: ignore[assignment]
-        self.has_progress = self._progress_policy is not None
-        """Whether the policy has a progress hook, to be called at least every PROGRESS_S."""
-        self.done = False
-        """Whether the first token is out."""
         self._clairvoyant = bool(getattr(policy, "clairvoyant", False))
         self._ask = ask
         self._slots = slots
@@ -117,7 +113,7 @@ class Session:
             work += self._ask_progress(now_s)
         while (
             self._unrequested
-            and (self._slots is None or self._has_slot())
+            and self._has_slot()
             and (not self._in_flight or (self.settings.depth > 1 and self._may_look_ahead(now_s)))
         ):
             work.append(self._request(now_s))
@@ -132,12 +128,20 @@ class Session:
 
     def wake_s(self) -> float | None:
         """When to call `poll` even if nothing happens: the current chunk is then nearly complete. None: not needed."""
-        if self.settings.depth == 1 or not self._unrequested or len(self._in_flight) != 1:
-            return None
-        if self._slots is not None and not self._has_slot():
+        if self.settings.depth == 1 or not self._unrequested or len(self._in_flight) != 1 or not self._has_slot():
             return None
         wake_s = self._rate.wake_s()
         return None if wake_s is None else max(0.0, wake_s)
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether the policy has a progress hook, to be called at least every PROGRESS_S."""
+        return self._progress_policy is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether the first token is out."""
+        return self._ttft_s is not None
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -194,11 +198,11 @@ class Session:
         self._chunks[chunk].received_bytes = received_bytes
         if self._is_next(chunk):
             self._rate.add(now_s, received_bytes)
-        self._progress_due = self.has_progress
+        self._progress_due = self._progress_policy is not None
 
     def on_time(self) -> None:
         """Time has passed and nothing arrived: a policy with a progress hook is asked all the same."""
-        self._progress_due = self.has_progress
+        self._progress_due = self._progress_policy is not None
 
     def on_waste(self, nbytes: int) -> None:
         """Bytes arrived of a cancelled chunk: the cancellation had not reached the sender."""
@@ -245,7 +249,7 @@ class Session:
     ) -> None:
         """Decoding or recomputing of `chunk` is done; PREFILL means the first token is out."""
         if chunk == PREFILL:
-            self._ttft_s, self.done = end_s, True
+            self._ttft_s = end_s
             return
         self._computing = None
         record = self._chunks[chunk]
@@ -271,7 +275,8 @@ class Session:
 
     def _has_slot(self) -> bool:
         """Whether one more encoding may be requested."""
-        assert self._slots is not None
+        if self._slots is None:
+            return True
         held = [*self._in_flight, *self._arrived, *([] if self._computing is None else [self._computing])]
         return sum(self._chunks[chunk].level != TEXT for chunk in held) < self._slots
 

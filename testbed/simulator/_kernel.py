@@ -106,20 +106,7 @@ def _right_of(values, value):
 
 @_jit
 def _left_of(values, value, low):
-    """bisect_left from `low` on."""
-    high = len(values)
-    while low < high:
-        middle = (low + high) // 2
-        if values[middle] < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@_jit
-def _near_left_of(values, value, low):
-    """bisect_left from `low` on, where the place is expected to be near."""
+    """bisect_left from `low` on, in steps that double: the place is often near."""
     at, step = low, 1
     while at < len(values) and values[at] < value:
         low, at, step = at + 1, at + step, 2 * step
@@ -233,13 +220,13 @@ def _answer(trace, start_s, size, frame, chunk):
         base = sums[row] + rates[row] * (start_s - edges[row])
         if base + size * 8.0 <= sums[-1]:
             target = base + 8.0
-            row = _near_left_of(sums, target, row) - 1
+            row = _left_of(sums, target, row) - 1
             first_s = start_s + (edges[row] + (target - sums[row]) / rates[row] - start_s)
             target = base + frame * 8.0
-            row = _near_left_of(sums, target, row) - 1
+            row = _left_of(sums, target, row) - 1
             frame_s = start_s + (edges[row] + (target - sums[row]) / rates[row] - start_s)
             target = base + size * 8.0
-            row = _near_left_of(sums, target, row) - 1
+            row = _left_of(sums, target, row) - 1
             last_s = start_s + (edges[row] + (target - sums[row]) / rates[row] - start_s)
             return min(first_s, last_s), min(frame_s, last_s), last_s
     first_s = start_s + _serve(trace, 8.0, start_s, chunk)

@@ -102,7 +102,7 @@ class _Driver:
 
     def run(self, now_s: float) -> None:
         session = self._session
-        while not session.done:
+        while True:
             for work in session.poll(now_s):
                 if isinstance(work, Fetch):
                     self._line.append((work.chunk, work.bytes, now_s))
@@ -122,6 +122,8 @@ class _Driver:
                 now_s = self._compute_end_s
                 self._compute_end_s = math.inf
                 session.on_computed(self._computing, self._compute_start_s, now_s)
+                if self._computing == PREFILL:
+                    return
             else:
                 now_s = self._event_s
                 self._report(now_s)
