@@ -4,10 +4,11 @@
 
 Whole sessions over loopback, from a sender's process to this one, of a synthetic context whose decoding costs nothing:
 7 chunks of 14.65 MB, as of a 7B model. `plain` is the floor: a loop of `sendall` in the other process, one of
-`recv_into` here. `busy` has a thread beside it that holds the interpreter lock for 60 us at a time, a third to a half
-of the time, as one that launches kernels does. Printed are medians over sessions: Gbit/s of compressed bytes, CPU
-seconds per GiB of either end, their ratios to `plain` in the same run, and KiB per read. The sender has the last
-processor for itself and this process the others, lest the scheduler put both on one.
+`recv_into` here. `stream` receives in this process, `process` in one of its own, as beside a GPU
+(kvstream.testbed.net.network_process). `busy` has a thread beside it that holds the interpreter lock for 60 us at a
+time, a third to a half of the time, as one that launches kernels does. Printed are medians over sessions: Gbit/s of
+compressed bytes, CPU seconds per GiB of either end, their ratios to `plain` in the same run, and KiB per read of this
+process. The sender has the last processor for itself and this process the others, lest the scheduler put both on one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from kvstream.testbed.engine.buffers import ChunkBuffers, IncomingChunk
 from kvstream.testbed.engine.streams import Streams
 from kvstream.testbed.engine.threads import SWITCH_INTERVAL_S
 from kvstream.testbed.host import machine
+from kvstream.testbed.host.shared_memory import SharedMemory
 from kvstream.testbed.net.client import Client
 from kvstream.testbed.net.frames import Frames
+from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.receiver.driver import fetch_session
 from kvstream.testbed.session.costs import Costs
 from kvstream.testbed.session.settings import SessionSettings
@@ -82,9 +85,9 @@ class Sample:
 class NoEngine:
     """An engine whose steps take no time; chunks arrive in the same buffers as on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedMemory | None) -> None:
         self.slots = SLOTS
-        self._buffers = ChunkBuffers(Streams())
+        self._buffers = ChunkBuffers(Streams(), shared)
         self._thread = ThreadPoolExecutor(1)
 
     def submit(self, step: Any, *arguments: Any) -> Future[Any]:
@@ -185,16 +188,20 @@ def cpu_s(pid: int) -> float:
 class Meter:
     """From `begin` to `end`."""
 
-    def __init__(self, sender: int) -> None:
-        self._sender, self.reads = sender, 0
+    def __init__(self, sender: int, receiver: int | None = None) -> None:
+        """The receiver is another process, or this thread."""
+        self._sender, self._receiver, self.reads = sender, receiver, 0
 
     def begin(self) -> None:
         self.reads, self._sender_s = 0, cpu_s(self._sender)
-        self._begin_s, self._receiver_s = time.monotonic(), time.thread_time()
+        self._begin_s, self._receiver_s = time.monotonic(), self._spent_s()
 
     def end(self) -> Sample:
-        receiver_s, end_s = time.thread_time() - self._receiver_s, time.monotonic()
+        receiver_s, end_s = self._spent_s() - self._receiver_s, time.monotonic()
         return Sample(end_s - self._begin_s, receiver_s, cpu_s(self._sender) - self._sender_s, self.reads)
+
+    def _spent_s(self) -> float:
+        return time.thread_time() if self._receiver is None else cpu_s(self._receiver)
 
 
 def plain(sessions: int) -> list[Sample]:
@@ -215,13 +222,13 @@ def plain(sessions: int) -> list[Sample]:
     return found
 
 
-def stream(sessions: int, folder: Path) -> list[Sample]:
-    engine = NoEngine()
+def stream(sessions: int, folder: Path, network: NetworkProcess | None = None) -> list[Sample]:
+    engine = NoEngine(network and network.memory)
     costs = Costs(((1e-4,),) * CHUNKS, None, 1e-4)
     read = Frames.buffer_updated
 
     async def one(url: str, pid: int) -> Sample:
-        meter = Meter(pid)
+        meter = Meter(pid, network and network.pid)
 
         def counted(self: Frames, nbytes: int) -> None:
             meter.reads += 1
@@ -235,7 +242,7 @@ def stream(sessions: int, folder: Path) -> list[Sample]:
         async with Client(url) as client:
             await fetch_session(
                 client, CONTEXT, Fixed(level=0), SessionSettings(60.0), engine=engine, costs=costs, prompt_ids=[0],
-                padding_bytes=PADDING_BYTES, on_first_byte=on_first_byte,
+                padding_bytes=PADDING_BYTES, on_first_byte=on_first_byte, network=network,
             )  # fmt: skip
             return meter.end()
 
@@ -255,15 +262,15 @@ def row(arm: str, samples: list[Sample], floor: dict[str, Any] | None) -> dict[s
         "gbit_s": 8e-9 * total / middle["wall_s"],
         "receiver_s_per_gib": middle["receiver_s"] / total * 2**30,
         "sender_s_per_gib": middle["sender_s"] / total * 2**30,
-        "kib_per_read": total / middle["reads"] / 1024,
+        "kib_per_read": total / middle["reads"] / 1024 if middle["reads"] else None,
     }
     for key in ("gbit_s", "receiver_s_per_gib", "sender_s_per_gib"):
         found[f"{key}_of_plain"] = 1.0 if floor is None else found[key] / floor[key]
     print(
         f"{arm:<12} {found['gbit_s']:6.1f} Gbit/s ({found['gbit_s_of_plain']:.2f})   CPU s/GiB: receiver "
         f"{found['receiver_s_per_gib']:.3f} ({found['receiver_s_per_gib_of_plain']:.2f}), sender "
-        f"{found['sender_s_per_gib']:.3f} ({found['sender_s_per_gib_of_plain']:.2f})   "
-        f"{found['kib_per_read']:5.0f} KiB a read"
+        f"{found['sender_s_per_gib']:.3f} ({found['sender_s_per_gib_of_plain']:.2f})"
+        + (f"   {found['kib_per_read']:5.0f} KiB a read" if found["kib_per_read"] else "")
     )
     return found
 
@@ -284,6 +291,8 @@ def main() -> None:
             with beside():
                 floor = row("plain" + suffix, plain(options.sessions), None)
                 rows += [floor, row("stream" + suffix, stream(options.sessions, Path(name)), floor)]
+                with closing(NetworkProcess()) as network:
+                    rows.append(row("process" + suffix, stream(options.sessions, Path(name), network), floor))
     if options.out:
         body = {"command": "python " + " ".join(sys.argv), "machine": where, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,8 @@ class DeviceReconstruction:
 
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a device current: Triton launches kernels there, wherever their tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(device)
 
 
 def upload(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 import numpy as np
 import torch
@@ -130,6 +132,11 @@ def _finish(begun: list[Share]) -> None:
             share.job.finish()
 
 
+@cache
+def _checking() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="checksums")
+
+
 class State(Enum):
     """What a streaming decoder waits for."""
 
@@ -150,7 +157,7 @@ class StreamingDecoder(Decoder):
 
     def __init__(self, codec: Codec, out: KVTarget, shares: list[Share], total_bytes: int | None = None) -> None:
         self._codec, self._out, self._shares = codec, out, shares
-        self._arrival = Arrival(total_bytes)
+        self._arrival = Arrival(total_bytes, _checking())
         self._state = State.HEADER
         self._at = self._size = self._copied = 0
         """Where `coef` begins in the chunk, its bytes, and how many of them are on the devices."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvstream.policies.api import TEXT, LevelOrText
 from kvstream.testbed.engine.streams import Mark, Streams
 from kvstream.testbed.errors import SpecError
+from kvstream.testbed.host.shared_memory import SharedMemory
 from kvstream.testbed.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -134,8 +135,9 @@ class IncomingChunk:
 class ChunkBuffers:
     """The slots of one receiver."""
 
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
+    def __init__(self, streams: Streams, shared: SharedMemory | None = None) -> None:
+        """Slots lie in `shared`, if that is given."""
+        self._streams, self._shared = streams, shared
         self._host: Tensor | None = None
         self._mirror: Tensor | None = None
         self._slot_bytes = 0
@@ -147,7 +149,7 @@ class ChunkBuffers:
         self._slot_bytes = -(-largest // ALIGNMENT) * ALIGNMENT
         if self._host is None or len(self._host) < slots * self._slot_bytes:
             self._host = self._mirror = None  # the old memory goes before the new comes
-            self._host = self._streams.host_memory(slots * self._slot_bytes)
+            self._host = self._streams.host_memory(slots * self._slot_bytes, self._shared)
         if not mirrored:
             self._mirror = None
         elif self._mirror is None:

@@ -24,6 +24,7 @@ from kvstream.testbed.engine.codecs import CodecCache
 from kvstream.testbed.engine.streams import Mark, streams_of
 from kvstream.testbed.engine.threads import ComputeThread
 from kvstream.testbed.errors import SpecError
+from kvstream.testbed.host.shared_memory import SharedMemory
 from kvstream.testbed.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -44,14 +45,22 @@ whole, and their links never wait for the decoder."""
 class DecodingEngine(ABC):
     """The half of an `Engine` that takes chunks in. Where they are decoded to is the other half's."""
 
-    def __init__(self, device: torch.device, *, max_slots: int | None = None, codecs: CodecCache | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        max_slots: int | None = None,
+        codecs: CodecCache | None = None,
+        shared: SharedMemory | None = None,
+    ) -> None:
         """`max_slots` bounds the encodings held at a time; by default CUDA_SLOTS on a CUDA device, on a CPU as many as
-        HOST_BYTES hold. With the `codecs` of others it needs no profile that they have."""
+        HOST_BYTES hold. With the `codecs` of others it needs no profile that they have. `shared` memory is where chunks
+        arrive, if another process receives them."""
         self.device = device
         self.slots = 0
         self._max_slots = CUDA_SLOTS if max_slots is None and device.type == "cuda" else max_slots
         self._streams = streams_of(device)
-        self._buffers = ChunkBuffers(self._streams)
+        self._buffers = ChunkBuffers(self._streams, shared)
         self._codecs = CodecCache() if codecs is None else codecs
         self._open: tuple[Manifest, Codec] | None = None
         self._decodes_early = False

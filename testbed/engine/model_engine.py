@@ -15,6 +15,7 @@ from kvstream.testbed.engine.decoding import DecodingEngine
 from kvstream.testbed.engine.memory import KVMemory
 from kvstream.testbed.engine.model import KVCache, Model, extend_kv, first_token
 from kvstream.testbed.errors import SpecError
+from kvstream.testbed.host.shared_memory import SharedMemory
 from kvstream.testbed.store.manifest import Manifest
 from kvstream.testbed.store.store import token_ids
 
@@ -34,10 +35,16 @@ class ModelEngine(DecodingEngine):
     """One model and its cache: an `Engine`."""
 
     def __init__(
-        self, model: Model, *, max_slots: int | None = None, pages_on: Sequence[torch.device | str] = ()
+        self,
+        model: Model,
+        *,
+        max_slots: int | None = None,
+        pages_on: Sequence[torch.device | str] = (),
+        shared: SharedMemory | None = None,
     ) -> None:
-        """`pages_on` devices, the model's first, chunks are decoded into pages (`KVMemory`)."""
-        super().__init__(model.device, max_slots=max_slots)
+        """`pages_on` devices, the model's first, chunks are decoded into pages (`KVMemory`); `shared` memory is where
+        they arrive, if another process receives them."""
+        super().__init__(model.device, max_slots=max_slots, shared=shared)
         self.model = model
         self._memory = KVMemory(model, pages_on)
         self._graphs = PrefillGraphs()

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvstream.testbed.host.shared_memory import SharedMemory
+
 StreamName: TypeAlias = Literal["copy", "decode", "model"]
 STREAM_NAMES: Final[tuple[StreamName, ...]] = ("copy", "decode", "model")
 Mark: TypeAlias = Any
@@ -46,9 +48,11 @@ class Streams:
     def set_clock(self) -> None:
         """Tie the device's clock to CLOCK_MONOTONIC again; holds the calling thread until the device is idle."""
 
-    def host_memory(self, nbytes: int) -> Tensor:
+    def host_memory(self, nbytes: int, shared: SharedMemory | None = None) -> Tensor:
         """uint8 `[nbytes]`, touched, in memory from which the device copies while it does other work."""
-        return torch.from_numpy(np.ones(nbytes, dtype=np.uint8))
+        if shared is None:
+            return torch.from_numpy(np.ones(nbytes, dtype=np.uint8))
+        return torch.from_numpy(np.frombuffer(shared.view(nbytes), dtype=np.uint8))
 
     def mirror(self, host: Tensor) -> Tensor | None:
         """Memory of the same size on the device; None where the device reads the host's."""
@@ -63,6 +67,8 @@ class CudaStreams(Streams):
         self._streams = {name: torch.cuda.Stream(device) for name in STREAM_NAMES}
         self._zero = torch.cuda.Event(enable_timing=True)
         self._zero_s = 0.0
+        self._locked: Tensor | None = None
+        """Shared memory that is page-locked."""
         self.set_clock()
 
     def on(self, stream: StreamName) -> AbstractContextManager[Any]:
@@ -95,8 +101,15 @@ class CudaStreams(Streams):
                 shortest_s = after_s - before_s
                 self._zero, self._zero_s = event, (before_s + after_s) / 2
 
-    def host_memory(self, nbytes: int) -> Tensor:
-        return torch.ones(nbytes, dtype=torch.uint8).pin_memory()
+    def host_memory(self, nbytes: int, shared: SharedMemory | None = None) -> Tensor:
+        if shared is None:
+            return torch.ones(nbytes, dtype=torch.uint8).pin_memory()
+        runtime = torch.cuda.cudart()
+        if self._locked is not None:
+            torch.cuda.check_error(runtime.cudaHostUnregister(self._locked.data_ptr()))
+        self._locked = super().host_memory(nbytes, shared)
+        torch.cuda.check_error(runtime.cudaHostRegister(self._locked.data_ptr(), len(self._locked), 0))
+        return self._locked
 
     def mirror(self, host: Tensor) -> Tensor | None:
         return torch.empty_like(host, device=self._device)

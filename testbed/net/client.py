@@ -42,8 +42,8 @@ class Client:
         if not url.startswith(("http://", "https://")):
             raise SpecError(f"sender {url!r}: give an address like http://10.0.0.1:8700")
         self.url = url.rstrip("/")
-        token = os.environ.get("KVSTREAM_TOKEN") if token is None else token
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.token = os.environ.get("KVSTREAM_TOKEN") if token is None else token
+        self._headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:

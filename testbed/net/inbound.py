@@ -47,7 +47,7 @@ class Limits:
     session_s: float = 120.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Arrival:
     """A request and how much of its answer has arrived."""
 
@@ -99,12 +99,12 @@ class Inbound:
 
     # --- requests
 
-    def get_manifest(self) -> None:
-        self._ask(Arrival(messages.GetManifest(self._take_req()), memoryview(b"")))
+    def get_manifest(self) -> Arrival:
+        return self._ask(Arrival(messages.GetManifest(self._take_req()), memoryview(b"")))
 
-    def get_chunk(self, chunk: int, level: LevelOrText, target: memoryview) -> None:
+    def get_chunk(self, chunk: int, level: LevelOrText, target: memoryview) -> Arrival:
         """Request exactly as many bytes as `target` has."""
-        self._ask(Arrival(messages.GetChunk(self._take_req(), chunk, level, 0), target))
+        return self._ask(Arrival(messages.GetChunk(self._take_req(), chunk, level, 0), target))
 
     def cancel(self, chunk: int) -> None:
         """Cancel all outstanding requests for a chunk."""
@@ -117,12 +117,13 @@ class Inbound:
         self._next_req += 1
         return self._next_req - 1
 
-    def _ask(self, arrival: Arrival) -> None:
+    def _ask(self, arrival: Arrival) -> Arrival:
         if not self._outstanding:
             self._pace.restart(self._loop.time(), self.bytes)
         self._outstanding.append(arrival)
         self._touch()
         self._send(arrival.get)
+        return arrival
 
     def _send(self, request: messages.Request) -> None:
         """Send, unless there is no connection: a new one repeats everything outstanding."""

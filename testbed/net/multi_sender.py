@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from kvstream.policies.api import LevelOrText
 from kvstream.testbed.net import messages
@@ -36,12 +37,12 @@ class MultiInbound:
     def reconnects(self) -> int:
         return sum(part.reconnects for part in self._parts)
 
-    def get_manifest(self) -> None:
-        self._parts[0].get_manifest()
+    def get_manifest(self) -> Arrival:
+        return self._parts[0].get_manifest()
 
-    def get_chunk(self, chunk: int, level: LevelOrText, target: memoryview) -> None:
+    def get_chunk(self, chunk: int, level: LevelOrText, target: memoryview) -> Arrival:
         self._turns.append(chunk)
-        self._of(chunk).get_chunk(chunk, level, target)
+        return self._of(chunk).get_chunk(chunk, level, target)
 
     def cancel(self, chunk: int) -> None:
         self._of(chunk).cancel(chunk)
@@ -101,3 +102,13 @@ class MultiInbound:
 
     def _of(self, chunk: int) -> Inbound:
         return self._parts[chunk % len(self._parts)]
+
+
+AnyInbound: TypeAlias = Inbound | MultiInbound
+
+
+def inbound_from(clients: Sequence[Client], context: str, listener: Listener, limits: Limits) -> AnyInbound:
+    """The receiving end for a context on these senders."""
+    if len(clients) == 1:
+        return Inbound(clients[0], context, listener, limits)
+    return MultiInbound(clients, context, listener, limits)

@@ -14,6 +14,7 @@ from aiohttp import WSMsgType, web
 
 from kvstream.testbed.errors import MachineError, SpecError
 from kvstream.testbed.net import messages
+from kvstream.testbed.net.frame_size import LARGEST_BYTES, FrameSize
 from kvstream.testbed.store.cache import Cached, ContentCache, size_of
 
 log = logging.getLogger("kvstream.sender")
@@ -26,7 +27,7 @@ NO_ANSWER: Final = "the store of this sender does not answer; try again"
 """What clients are told: where the store is, and why, stands in the log."""
 MAX_REASON_BYTES: Final = 120
 """A control frame has room for 125 bytes, two of them the code (RFC 6455, section 5.5)."""
-_ZEROS: Final = memoryview(bytes(messages.LARGE_FRAME_BYTES))
+_ZEROS: Final = memoryview(bytes(LARGEST_BYTES))
 
 
 class Stream:
@@ -45,6 +46,7 @@ class Stream:
         self._socket = request.transport.get_extra_info("socket")
         # no buffer in user space: a frame is made when the kernel has taken the one before
         self._transport.set_write_buffer_limits(high=0)
+        self._frames = FrameSize(self._socket)
         self._queue: deque[messages.Get] = deque()
         self._cancelled: set[int] = set()
         self._last_req = -1
@@ -148,10 +150,14 @@ class Stream:
         """Send header and frames; without data, zeros."""
         if req not in self._cancelled:
             await self._send(messages.pack_answer(messages.Answer(req, total, offset, sha256)))
-        step = messages.frame_bytes(total)
-        # two frames, so that the link has one while the next is made; half a large frame lasts as long
-        _limit_unsent(self._socket, max(step, min(2 * step, 2 * messages.FRAME_BYTES)))
+        usual = messages.frame_bytes(total)
+        unsent = 0
         while offset < total and req not in self._cancelled:
+            step = self._frames.next(usual)
+            if step != unsent:
+                # two frames, so that the link has one while the next is made; half a large frame lasts as long
+                _limit_unsent(self._socket, max(step, min(2 * step, 2 * messages.FRAME_BYTES)))
+                unsent = step
             stop = min(offset + step, total)
             await self._send(_ZEROS[: stop - offset] if data is None else data[offset:stop])
             offset = stop

@@ -52,6 +52,7 @@ from kvstream.testbed.engine.model_engine import ModelEngine
 from kvstream.testbed.engine.threads import SWITCH_INTERVAL_S, set_threads
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.host.clock import Urgency, be_punctual, go_before_others
+from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.receiver.model_worker import ModelWorker
 from kvstream.testbed.receiver.warmup import Experience
 from kvstream.testbed.receiver.worker import REFUSALS, Worker
@@ -112,8 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
             identity = {"model": "", "name": timed.workload.name}
         else:
             model = load_model(options.model, device=options.device, dtype=options.dtype)
-            engine = ModelEngine(model, pages_on=options.pages_on)
-            worker = ModelWorker(engine, store, Experience() if model.device.type == "cpu" else None)
+            on_cpu = model.device.type == "cpu"
+            network = None if on_cpu else NetworkProcess()  # links that slow nothing down need no second process
+            shared = None if network is None else network.memory
+            engine = ModelEngine(model, pages_on=options.pages_on, shared=shared)
+            worker = ModelWorker(engine, store, Experience() if on_cpu else None, network)
             identity = {"model": model.fingerprint, "name": model.name}
     except REFUSALS as error:
         print(f"receiver: {error}", file=sys.stderr)

@@ -28,8 +28,9 @@ from kvstream.testbed.engine.buffers import IncomingChunk
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.net import messages
 from kvstream.testbed.net.client import Client
-from kvstream.testbed.net.inbound import Arrival, Inbound, Limits
-from kvstream.testbed.net.multi_sender import MultiInbound
+from kvstream.testbed.net.inbound import Arrival, Limits
+from kvstream.testbed.net.multi_sender import AnyInbound, inbound_from
+from kvstream.testbed.net.network_process import NetworkProcess, RemoteInbound
 from kvstream.testbed.session.ask import ASK_DIRECTLY, Ask, give_forecast
 from kvstream.testbed.session.costs import Costs
 from kvstream.testbed.session.record import ChunkRecord, SessionFailed, SessionRecord
@@ -98,6 +99,7 @@ async def fetch_session(
     ask: Ask = ASK_DIRECTLY,
     limits: Limits | None = None,
     others: Sequence[Client] = (),
+    network: NetworkProcess | None = None,
     on_first_byte: OnFirstByte | None = None,
     on_chunks: OnChunks | None = None,
 ) -> Fetched:
@@ -105,13 +107,14 @@ async def fetch_session(
 
     `start_s` is the CLOCK_MONOTONIC at which to begin (None: as soon as the connection exists); `padding_bytes` are
     sent over the connection before, so that its congestion window is open; `cold` connects within the session. With
-    `others` the chunks lie on several senders: chunk i on number i modulo their count, `client` being number 0.
+    `others` the chunks lie on several senders: chunk i on number i modulo their count, `client` being number 0. With
+    `network` that process receives, into the memory that it shares with `engine`.
     `on_chunks` is called every EVENT_INTERVAL_S. Both callbacks run on the event loop's thread and hold up the session.
     Raises SessionFailed with the reason, SpecError for a clairvoyant policy without a forecast.
     """
     give_forecast(policy, forecast)
     request = _Request(context, policy, settings, costs, tuple(prompt_ids), ask, limits or Limits())
-    run = _Run(request, engine, [client, *others], on_first_byte, on_chunks)
+    run = _Run(request, engine, [client, *others], network, on_first_byte, on_chunks)
     return await run.run(start_s, cold, padding_bytes)
 
 
@@ -123,6 +126,7 @@ class _Run:
         request: _Request,
         engine: Engine,
         clients: Sequence[Client],
+        network: NetworkProcess | None,
         on_first_byte: OnFirstByte | None,
         on_chunks: OnChunks | None,
     ) -> None:
@@ -132,10 +136,10 @@ class _Run:
         self._on_first_byte = on_first_byte
         self._on_chunks = on_chunks
         context, limits = request.context, request.limits
-        self._inbound: Inbound | MultiInbound = (
-            MultiInbound(clients, context, self, limits)
-            if len(clients) > 1
-            else Inbound(clients[0], context, self, limits)
+        self._inbound: AnyInbound | RemoteInbound = (
+            inbound_from(clients, context, self, limits)
+            if network is None
+            else network.inbound(clients, context, self, limits)
         )
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[Step] = self._loop.create_future()

@@ -11,6 +11,7 @@ from kvstream.policies.api import LevelOrText
 from kvstream.testbed.engine.measure import measure_decoding, measure_model
 from kvstream.testbed.engine.model import SIDE_BY_SIDE_TOKENS, mean_kl
 from kvstream.testbed.engine.model_engine import ModelEngine
+from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.receiver.background_load import GemvLoop
 from kvstream.testbed.receiver.driver import Fetched
 from kvstream.testbed.receiver.examiner import examine
@@ -24,8 +25,14 @@ from kvstream.testbed.store.questions import Question
 class ModelWorker(Worker):
     """Sessions end in the model's own first token, and are judged by its answers."""
 
-    def __init__(self, engine: ModelEngine, store: ContextStore, experience: Experience | None = None) -> None:
-        super().__init__(engine, store, experience)
+    def __init__(
+        self,
+        engine: ModelEngine,
+        store: ContextStore,
+        experience: Experience | None = None,
+        network: NetworkProcess | None = None,
+    ) -> None:
+        super().__init__(engine, store, experience, network)
         self.engine = engine
         self._costs: dict[str, Costs] = {}
         """[context]: what its steps take alone."""

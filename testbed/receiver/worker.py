@@ -21,6 +21,7 @@ from kvstream.testbed.engine.api import Engine
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.net.client import Client
 from kvstream.testbed.net.inbound import Limits
+from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.receiver import background_load
 from kvstream.testbed.receiver.chunk_events import ChunkEventWriter
 from kvstream.testbed.receiver.driver import Fetched, fetch_session
@@ -43,9 +44,17 @@ REFUSALS: Final = (SpecError, CodecError, PolicyError, TraceError)
 class Worker(ABC):
     """The state between commands: an engine, a store, what was learned of compute in sessions."""
 
-    def __init__(self, engine: Engine, store: ContextStore, experience: Experience | None = None) -> None:
-        """With `experience`, costs are corrected by what sessions take; a GPU's steps have the GPU to themselves."""
+    def __init__(
+        self,
+        engine: Engine,
+        store: ContextStore,
+        experience: Experience | None = None,
+        network: NetworkProcess | None = None,
+    ) -> None:
+        """With `experience`, costs are corrected by what sessions take; a GPU's steps have the GPU to themselves. With
+        `network` that process receives."""
         self._engine = engine
+        self._network = network
         self.store = store
         self._experience = experience
 
@@ -84,6 +93,8 @@ class Worker(ABC):
 
     def close(self) -> None:
         self._engine.close()
+        if self._network is not None:
+            self._network.close()
 
     async def warm_up(self, contexts: Sequence[str], command: dict[str, Any]) -> dict[str, Any]:
         """Hold sessions to learn from, at least WARM_UPS for each codec, also what a round trip takes."""
@@ -178,6 +189,7 @@ class Worker(ABC):
                 engine=self._engine,
                 costs=self._slowdown(context).on(alone),
                 others=others,
+                network=self._network,
                 on_first_byte=stack.enter_context(notify_shaper(command.get("steps"))),
                 **more,
             )

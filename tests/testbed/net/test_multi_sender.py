@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -21,16 +20,11 @@ from kvstream.testbed.session.record import SessionFailed
 from kvstream.testbed.session.settings import SessionSettings
 from tests.testbed.conftest import Stored
 from tests.testbed.link import Link
-from tests.testbed.receiver.test_driver import Plan, cache_of, costs_of, exact_token
+from tests.testbed.receiver.test_driver import Plan, cache_of, costs_of, engine, exact_token, network_of
+
+__all__ = ["engine"]
 
 CALM = Limits(stall_s=3.0, reconnects=1, session_s=50.0)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Model) -> Iterator[ModelEngine]:
-    engine = ModelEngine(tiny_model)
-    yield engine
-    engine.close()
 
 
 def fetched(
@@ -55,6 +49,7 @@ def fetched(
                 prompt_ids=stored.questions[0].prompt_ids,
                 limits=CALM,
                 others=clients[1:],
+                network=network_of(engine),
             )
             return done, [link.carried_bytes for link in links]
 

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.net import messages
 from kvstream.testbed.net import stream as stream_module
+from kvstream.testbed.net.frame_size import LARGEST_BYTES
 from kvstream.testbed.net.sender import Sender, needs_token
 from tests.testbed.conftest import Stored
 
@@ -188,7 +189,7 @@ async def read_answer(stream: Any) -> tuple[messages.Answer | messages.Cancelled
         message = await stream.receive()
         if message.type is WSMsgType.TEXT:
             return messages.parse_answer(message.data), data
-        assert len(message.data) <= messages.LARGE_FRAME_BYTES
+        assert len(message.data) <= LARGEST_BYTES
         data += message.data
     return answer, data
 

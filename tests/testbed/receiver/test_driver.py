@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +40,7 @@ from kvstream.testbed.engine.model_engine import ModelEngine
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.net import messages
 from kvstream.testbed.net.client import Client
+from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.net.sender import Sender
 from kvstream.testbed.receiver.driver import Fetched, Limits, fetch_session
 from kvstream.testbed.session.costs import IN_SESSIONS, Costs
@@ -71,11 +72,25 @@ class Plan:
         return Choice(self.levels if is_one else self.levels[obs.chunk])  # type: ignore[index,arg-type]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: Model) -> Iterator[ModelEngine]:
-    engine = ModelEngine(tiny_model)
-    yield engine
-    engine.close()
+class Receiver(ModelEngine):
+    """An engine, and the process that receives for it where this one does not."""
+
+    network: NetworkProcess | None = None
+
+
+@pytest.fixture(scope="module", params=["this process", "network process"])
+def engine(tiny_model: Model, request: pytest.FixtureRequest) -> Iterator[ModelEngine]:
+    with ExitStack() as stack:
+        network = None
+        if request.param == "network process":
+            network = stack.enter_context(closing(NetworkProcess()))
+        engine = Receiver(tiny_model, shared=network and network.memory)
+        engine.network = network
+        yield stack.enter_context(closing(engine))
+
+
+def network_of(engine: ModelEngine) -> NetworkProcess | None:
+    return engine.network if isinstance(engine, Receiver) else None
 
 
 def costs_of(stored: Stored) -> Costs:
@@ -106,7 +121,7 @@ async def session(client: Client, stored: Stored, engine: ModelEngine, policy: A
         costs=costs_of(stored),
         prompt_ids=stored.questions[0].prompt_ids,
         limits=more.pop("limits", CALM),
-        **more,
+        **{"network": network_of(engine)} | more,
     )
 
 
