@@ -355,7 +355,7 @@ def draw_session(found: dict[str, Any], path: Path) -> None:
     }
     cell = {"row": row, "chunks": record["chunks"], "link": session["link"]}
     with theme():
-        figure = timeline(Material({}, {}, {}, {}, None, cell))
+        figure = timeline(Material({}, {}, {}, {}, simulated=None, problem="", families={}, session=cell))
         assert figure is not None
         figure.savefig(path, dpi=160)
 
