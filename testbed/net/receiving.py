@@ -8,7 +8,7 @@ It takes messages, tuples, from the connection whose file descriptor it is given
     "chunk", number, chunk, level, place, size, memory_bytes
                                             place: where in the shared memory, None for memory of this process
     "run"                                   "answer", number, sha256           a header has arrived
-                                            "bytes", number, received          at most every NEWS_S
+                                            "bytes", number, received          every NEWS_S at most, and the first
                                             "last", number, received, data     data: of memory of this process
                                             "waste", nbytes
                                             "failed", exception
@@ -40,6 +40,9 @@ from kvstream.testbed.session.record import SessionFailed
 
 NEWS_S: Final = 0.001
 """A session is not asked more often what it does next, and news cost the parent's threads some 0.1 ms."""
+FIRST_BYTES: Final = 1 << 19
+"""So much of a chunk is news at once: with its first piece, decoding begins
+(`kvstream.testbed.engine.buffers.FIRST_PIECE_BYTES`)."""
 
 
 class Receiving:
@@ -52,6 +55,8 @@ class Receiving:
         self._closing: asyncio.Task[None] | None = None
         self._numbers: dict[Arrival, int] = {}
         self._told_s = 0.0
+        self._begun: Arrival | None = None
+        """The last one whose FIRST_BYTES are there."""
         self.ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(connection.fileno(), self._read)
         self._send("ready")
@@ -128,6 +133,7 @@ class Receiving:
         self._inbound = None
         self._tasks.clear()
         self._numbers.clear()
+        self._begun = None
         self._send("closed", (inbound.bytes, inbound.reconnects))
         gc.enable()
         gc.collect()
@@ -139,11 +145,14 @@ class Receiving:
 
     def on_bytes(self, arrival: Arrival) -> None:
         now_s = time.monotonic()
+        begins = arrival is not self._begun and arrival.received >= FIRST_BYTES
+        if begins:
+            self._begun = arrival
         if arrival.is_complete:
             level: LevelOrText = TEXT if isinstance(arrival.get, messages.GetManifest) else arrival.get.level
             data = bytes(arrival.target) if level == TEXT else None
             self._send("last", self._numbers.pop(arrival), arrival.received, data)
-        elif now_s >= self._told_s + NEWS_S:
+        elif begins or now_s >= self._told_s + NEWS_S:
             self._send("bytes", self._numbers[arrival], arrival.received)
         else:
             return
