@@ -39,6 +39,8 @@ WINDOW_S, MOST, DEADLINE_S, SPREAD_S = 0.05, 8, 1.5, 0.05
 RTT_S = 0.0
 """A link without delay."""
 REPEATS = 3
+LEAD_S = 0.15
+"""From the command to the link's time zero: connections are made and padded in it."""
 
 
 def asked(count: int, policy: str) -> list[dict[str, Any]]:
@@ -68,7 +70,7 @@ def emulated(stage: Any, count: int, way: tuple[str, str], trace: str, ids: dict
     from kvstream.testbed.run import stage as staged
 
     link = open_trace(trace)
-    zero_s = time.monotonic() + staged.LEAD_S + 0.1 * count
+    zero_s = time.monotonic() + LEAD_S + 0.1 * count
     stage.path.arm(link, zero_s, staged.COVERED_S)
     requests = [one | {"context": ids[one["context"]]} for one in asked(count, way[1])]
     answer: dict[str, Any] = stage.receiver.ask(

@@ -39,7 +39,7 @@ from kvstream.testbed.engine import random_model
 from kvstream.testbed.engine.loading import load_model
 from kvstream.testbed.host import machine
 from kvstream.testbed.host.process import Process
-from kvstream.testbed.run.stage import LEAD_S, PADDING_BYTES, PORT
+from kvstream.testbed.run.stage import PADDING_BYTES, PORT
 from kvstream.testbed.store.store import Store
 from kvstream.testbed.workloads import synthetic
 from kvstream.testbed.workloads.synthetic import decode_bytes_per_s
@@ -56,6 +56,8 @@ UNSHAPED_BPS = 200e9
 KEPT = "kvstream, the session for the picture"
 DEADLINE_S = 0.5
 SETTLE_S = 0.3
+LEAD_S = 0.15
+"""From the command to a session's time zero: connections are made and padded in it."""
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ SCORED_TOKENS = 8
 """The KL of an answer is taken over at most this many first tokens."""
 ROWS = 32
 """Positions whose divergence is computed at a time: those of a large vocabulary leave a processor's cache."""
-SIDE_BY_SIDE_TOKENS = 288
-"""Questions are batched up to this many tokens: enough to share the cost of a pass over the cache."""
+SIDE_BY_SIDE_TOKENS = 512
+"""What is scored goes in batches of up to this many tokens: enough to share the cost of a pass over the cache."""
 
 
 class _Layer(CacheLayerMixin):
@@ -151,26 +151,36 @@ class Model:
         """Append tokens to the cache; logits `[keep, vocabulary]` in float32 of the last `keep` positions."""
         return self._run(cache, token_ids, cache.length + len(token_ids), logits_to_keep=keep)
 
-    def forward_side_by_side(self, cache: KVCache, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Several continuations of one cache in one pass, unseen by each other: the logits of each, all positions.
+    def forward_side_by_side(
+        self, cache: KVCache, sequences: Sequence[Sequence[int]], keep: Sequence[int]
+    ) -> list[Tensor]:
+        """Several continuations of one cache in one pass, unseen by each other: for each the logits
+        `[keep, vocabulary]` of its last `keep` positions. What sequences begin with alike is computed once.
 
         Only for models whose layers all attend to everything; the cache is left as it was.
         """
-        context, total = cache.length, sum(map(len, sequences))
-        lengths = torch.tensor([len(s) for s in sequences])
-        owner = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
-        positions = context + torch.cat([torch.arange(len(s)) for s in sequences])
-        sees = torch.ones((total, context + total), dtype=torch.bool)
-        sees[:, context:] = (owner[:, None] == owner) & (positions[:, None] >= positions)
+        context = cache.length
+        rows, paths = _prefix_tree(sequences)
+        positions = torch.empty(len(rows), dtype=torch.long)
+        # added to the scores: a layer would make as much of a boolean mask, each for itself
+        mask = torch.zeros((len(rows), context + len(rows)), dtype=DTYPES[self.kv.dtype])
+        mask[:, context:] = -torch.inf
+        for path in map(torch.tensor, paths):
+            positions[path] = context + torch.arange(len(path))
+            mask[path[:, None], context + path] = torch.full((len(path), len(path)), -torch.inf, dtype=mask.dtype).triu(
+                1
+            )
+        wanted = [row for path, kept in zip(paths, keep, strict=True) for row in path[-kept:]]
         logits = self._run(
             cache,
-            [token for sequence in sequences for token in sequence],
-            context + int(lengths.max()),
+            rows,
+            context + max(map(len, paths)),
             position_ids=positions[None].to(self.device),
-            attention_mask=sees[None, None].to(self.device),
+            attention_mask=mask[None, None].to(self.device),
+            logits_to_keep=torch.tensor(wanted, device=self.device),
         )
         cache.length = context
-        return list(logits.split(lengths.tolist()))
+        return list(logits.split(list(keep)))
 
     def call(self, ids: Tensor, cache: Cache, **arguments: Any) -> Any:
         """The network's output for tokens int64 `[1, N]`, which are appended to the cache."""
@@ -246,41 +256,65 @@ class Score:
 def score(model: Model, cache: KVCache, questions: Sequence[Question], passage: Sequence[int] = ()) -> Score:
     """Score a passage and the teacher-forced answers to every question over the cache, which is left as it was.
 
-    Questions run side by side as far as the cache has room and the model allows it.
+    They run side by side as far as the cache has room and the model allows it.
     """
-    right: list[bool] = []
-    rows: list[Tensor] = []
+    sequences = [[*q.prompt_ids, *q.answer_ids[:-1]] for q in questions]
+    keep = [len(q.answer_ids) for q in questions]
+    ahead = passage[:-1]
+    if ahead:
+        sequences.insert(0, list(ahead))
+        keep.insert(0, len(ahead))
+    found = _logits(model, cache, sequences, keep)
+    rows = [found.pop(0)] if ahead else []
+    right = [
+        logits.argmax(dim=-1).tolist() == list(question.answer_ids)
+        for question, logits in zip(questions, found, strict=True)
+    ]
+    rows += [logits[:SCORED_TOKENS] for logits in found]
+    log_probs = torch.cat(rows).log_softmax(dim=-1) if rows else torch.empty(0, model.vocabulary)
+    return Score(tuple(right), log_probs)
+
+
+def _logits(model: Model, cache: KVCache, sequences: Sequence[Sequence[int]], keep: Sequence[int]) -> list[Tensor]:
+    """The logits of every sequence's last `keep` positions, all over the same cache."""
     context = cache.length
-    if passage:
-        rows.append(model.forward(cache, passage[:-1], keep=len(passage) - 1).log_softmax(dim=-1))
-        cache.length = context
-    for group in _groups(questions, cache.capacity - cache.length if model.attends_to_all else 0):
-        sequences = [[*q.prompt_ids, *q.answer_ids[:-1]] for q in group]
+    found: list[Tensor] = []
+    for group in _groups(sequences, cache.capacity - context if model.attends_to_all else 0):
+        kept = keep[len(found) : len(found) + len(group)]
         if len(group) > 1:
-            results = model.forward_side_by_side(cache, sequences)
+            found += model.forward_side_by_side(cache, group, kept)
         else:
-            results = [model.forward(cache, sequences[0], keep=len(group[0].answer_ids))]
+            found.append(model.forward(cache, group[0], keep=kept[0]))
             cache.length = context
-        for question, logits in zip(group, results, strict=True):
-            logits = logits[-len(question.answer_ids) :]
-            right.append(logits.argmax(dim=-1).tolist() == list(question.answer_ids))
-            rows.append(logits[:SCORED_TOKENS].log_softmax(dim=-1))
-    return Score(tuple(right), torch.cat(rows) if rows else torch.empty(0, model.vocabulary))
+    return found
 
 
-def _groups(questions: Sequence[Question], room: int) -> Iterator[list[Question]]:
-    """Runs of questions of at most `room` and SIDE_BY_SIDE_TOKENS tokens; a run has at least one."""
-    group: list[Question] = []
+def _groups(sequences: Sequence[Sequence[int]], room: int) -> Iterator[list[Sequence[int]]]:
+    """Runs of sequences of at most `room` and SIDE_BY_SIDE_TOKENS tokens; a run has at least one."""
+    group: list[Sequence[int]] = []
     taken = 0
-    for question in questions:
-        tokens = len(question.prompt_ids) + len(question.answer_ids)
-        if group and taken + tokens > min(room, SIDE_BY_SIDE_TOKENS):
+    for sequence in sequences:
+        if group and taken + len(sequence) > min(room, SIDE_BY_SIDE_TOKENS):
             yield group
             group, taken = [], 0
-        group.append(question)
-        taken += tokens
+        group.append(sequence)
+        taken += len(sequence)
     if group:
         yield group
+
+
+def _prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The tokens of sequences with those of common beginnings once, and where each sequence's lie."""
+    rows: dict[tuple[int, int], int] = {}
+    """[row before, or -1; token]: its row."""
+    paths: list[list[int]] = []
+    for sequence in sequences:
+        row, path = -1, []
+        for token in sequence:
+            row = rows.setdefault((row, token), len(rows))
+            path.append(row)
+        paths.append(path)
+    return [token for _, token in rows], paths
 
 
 def mean_kl(exact: Tensor, other: Tensor) -> float:

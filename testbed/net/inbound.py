@@ -32,7 +32,7 @@ LONGEST_RETRY_S = 2.0
 PROGRESS_BYTES = 1 << 14
 """A connection that brought this much was worth its reconnection."""
 PADDING_REST_S = 0.1
-"""Padding stops this long before the session starts, so that the queues on the path have drained by then."""
+"""Before a session whose start is fixed, padding ends this much earlier, so that the queues on the path drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +134,15 @@ class Inbound:
 
     # --- connections
 
-    async def warm_up(self, padding_bytes: int, start_s: float | None) -> None:
-        """Connect ahead of the session and open the congestion window.
+    async def warm_up(self, padding_bytes: int, until_s: float | None) -> None:
+        """Connect ahead of the session and open the congestion window with padding, which is cancelled at `until_s`
+        (CLOCK_MONOTONIC). All that was sent has then arrived.
 
         Raises SessionFailed if the sender refuses, ConnectionError if it cannot be reached.
         """
         self._connection = await self._connect()
         if padding_bytes:
-            await _pad(self._connection, padding_bytes, self._limits.stall_s, start_s)
+            await _pad(self._connection, padding_bytes, self._limits.stall_s, until_s)
 
     async def run(self) -> None:
         """Receive, over as many connections as the limits allow, until cancelled. Raises SessionFailed."""
@@ -311,10 +312,10 @@ async def _quietly(request: Coroutine[Any, Any, None]) -> None:
 
 
 class _Padding:
-    """Receives padding, and cancels it when the session is about to start."""
+    """Receives padding, and cancels it when its time is over."""
 
-    def __init__(self, connection: StreamConnection, nbytes: int, start_s: float | None) -> None:
-        self._connection, self._nbytes, self._start_s = connection, nbytes, start_s
+    def __init__(self, connection: StreamConnection, nbytes: int, until_s: float | None) -> None:
+        self._connection, self._nbytes, self._until_s = connection, nbytes, until_s
         self.received = -1
         self._cancelling: asyncio.Task[None] | None = None
 
@@ -337,16 +338,16 @@ class _Padding:
         self.received += nbytes
         if self.received >= self._nbytes:
             self._connection.frames.finish()
-        elif self._cancelling is None and self._is_near():
+        elif self._cancelling is None and self._is_over():
             self._cancelling = asyncio.create_task(_quietly(self._connection.request(messages.CancelRequest(0))))
 
-    def _is_near(self) -> bool:
-        return self._start_s is not None and time.monotonic() > self._start_s - PADDING_REST_S
+    def _is_over(self) -> bool:
+        return self._until_s is not None and time.monotonic() > self._until_s
 
 
-async def _pad(connection: StreamConnection, padding_bytes: int, stall_s: float, start_s: float | None) -> None:
-    """Receive padding on a fresh connection to open its congestion window, but stop before the session."""
-    padding = _Padding(connection, padding_bytes, start_s)
+async def _pad(connection: StreamConnection, padding_bytes: int, stall_s: float, until_s: float | None) -> None:
+    """Receive padding on a fresh connection to open its congestion window."""
+    padding = _Padding(connection, padding_bytes, until_s)
     await connection.request(messages.GetPadding(0, padding_bytes))
     serving = asyncio.create_task(connection.frames.serve(padding))
     before = -2

@@ -52,8 +52,8 @@ class MultiInbound:
         # not at once: the session is in the middle of deciding
         asyncio.get_running_loop().call_soon(self._catch_up)
 
-    async def warm_up(self, padding_bytes: int, start_s: float | None) -> None:
-        await asyncio.gather(*(part.warm_up(padding_bytes, start_s) for part in self._parts))
+    async def warm_up(self, padding_bytes: int, until_s: float | None) -> None:
+        await asyncio.gather(*(part.warm_up(padding_bytes, until_s) for part in self._parts))
 
     async def run(self) -> None:
         tasks = [asyncio.create_task(part.run()) for part in self._parts]

@@ -116,9 +116,9 @@ class RemoteInbound:
                 arrival.is_cancelled = True
         self._send("cancel", chunk)
 
-    async def warm_up(self, padding_bytes: int, start_s: float | None) -> None:
+    async def warm_up(self, padding_bytes: int, until_s: float | None) -> None:
         """As that of `Inbound`."""
-        self._send("warm_up", padding_bytes, start_s)
+        self._send("warm_up", padding_bytes, until_s)
         await self._warm
 
     async def run(self) -> None:

@@ -3,7 +3,7 @@
 It takes messages, tuples, from the connection whose file descriptor it is given, and answers with others:
 
     "open", senders, context, limits        a session begins; senders as (address, token)
-    "warm_up", padding_bytes, start_s       "warm", None or an exception
+    "warm_up", padding_bytes, until_s       "warm", None or an exception
     "manifest", number
     "chunk", number, chunk, level, place, size, memory_bytes
                                             place: where in the shared memory, None for memory of this process
@@ -86,8 +86,8 @@ class Receiving:
         inbound = self._inbound
         assert inbound is not None
         match what, rest:
-            case "warm_up", (padding_bytes, start_s):
-                self._tasks.append(asyncio.create_task(self._warm_up(inbound, padding_bytes, start_s)))
+            case "warm_up", (padding_bytes, until_s):
+                self._tasks.append(asyncio.create_task(self._warm_up(inbound, padding_bytes, until_s)))
             case "manifest", (number,):
                 self._numbers[inbound.get_manifest()] = number
             case "chunk", (number, chunk, level, place, size, memory_bytes):
@@ -112,9 +112,9 @@ class Receiving:
             if isinstance(arrival.get, messages.GetChunk) and arrival.get.chunk == chunk and not arrival.is_cancelled:
                 self._send("bytes", number, arrival.received)
 
-    async def _warm_up(self, inbound: AnyInbound, padding_bytes: int, start_s: float | None) -> None:
+    async def _warm_up(self, inbound: AnyInbound, padding_bytes: int, until_s: float | None) -> None:
         try:
-            await inbound.warm_up(padding_bytes, start_s)
+            await inbound.warm_up(padding_bytes, until_s)
             self._send("warm", None)
         except Exception as error:
             self._send("warm", _plain(error))

@@ -29,6 +29,14 @@ model is loaded, the process prints `{"ready": true, "model": "<fingerprint>", "
          "answer_ok": true, "answers_right": 7, "answers": 8, "measured_kl": 0.0021, ...,
          "slowdown": {"decode": 1.8, ...}}     (what the costs were corrected by)
         {"ok": true, "status": "failed", "error": "connection to the sender lost after 3 reconnections: ..."}
+    {"cmd": "ready", ...}
+        a session up to its time 0, with the same settings but for "start_s" and "evaluate"; optional:
+        "padding_until_s": null (CLOCK_MONOTONIC at which padding ends), "judge": false (also judge the cache that the
+        last session left): {"ok": true, "status": "ready", "judgement": {"answer_ok": true, "answers_right": 7, ...}}
+    {"cmd": "start", "start_s": ...}
+        the session that is ready, at CLOCK_MONOTONIC: answered as "session", without its judgement
+    {"cmd": "judge"}
+        the cache that the last session left: {"ok": true, "judgement": {"answer_ok": true, ...}}
     {"cmd": "quit"}
 
 An invalid command is answered with `{"ok": false, "error": "..."}` and the process continues. It ends with its stdin.

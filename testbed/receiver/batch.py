@@ -18,7 +18,7 @@ from typing import Any
 from kvstream.testbed.engine.threads import ComputeThread
 from kvstream.testbed.engine.timed_engine import TimedEngine, wait_until
 from kvstream.testbed.net.client import Client
-from kvstream.testbed.net.inbound import Arrival, Inbound, Limits
+from kvstream.testbed.net.inbound import PADDING_REST_S, Arrival, Inbound, Limits
 from kvstream.testbed.net.messages import GetManifest
 from kvstream.testbed.receiver.driver import fetch_session
 from kvstream.testbed.session.record import SessionFailed
@@ -65,7 +65,7 @@ async def fetch_batched(
     every = [one for batch in members for one in batch]
     running: list[asyncio.Task[None]] = []
     try:
-        await asyncio.gather(*(one.inbound.warm_up(padding_bytes, start_s) for one in every))
+        await asyncio.gather(*(one.inbound.warm_up(padding_bytes, start_s - PADDING_REST_S) for one in every))
         await asyncio.sleep(max(0.0, start_s - time.monotonic()))
         running = [asyncio.create_task(one.receive()) for one in every]
         async with asyncio.timeout(limits.session_s):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from kvstream.testbed.engine.buffers import IncomingChunk
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.net import messages
 from kvstream.testbed.net.client import Client
-from kvstream.testbed.net.inbound import Arrival, Limits
+from kvstream.testbed.net.inbound import PADDING_REST_S, Arrival, Limits
 from kvstream.testbed.net.multi_sender import AnyInbound, inbound_from
 from kvstream.testbed.net.network_process import NetworkProcess, RemoteInbound
 from kvstream.testbed.session.ask import ASK_DIRECTLY, Ask, give_forecast
@@ -50,6 +50,8 @@ OnFirstByte: TypeAlias = Callable[[int], object]
 """Called with a chunk as its first byte arrives."""
 OnChunks: TypeAlias = Callable[[Sequence[ChunkRecord], float], None]
 """Called with the state of every chunk, and the time: seconds since the request."""
+OnReady: TypeAlias = Callable[[], Awaitable[float]]
+"""Called when a session is ready; gives the CLOCK_MONOTONIC at which it begins."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ async def fetch_session(
     prompt_ids: Sequence[int],
     cold: bool = False,
     padding_bytes: int = 0,
+    padding_until_s: float | None = None,
     start_s: float | None = None,
+    on_ready: OnReady | None = None,
     forecast: Forecast | None = None,
     ask: Ask = ASK_DIRECTLY,
     limits: Limits | None = None,
@@ -105,17 +109,21 @@ async def fetch_session(
 ) -> Fetched:
     """One request for one context: its cache in `engine`, and the first token after `prompt_ids`.
 
-    `start_s` is the CLOCK_MONOTONIC at which to begin (None: as soon as the connection exists); `padding_bytes` are
-    sent over the connection before, so that its congestion window is open; `cold` connects within the session. With
-    `others` the chunks lie on several senders: chunk i on number i modulo their count, `client` being number 0. With
-    `network` that process receives, into the memory that it shares with `engine`.
-    `on_chunks` is called every EVENT_INTERVAL_S. Both callbacks run on the event loop's thread and hold up the session.
+    `start_s` is the CLOCK_MONOTONIC at which to begin (None: when everything is ready, or when `on_ready` then says);
+    `padding_bytes` are sent over the connection before, so that its congestion window is open, but not after
+    `padding_until_s` (None: PADDING_REST_S before `start_s`); `cold` connects within the session. With `others` the
+    chunks lie on several senders: chunk i on number i modulo their count, `client` being number 0. With `network` that
+    process receives, into the memory that it shares with `engine`. `on_chunks` is called every EVENT_INTERVAL_S; it and
+    `on_first_byte` run on the event loop's thread and hold up the session.
+
     Raises SessionFailed with the reason, SpecError for a clairvoyant policy without a forecast.
     """
     give_forecast(policy, forecast)
     request = _Request(context, policy, settings, costs, tuple(prompt_ids), ask, limits or Limits())
     run = _Run(request, engine, [client, *others], network, on_first_byte, on_chunks)
-    return await run.run(start_s, cold, padding_bytes)
+    if padding_until_s is None and start_s is not None:
+        padding_until_s = start_s - PADDING_REST_S
+    return await run.run(start_s, on_ready, cold, padding_bytes, padding_until_s)
 
 
 class _Run:
@@ -156,12 +164,23 @@ class _Run:
         self._profile: asyncio.Task[None] | None = None
         self._polled_s = 0.0
 
-    async def run(self, start_s: float | None, cold: bool, padding_bytes: int) -> Fetched:
-        await asyncio.wrap_future(self._engine.submit(self._engine.forget))
+    async def run(
+        self,
+        start_s: float | None,
+        on_ready: OnReady | None,
+        cold: bool,
+        padding_bytes: int,
+        padding_until_s: float | None,
+    ) -> Fetched:
+        # the engine may still be busy with the cache of the session before
+        forgotten = asyncio.wrap_future(self._engine.submit(self._engine.forget))
         tasks: list[asyncio.Task[None]] = []
         try:
             if not cold:
-                await self._inbound.warm_up(padding_bytes, start_s)
+                await self._inbound.warm_up(padding_bytes, padding_until_s)
+            await forgotten
+            if on_ready is not None:
+                start_s = await on_ready()
             await _sleep_until(start_s)
             self._zero_s = time.monotonic()
             self._inbound.get_manifest()

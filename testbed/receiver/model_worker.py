@@ -83,8 +83,8 @@ class ModelWorker(Worker):
         index = number % len(questions)
         return index, questions[index].prompt_ids
 
-    async def _evaluate(self, context: str, question: int, fetched: Fetched) -> dict[str, Any]:
-        return await asyncio.wrap_future(self.engine.submit(self._judge, context, question, fetched))
+    def _evaluate(self, context: str, question: int, fetched: Fetched) -> asyncio.Future[dict[str, Any]]:
+        return asyncio.wrap_future(self.engine.submit(self._judge, context, question, fetched))
 
     def _judge(self, context: str, question: int, fetched: Fetched) -> dict[str, Any]:
         """A passage of text and all questions over the cache that arrived, against the exact cache."""

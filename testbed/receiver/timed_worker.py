@@ -135,7 +135,7 @@ class TimedWorker(Worker):
     def _question(self, context: str, number: int) -> tuple[int, Sequence[int]]:
         return 0, (0,) * self.workload.prompt
 
-    async def _evaluate(self, context: str, question: int, fetched: Fetched) -> dict[str, Any]:
+    def _evaluate(self, context: str, question: int, fetched: Fetched) -> asyncio.Future[dict[str, Any]]:
         raise SpecError('a synthetic workload has no answers; give "evaluate": false')
 
     def _start_load(self) -> GemvLoop:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -24,7 +25,7 @@ from kvstream.testbed.net.inbound import Limits
 from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.receiver import background_load
 from kvstream.testbed.receiver.chunk_events import ChunkEventWriter
-from kvstream.testbed.receiver.driver import Fetched, fetch_session
+from kvstream.testbed.receiver.driver import Fetched, OnReady, fetch_session
 from kvstream.testbed.receiver.warmup import WARM_UPS, Experience, WarmUp, round_trip_s
 from kvstream.testbed.session.ask import TimedAsk
 from kvstream.testbed.session.costs import Costs, Slowdown
@@ -38,7 +39,17 @@ from kvstream.traces.trace import Trace
 
 WARM_UP_S: Final = 60.0
 """The deadline of a warm-up, which has no use for one."""
+COMMANDS: Final = ("prepare", "warm_up", "session", "ready", "start", "judge", "quit")
 REFUSALS: Final = (SpecError, CodecError, PolicyError, TraceError)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A session that is ready and waits for its start."""
+
+    start_s: asyncio.Future[float]
+    """CLOCK_MONOTONIC"""
+    task: asyncio.Task[dict[str, Any]]
 
 
 class Worker(ABC):
@@ -57,6 +68,9 @@ class Worker(ABC):
         self._network = network
         self.store = store
         self._experience = experience
+        self._held: _Held | None = None
+        self._last: tuple[str, int, Fetched] | None = None
+        """Context, question and outcome of the session whose cache the engine still holds."""
 
     @abstractmethod
     async def prepare(self, context: str) -> Costs:
@@ -71,8 +85,8 @@ class Worker(ABC):
         """Number and prompt of the question whose first token is timed; numbers wrap around."""
 
     @abstractmethod
-    async def _evaluate(self, context: str, question: int, fetched: Fetched) -> dict[str, Any]:
-        """What the cache that arrived is worth."""
+    def _evaluate(self, context: str, question: int, fetched: Fetched) -> asyncio.Future[dict[str, Any]]:
+        """What the cache that arrived is worth. The engine begins at once, and only then with what comes later."""
 
     @abstractmethod
     def _start_load(self) -> background_load.GemvLoop:
@@ -80,6 +94,8 @@ class Worker(ABC):
 
     async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command. Raises what REFUSALS lists."""
+        if command.get("cmd") != "start":
+            await self._let_go()
         match command.get("cmd"):
             case "prepare":
                 contexts = [str(context) for context in command["contexts"]]
@@ -89,12 +105,56 @@ class Worker(ABC):
                 return await self.warm_up([str(context) for context in command["contexts"]], command)
             case "session":
                 return await self.session(command)
-        raise SpecError(f"unknown command {command.get('cmd')!r}; choose from prepare, warm_up, session, quit")
+            case "ready":
+                return await self.get_ready(command)
+            case "start":
+                return await self.start(float(command["start_s"]))
+            case "judge":
+                return {"ok": True, "judgement": await self._judge_last()}
+        raise SpecError(f"unknown command {command.get('cmd')!r}; choose from {', '.join(COMMANDS)}")
 
     def close(self) -> None:
         self._engine.close()
         if self._network is not None:
             self._network.close()
+
+    async def get_ready(self, command: dict[str, Any]) -> dict[str, Any]:
+        """All of a session that comes before its time 0, for `start` to go on with; the cache of the last one is judged
+        beside it, before its memory is taken."""
+        judging = self._judge_last() if command.get("judge") else None
+        loop = asyncio.get_running_loop()
+        ready, start_s = loop.create_future(), loop.create_future()
+
+        async def on_ready() -> float:
+            ready.set_result(None)
+            return float(await start_s)
+
+        task = asyncio.create_task(self.session(command, on_ready))
+        await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            self._held = _Held(start_s, task)
+        answer = {"ok": True, "status": "ready"} if ready.done() else task.result()
+        return answer if judging is None else answer | {"judgement": await judging}
+
+    async def start(self, start_s: float) -> dict[str, Any]:
+        """Carry out the session that is ready; as `session` but for its judgement."""
+        if self._held is None:
+            raise SpecError("no session is ready; ready comes before start")
+        held, self._held = self._held, None
+        held.start_s.set_result(start_s)
+        return await held.task
+
+    async def _let_go(self) -> None:
+        """Give up a session that was made ready and never begun."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.task.cancel()
+            await asyncio.wait({held.task})
+
+    def _judge_last(self) -> asyncio.Future[dict[str, Any]]:
+        if self._last is None:
+            raise SpecError("there is no cache to judge: judge comes after a session's first token")
+        return self._evaluate(*self._last)
 
     async def warm_up(self, contexts: Sequence[str], command: dict[str, Any]) -> dict[str, Any]:
         """Hold sessions to learn from, at least WARM_UPS for each codec, also what a round trip takes."""
@@ -115,8 +175,8 @@ class Worker(ABC):
         slowdown = {context: asdict(self._slowdown(context)) for context in contexts}
         return {"ok": True, "slowdown": slowdown, "round_trip_s": median(round_trips) if round_trips else None}
 
-    async def session(self, command: dict[str, Any]) -> dict[str, Any]:
-        """One session, and afterwards what its cache is worth."""
+    async def session(self, command: dict[str, Any], on_ready: OnReady | None = None) -> dict[str, Any]:
+        """One session and, unless it is held by `on_ready`, what its cache is worth."""
         context = str(command["context"])
         question, prompt_ids = self._question(context, int(command.get("question", 0)))
         policy = make_policy(str(command["policy"]))
@@ -132,7 +192,9 @@ class Worker(ABC):
                 prompt_ids=prompt_ids,
                 cold=bool(command.get("cold", False)),
                 padding_bytes=int(command.get("padding_bytes", 0)),
+                padding_until_s=command.get("padding_until_s"),
                 start_s=command.get("start_s"),
+                on_ready=on_ready,
                 forecast=await self._forecast(command, context, policy, settings, slowdown),
                 ask=TimedAsk(),
                 limits=Limits(**command.get("limits", {})),
@@ -146,8 +208,9 @@ class Worker(ABC):
         if rounds:
             # to the last decoding, before the prompt's prefill
             result["load"] = background_load.slowdown(rounds, fetched.zero_s, fetched.zero_s + fetched.prefill_start_s)
-        if command.get("evaluate", True):
-            result |= await self._evaluate(context, question, fetched)
+        self._last = context, question, fetched
+        if on_ready is None and command.get("evaluate", True):
+            result |= await self._judge_last()
         return result
 
     async def _forecast(
@@ -175,6 +238,7 @@ class Worker(ABC):
     ) -> Fetched:
         """A session with the senders of a command, to learn from."""
         alone = await self.prepare(context)
+        self._last = None
         async with contextlib.AsyncExitStack() as stack:
             client, *others = [
                 await stack.enter_async_context(Client(str(url)))

@@ -11,13 +11,14 @@ import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Final
 
 from kvstream.testbed import events
 from kvstream.testbed.config import build
-from kvstream.testbed.config.experiment import Experiment
+from kvstream.testbed.config.experiment import Experiment, Scheme, Unit
 from kvstream.testbed.emulator import fidelity
 from kvstream.testbed.encoding import prepare
 from kvstream.testbed.host import machine
@@ -25,7 +26,7 @@ from kvstream.testbed.results.folder import SIMULATED, Json, Run
 from kvstream.testbed.run import check_inputs, rows, simulated
 from kvstream.testbed.run.progress import Progress
 from kvstream.testbed.run.shards import WHOLE, Shard
-from kvstream.testbed.run.stage import open_stage
+from kvstream.testbed.run.stage import Measured, open_stage
 from kvstream.testbed.session.costs import Costs, Slowdown
 from kvstream.testbed.simulator import link_model
 from kvstream.testbed.store import shift
@@ -83,6 +84,13 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, shard: Shard 
     log = (run.path / events.FILE_NAME).absolute()
     names = [scheme.name for scheme in experiment.schemes]
     patience = Patience(experiment.max_repeats)
+
+    def save(unit: Unit, scheme: Scheme, bound: rows.Bound, judged: Measured) -> None:
+        row = rows.row_of(unit, scheme, prepared.model_name, "mininet", judged.outcome, bound)
+        run.save(row, judged.chunks, judged.link, judged.outcome.packets)
+        events.append(log, events.SessionEnd(vars(row)))
+        progress.step(row)
+
     events.append(log, events.RunStart(experiment.name, "mininet", names, len(sessions)))
     for text, part in itertools.groupby(todo, key=lambda pair: pair[0].link):
         with open_stage(
@@ -110,10 +118,8 @@ def run_emulated(experiment: Experiment, run: Run, *, quiet: bool, shard: Shard 
                 if patience.ended and not lasting:
                     progress.say(GIVEN_UP.format(FRUITLESS, measured.outcome.why))
                 bound = stage.bound(unit, scheme, trace)
-                row = rows.row_of(unit, scheme, prepared.model_name, "mininet", measured.outcome, bound)
-                run.save(row, measured.chunks, measured.link, measured.outcome.packets)
-                events.append(log, events.SessionEnd(vars(row)))
-                progress.step(row)
+                stage.judge(measured, partial(save, unit, scheme, bound))
+            stage.finish()
     if experiment.simulated_repetitions:
         _simulate_beside(experiment, run, prepared, manifest, shard, quiet=quiet)
 

@@ -7,7 +7,7 @@ the session's. Path and session are judged after it; a session over the fidelity
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,17 +35,18 @@ from kvstream.testbed.store.manifest import Manifest
 from kvstream.traces.trace import Trace
 
 PORT: Final = 8700
-LEAD_S: Final = 0.15
-LEAD_ROUND_TRIPS: Final = 10
-"""From the command to a session's time zero: the connection is made and its window opened in it, which takes two round
-trips and then one for each doubling."""
+LEAD_S: Final = 0.05
+"""From when the receiver is ready to a session's time zero: the path is armed in it."""
 PADDING_BYTES: Final = 1 << 20
 """Sent before a session over its connection, so that it is as warm as one that has been in use."""
-COVERED_S: Final = 600.0
-"""A trace is scheduled for so long; no session lasts longer."""
+PADDING_S: Final = 0.05
+PADDING_ROUND_TRIPS: Final = 10
+"""Connecting and padding take no longer: two round trips, and then one for each doubling of the window."""
 SESSION_LIMIT_S: Final = 120.0
 ANSWER_S: Final = 30.0
 """After a session at its limit, the receiver answers within this."""
+COVERED_S: Final = SESSION_LIMIT_S + ANSWER_S
+"""A trace is scheduled for so long; no session lasts longer."""
 ANNOUNCED_DEADLINES: Final = 5
 """So many deadlines of its link are shown ahead while a session runs."""
 
@@ -91,6 +92,8 @@ class Stage:
         self.costs = dict(self._unslowed)
         """[context, codec]: what computing takes here, in the light of the last sessions."""
         self._bounds: dict[tuple[str, str, int], Bound] = {}
+        self._unjudged: Callable[[Json], None] | None = None
+        """Waits for what the last session's cache is worth."""
 
     def bound(self, unit: Unit, scheme: Scheme, trace: Trace) -> Bound:
         """The oracle's plan for a unit, computed once per codec and depth."""
@@ -143,13 +146,16 @@ class Stage:
                 name = f"{unit.unit_id}-{scheme.name}"
                 captures = stack.enter_context(capture(self.path.network, self._folder / "packets", name))
             self.path.size_packets(trace)
-            zero_s = time.monotonic() + LEAD_S + LEAD_ROUND_TRIPS * link_model.round_trip_s(trace, self._link)
-            self.path.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
+            command = self._command(unit, scheme, trace, prior_bps, log)
+            answer = self.receiver.ask(command | {"judge": self._unjudged is not None}, SESSION_LIMIT_S)
+            self._hear(answer)
+            if answer["status"] == "failed":
+                return Measured(Outcome("failed", answer["error"]), [], [])
             if log is not None:
                 self._announce(unit, scheme, trace, log)
-            answer = self.receiver.ask(
-                self._command(unit, scheme, trace, zero_s, prior_bps, log), SESSION_LIMIT_S + ANSWER_S
-            )
+            zero_s = time.monotonic() + LEAD_S
+            self.path.arm(trace, zero_s, COVERED_S, chunks=len(self._manifest(unit, scheme).chunks))
+            answer = self.receiver.ask({"cmd": "start", "start_s": zero_s}, SESSION_LIMIT_S + ANSWER_S)
             end_s = time.monotonic()
             if answer["status"] == "ok":
                 end_s = zero_s + answer["late_s"] + answer["record"]["ttft_s"]
@@ -161,6 +167,29 @@ class Stage:
         self.slow_down((unit.context, scheme.codec), answer["slowdown"])
         measured = Measured(_outcome(answer, verdict, prior_bps, probed), answer["record"]["chunks"], link)
         return measured if captures is None else self._with_packets(measured, record.down, captures)
+
+    def judge(self, measured: Measured, then: Callable[[Measured], object]) -> None:
+        """Call `then` with the last session and what its cache is worth, as soon as that is known: it is judged while
+        the next session gets ready, or by `finish`."""
+
+        def judged(judgement: Json) -> None:
+            then(replace(measured, outcome=replace(measured.outcome, **judgement)))
+
+        if measured.outcome.record is None or self._prepared.workload:
+            judged({})
+        else:
+            self._unjudged = judged
+
+    def finish(self) -> None:
+        """Judge the last session, if that is still to be done."""
+        if self._unjudged is not None:
+            self._hear(self.receiver.ask({"cmd": "judge"}, SESSION_LIMIT_S))
+
+    def _hear(self, answer: Json) -> None:
+        """Pass on the judgement that the receiver's answer brings."""
+        if self._unjudged is not None:
+            unjudged, self._unjudged = self._unjudged, None
+            unjudged(answer["judgement"])
 
     def senders(self) -> Json:
         """Where the chunks are, as the receiver is told."""
@@ -198,11 +227,10 @@ class Stage:
             except MachineError:
                 return None
 
-    def _command(
-        self, unit: Unit, scheme: Scheme, trace: Trace, zero_s: float, prior_bps: float | None, log: Path | None
-    ) -> Json:
+    def _command(self, unit: Unit, scheme: Scheme, trace: Trace, prior_bps: float | None, log: Path | None) -> Json:
+        padding_s = PADDING_S + PADDING_ROUND_TRIPS * link_model.round_trip_s(trace, self._link)
         command: Json = {
-            "cmd": "session",
+            "cmd": "ready",
             **self.senders(),
             "context": self._prepared.ids[unit.context, scheme.codec],
             "policy": scheme.policy,
@@ -211,9 +239,8 @@ class Stage:
             "overlap": scheme.overlap,
             "question": unit.seed + unit.index,
             "seed": unit.seed,
-            "start_s": zero_s,
             "padding_bytes": PADDING_BYTES,
-            "evaluate": not self._prepared.workload,
+            "padding_until_s": time.monotonic() + padding_s,
             "limits": {"session_s": SESSION_LIMIT_S},
             "prior_bps": prior_bps,
         }
@@ -315,10 +342,6 @@ def _outcome(answer: Json, verdict: fidelity.Fidelity, prior_bps: float | None, 
         "ok" if verdict.ok else "invalid",
         "; ".join(verdict.reasons),
         answer["record"],
-        measured_kl=answer.get("measured_kl"),
-        answer_ok=answer.get("answer_ok"),
-        answers_right=answer.get("answers_right"),
-        answers=answer.get("answers"),
         fidelity=verdict.to_json(),
         slowdown=answer["slowdown"],
         prior_bps=prior_bps,

@@ -13,6 +13,7 @@ from kvstream.testbed.engine.loading import load_model
 from kvstream.testbed.engine.model import (
     KVCache,
     Model,
+    Score,
     calculate_kv,
     extend_kv,
     first_token,
@@ -119,7 +120,7 @@ def test_a_passage_is_scored_beside_the_answers(tiny_model: Model, stored: Store
     alone = score(tiny_model, cache, stored.questions)
     both = score(tiny_model, cache, stored.questions, passage)
     assert both.right == alone.right
-    assert torch.equal(both.log_probs[len(passage) - 1 :], alone.log_probs)
+    torch.testing.assert_close(both.log_probs[len(passage) - 1 :], alone.log_probs, atol=1e-5, rtol=1e-5)
     logits = tiny_model.forward(cache, passage, keep=len(passage))
     torch.testing.assert_close(
         both.log_probs[: len(passage) - 1], logits[:-1].log_softmax(dim=-1), atol=1e-4, rtol=1e-4
@@ -136,6 +137,42 @@ def test_questions_side_by_side_do_not_see_each_other(tiny_model: Model, stored:
     assert together.right == apart.right
     torch.testing.assert_close(together.log_probs, apart.log_probs, atol=1e-4, rtol=1e-4)
     assert torch.equal(cache.view(), stored.exact)
+
+
+def test_what_questions_begin_with_alike_is_computed_once(
+    tiny_model: Model, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [
+        Question((*prompt, *end), (7, 9))
+        for prompt in (PROMPT, PROMPT[:2], [5])
+        for end in ((1, 2), (1, 3), (2,), (2, 2, 2))
+    ]
+    passage = (*PROMPT, 1, 8, 9)
+
+    def apart(kv: torch.Tensor) -> Score:
+        cache = filled(tiny_model, kv)
+        scores = [score(tiny_model, cache, [], passage), *(score(tiny_model, cache, [one]) for one in questions)]
+        return Score(sum((one.right for one in scores), ()), torch.cat([one.log_probs for one in scores]))
+
+    exact, computed = apart(stored.exact), []
+    call = tiny_model.call
+    monkeypatch.setattr(
+        tiny_model, "call", lambda ids, *given, **more: computed.append(ids.shape[1]) or call(ids, *given, **more)
+    )
+    together = score(tiny_model, filled(tiny_model, stored.exact, room=200), questions, passage)
+    begun = {
+        tuple(sequence[:end])
+        for sequence in ([*passage[:-1]], *([*q.prompt_ids, *q.answer_ids[:-1]] for q in questions))
+        for end in range(1, len(sequence) + 1)
+    }
+    assert computed == [len(begun)]
+    assert together.right == exact.right
+    torch.testing.assert_close(together.log_probs, exact.log_probs, atol=1e-5, rtol=1e-5)
+    for damage in (0.5, 0.9):
+        damaged = stored.exact * damage
+        at_once = score(tiny_model, filled(tiny_model, damaged, room=200), questions, passage)
+        kl = mean_kl(exact.log_probs, apart(damaged).log_probs)
+        assert mean_kl(exact.log_probs, at_once.log_probs) == pytest.approx(kl, rel=1e-6)
 
 
 def test_kl_is_zero_for_the_exact_cache_and_grows_with_damage(tiny_model: Model, stored: Stored) -> None:

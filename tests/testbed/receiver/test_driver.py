@@ -775,6 +775,41 @@ def test_processes_stay_warm_across_sessions(worker: WorkerProcess, stored_unifo
         assert kls["text"] < 1e-6 < kls["highest"] < kls["fixed,level=0"]
 
 
+def test_a_session_is_held_until_its_start_and_judged_beside_the_next(
+    worker: WorkerProcess, stored_uniform: Stored
+) -> None:
+    with sender_process(stored_uniform) as (_, port):
+        wanted = {"url": f"http://127.0.0.1:{port}", "context": "ctx8", "deadline_s": 2.0, "question": 1}
+        alone = {policy: worker.command("session", policy=policy, **wanted) for policy in ("fixed,level=0", "highest")}
+        judged = []
+        for policy in ("fixed,level=0", "highest"):
+            until_s = time.monotonic() + 0.1
+            ready = worker.command(
+                "ready",
+                policy=policy,
+                padding_bytes=20_000,
+                padding_until_s=until_s,
+                judge=policy == "highest",
+                **wanted,
+            )
+            assert (ready["ok"], ready["status"]) == (True, "ready")
+            judged += [ready["judgement"]] if "judgement" in ready else []
+            start_s = time.monotonic() + 0.05
+            answer = worker.command("start", start_s=start_s)
+            assert answer["status"] == "ok"
+            assert answer["record"]["levels"] == alone[policy]["record"]["levels"]
+            assert 0.0 <= answer["zero_s"] - start_s < 0.2
+        judged.append(worker.command("judge")["judgement"])
+        assert [one["measured_kl"] for one in judged] == [one["measured_kl"] for one in alone.values()]
+        assert all(one.keys() == {"measured_kl", "answer_ok", "answers_right", "answers"} for one in judged)
+        # a session that never begins gives way to the next
+        assert worker.command("ready", policy="highest", **wanted)["status"] == "ready"
+        assert worker.command("session", policy="highest", **wanted)["status"] == "ok"
+        assert "ready comes before start" in worker.command("start", start_s=0.0)["error"]
+        assert worker.command("ready", policy="highest", **wanted)["status"] == "ready"
+        assert "judge comes after" in worker.command("judge")["error"], "its memory is taken"
+
+
 def test_the_worker_refuses_bad_commands_and_continues(worker: WorkerProcess) -> None:
     for line, reason in (
         ("nonsense", "malformed command"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ class MadeStage:
     path: Any = field(default_factory=lambda: made_path(MadeShaper()))
     overhead_s: float = 0.002
     costs_json: dict[str, Any] = field(default_factory=lambda: {"docs-1": {"prefill_s": 1.0}})
+    unjudged: list[Callable[[], object]] = field(default_factory=list)
 
     def settled(self, unit: Unit, scheme: Scheme, *_: Any) -> Measured:
+        self.finish()
         if len(self.done) == self.breaks:
             raise KeyboardInterrupt
         self.done.append((unit, scheme))
@@ -55,6 +58,13 @@ class MadeStage:
 
     def bound(self, *_: Any) -> Bound:
         return Bound(None, ())
+
+    def judge(self, measured: Measured, then: Callable[[Measured], object]) -> None:
+        self.unjudged.append(partial(then, measured))
+
+    def finish(self) -> None:
+        while self.unjudged:
+            self.unjudged.pop()()
 
 
 def carry_out(

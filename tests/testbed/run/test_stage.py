@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +36,23 @@ STEADY = open_trace("constant,rate=30Mbps")
 CHUNK_TRACE = open_trace("uniform,low=7Mbps,high=9Mbps,per=chunk")
 LATE_S = 0.25
 
-RECEIVER = """
+JUDGEMENT = {"measured_kl": 0.01, "answer_ok": True, "answers_right": 3, "answers": 4}
+RECEIVER = f"""
 import json, sys
+JUDGEMENT = {JUDGEMENT}
+"""
+RECEIVER += """
 answers, heard = json.load(open(sys.argv[1])), open(sys.argv[2], "a", buffering=1)
 print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
     heard.write(line)
-    print(json.dumps({"ok": True} | (answers.pop(0) if len(answers) > 1 else answers[0])), flush=True)
+    said = {"ok": True, "status": "ready"}
+    command = json.loads(line)
+    if command["cmd"] == "start":
+        said |= answers.pop(0) if len(answers) > 1 else answers[0]
+    elif command["cmd"] == "judge" or command["judge"]:
+        said["judgement"] = JUDGEMENT
+    print(json.dumps(said), flush=True)
 """
 
 measured = precomputed.load("docs", CODEC)
@@ -54,7 +64,7 @@ def answer(slowdown: float = 1.0) -> dict[str, Any]:
     """What a receiver answers to a session that came to its first token."""
     done = simulate(MANIFEST, make_policy(SCHEME.policy), STEADY, SessionSettings(2.0), costs=COSTS)
     slow = {"decode": slowdown, "recompute": 1.0, "prefill": 1.0}
-    return {"status": "ok", "late_s": LATE_S, "record": asdict(done), "slowdown": slow, "measured_kl": 0.01}
+    return {"status": "ok", "late_s": LATE_S, "record": asdict(done), "slowdown": slow}
 
 
 FAILED = {"status": "failed", "error": "the sender closed the stream"}
@@ -67,8 +77,13 @@ class Bench:
         self.stage, self._heard = stage, heard
 
     @property
-    def commands(self) -> list[Mapping[str, Any]]:
+    def heard(self) -> list[Mapping[str, Any]]:
         return [json.loads(line) for line in self._heard.read_text().splitlines()]
+
+    @property
+    def commands(self) -> list[Mapping[str, Any]]:
+        """Those that say what the session is."""
+        return [command for command in self.heard if command["cmd"] == "ready"]
 
     def settled(self, max_repeats: int, trace: Trace = STEADY) -> stages.Measured:
         return self.stage.settled(UNIT, SCHEME, trace, Limits(), None, max_repeats)
@@ -105,7 +120,6 @@ def test_a_session_gives_its_outcome_its_chunks_and_its_link(bench):
     down = MadeShaper()
     done = bench(down).session()
     assert done.outcome.status == "ok"
-    assert done.outcome.measured_kl == 0.01
     assert done.outcome.record is not None
     assert [chunk["chunk"] for chunk in done.chunks] == list(range(len(MANIFEST.chunks)))
     assert len(done.link) == RECORDED_S * 100 + 1
@@ -234,9 +248,52 @@ def test_the_receiver_is_told_what_a_session_needs(bench, tmp_path):
     assert (event["scheme"], event["n_chunks"]) == (SCHEME.name, len(MANIFEST.chunks))
 
 
-def test_time_zero_leaves_round_trips_to_warm_the_connection(bench, monkeypatch):
+def test_padding_may_take_round_trips_and_time_zero_comes_after_it(bench, monkeypatch):
     monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: 100.0))
     near, far = MadeShaper(), MadeShaper()
     bench(near).session()
-    bench(far, link=LinkSettings(delay_s=0.05)).session()
-    assert [down.calls[0][2] for down in (near, far)] == pytest.approx([100.15, 101.15])
+    last = bench(far, link=LinkSettings(delay_s=0.05))
+    last.session()
+    assert [command["padding_until_s"] for command in last.commands] == pytest.approx([100.05, 101.05])
+    assert [down.calls[0][2] for down in (near, far)] == pytest.approx([100.05, 100.05])
+    assert last.heard[-1] == {"cmd": "start", "start_s": pytest.approx(100.05)}
+
+
+def test_a_cache_is_judged_while_the_next_session_gets_ready(bench):
+    bench = bench(MadeShaper())
+    judged: list[stages.Measured] = []
+    first = bench.session()
+    bench.stage.judge(first, judged.append)
+    assert judged == []
+    second = bench.session()
+    assert [command["judge"] for command in bench.commands] == [False, True]
+    assert judged == [replace(first, outcome=replace(first.outcome, **JUDGEMENT))]
+    bench.stage.judge(second, judged.append)
+    bench.stage.finish()
+    bench.stage.finish()
+    assert [command["cmd"] for command in bench.heard] == ["ready", "start"] * 2 + ["judge"]
+    assert [one.outcome.measured_kl for one in judged] == [0.01, 0.01]
+
+
+def test_what_left_no_cache_is_not_judged(bench):
+    bench = bench(MadeShaper(), FAILED)
+    judged: list[stages.Measured] = []
+    done = bench.session()
+    bench.stage.judge(done, judged.append)
+    assert judged == [done]
+
+
+def test_a_repeated_session_is_judged_once(bench):
+    bench = bench(MadeShaper(0.5, 0.5, 1.0))
+    bench.stage.judge(bench.settled(2), lambda _: None)
+    bench.stage.finish()
+    assert [command["cmd"] for command in bench.heard] == ["ready", "start"] * 3 + ["judge"]
+
+
+def test_a_session_that_cannot_get_ready_leaves_the_path_alone(bench, monkeypatch):
+    down = MadeShaper()
+    made = bench(down)
+    monkeypatch.setattr(made.stage.receiver, "ask", lambda *_: {"ok": True} | FAILED)
+    done = made.session()
+    assert (done.outcome.status, done.outcome.why) == ("failed", FAILED["error"])
+    assert down.named("arm") == []
