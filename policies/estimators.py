@@ -150,8 +150,8 @@ def link_samples(obs: Observation) -> list[tuple[float, float]]:
     with what has come of it: the newest information there is. Text and the smallest chunks are left out, unless there
     is nothing else. The prior is left to the caller.
     """
-    encoded = [done for done in obs.transfers if done.level != TEXT]
-    least = MIN_BYTES if any(done.bytes >= MIN_BYTES for done in encoded) else 0
+    most = max([done.bytes for done in obs.transfers if done.level != TEXT], default=0)
+    least = MIN_BYTES if most >= MIN_BYTES else 0
     samples: list[tuple[float, float]] = []
     free_s = 0.0
     for done in obs.transfers:

@@ -160,11 +160,18 @@ class KVStream:
         with them and the rest at its lowest level, as far as compute goes where nothing is known of the link."""
         if obs.recompute_s is None:
             return 0, 0.0
-        counts = sorted({0, *[case.texts for case in cases]}, reverse=True)
-        if belief is None:
-            chances = {texts: sum([case.weight for case in cases if case.texts >= texts]) for texts in counts}
-        else:
-            chances = {texts: in_time(lowest(obs, texts), belief, cases, obs, texts) for texts in counts}
+        most, *fewer = sorted({0, *[case.texts for case in cases]}, reverse=True)
+        if not most:
+            return 0, 0.0
+
+        def chance_with(texts: int) -> float:
+            if belief is None:
+                return sum([case.weight for case in cases if case.texts >= texts])
+            return in_time(lowest(obs, texts), belief, cases, obs, texts)
+
+        chances = {most: chance_with(most)}
+        if chances[most] < self.target:  # else no other chance is so much higher
+            chances |= {texts: chance_with(texts) for texts in fewer}
         enough = self.target * max(chances.values())
         return next((texts, chance) for texts, chance in chances.items() if chance >= enough)
 
@@ -181,21 +188,22 @@ class KVStream:
         sizes, decode_s = obs.sizes_bytes[rest], obs.decode_s[rest]
         last_s = decode_s[0 if back else -1] if sizes else None
 
-        def plan(level: int, others: int) -> Plan:
+        def chance_of(level: int, others: int) -> float:
             size, compute_s = own[level], busy_s + own_s[level]
             if last_s is None:
-                return Plan(flying + size, ((1, size),), compute_s, own_s[level])
-            more = sum([row[others] for row in sizes])
-            one, many = (1, size), (len(sizes), more / len(sizes))
-            chunks = (one, many) if size < many[1] else (many, one)
-            compute_s += sum([row[others] for row in decode_s])
-            return Plan(flying + size + more, chunks, compute_s, last_s[others])
+                plan = Plan(flying + size, ((1, size),), compute_s, own_s[level])
+            else:
+                more = sum([row[others] for row in sizes])
+                one, many = (1, size), (len(sizes), more / len(sizes))
+                chunks = (one, many) if size < many[1] else (many, one)
+                compute_s += sum([row[others] for row in decode_s])
+                plan = Plan(flying + size + more, chunks, compute_s, last_s[others])
+            return in_time(plan, belief, cases, obs, texts)
 
-        least = in_time(plan(0, 0), belief, cases, obs, texts)
+        least = chance_of(0, 0)
         for level in range(obs.n_levels - 1, 0, -1):
-            chance = in_time(plan(level, 0), belief, cases, obs, texts)
-            enough = chance > 0.0 and chance >= self.target * least
-            if enough and in_time(plan(level, level), belief, cases, obs, texts) >= FAIR * least:
+            chance = chance_of(level, 0)
+            if chance > 0.0 and chance >= self.target * least and chance_of(level, level) >= FAIR * least:
                 return level, chance
         return 0, least
 

@@ -164,19 +164,18 @@ class Trace:
     def bits_by(self, t_s: Floats) -> Floats: ...
     def bits_by(self, t_s: float | Floats) -> float | Floats:
         """Bits carried from time 0 to ``t_s``: the exact integral of the rate. Arrays give arrays."""
+        length = self._edges[-1]
+        if isinstance(t_s, (float, int)) and 0.0 <= t_s < length:  # the usual case
+            return self._bits_within(t_s)
         self._needs_time("bits_by")
         if not isinstance(t_s, (float, int)):
             return self._bits_by_array(np.asarray(t_s, dtype=np.float64))
-        edges, bits = self._edges, self._bits
-        length = edges[-1]
         if not 0.0 <= t_s < math.inf:
             raise TraceError(f"trace {self.name!r}: time {t_s} s; times must be finite and not negative")
-        if t_s >= length:
-            if self.end == "loop":
-                passes, t_s = divmod(t_s, length)
-                return passes * bits[-1] + self._bits_within(t_s)
-            return bits[-1] + (self._rates[-1] * (t_s - length) if self.end == "hold" else 0.0)
-        return self._bits_within(t_s)
+        if self.end == "loop":
+            passes, t_s = divmod(t_s, length)
+            return passes * self._bits[-1] + self._bits_within(t_s)
+        return self._bits[-1] + (self._rates[-1] * (t_s - length) if self.end == "hold" else 0.0)
 
     def _bits_within(self, t_s: float) -> float:
         row = bisect_right(self._edges, t_s) - 1

@@ -29,8 +29,9 @@ class ArrivalRate:
         self._first_s = self._burst_until_s = 0.0
         self._burst = (0.0, 0)
         self._ready_s: float | None = None
+        self._wake_s: float | None = None
         self._is_new = False
-        """Something was reported since `_ready_s` was found."""
+        """Something was reported since these two were found."""
 
     @property
     def burst(self) -> tuple[float, int]:
@@ -41,7 +42,8 @@ class ArrivalRate:
         """No chunk in flight has shown its first byte."""
         self._points.clear()
         self._burst = (0.0, 0)
-        self._ready_s, self._is_new = None, False
+        self._ready_s = self._wake_s = None
+        self._is_new = False
 
     def begin(self, size: int, now_s: float, received: int, *, after_pause: bool) -> None:
         """A chunk of `size` bytes begins to arrive; `after_pause` if the link carried nothing just before."""
@@ -73,31 +75,35 @@ class ArrivalRate:
     def ready_s(self) -> float | None:
         """When the rest of the chunk takes the lookahead, but not before its first frame is here. None while that is
         unknown: nobody could choose well."""
-        if self._is_new:  # asked several times between reports
-            self._ready_s, self._is_new = self._find_ready_s(), False
+        if self._is_new:
+            self._find()
         return self._ready_s
-
-    def _find_ready_s(self) -> float | None:
-        rate = self._rate() if self._is_known() else None
-        if rate is None and self._known_bps is not None:
-            rate = self._known_bps / 8.0
-        if not self._points or not rate or self._frame >= self._size:
-            return None
-        last_s, received = self._points[-1]
-        return last_s + max((self._size - received) / rate - self._lookahead_s, (self._frame - received) / rate)
 
     def wake_s(self) -> float | None:
         """When to look again even if nothing is reported; None: not needed."""
+        if self._is_new:
+            self._find()
+        return self._wake_s
+
+    def _find(self) -> None:
+        """`ready_s` and `wake_s`, which are asked several times between two reports."""
+        self._is_new, self._ready_s, self._wake_s = False, None, None
         if not self._points:
-            return None
-        ready_s = self.ready_s()
-        if self._is_known():
-            return ready_s
+            return
         last_s, received = self._points[-1]
-        missing, rate = self._burst[1] + SAMPLE_BYTES - received, self._rate()
-        known_s = last_s + (0.0 if missing <= 0 else missing / rate if rate else SAMPLE_S)
-        known_s = max(known_s, self._first_s + SAMPLE_S)
-        return known_s if ready_s is None else min(ready_s, known_s)
+        window_rate, is_known = self._rate(), self._is_known()
+        rate = window_rate if is_known else None
+        if rate is None and self._known_bps is not None:
+            rate = self._known_bps / 8.0
+        if rate and self._frame < self._size:
+            rest_s, frame_s = (self._size - received) / rate, (self._frame - received) / rate
+            self._ready_s = last_s + max(rest_s - self._lookahead_s, frame_s)
+        self._wake_s = self._ready_s
+        if not is_known:
+            missing = self._burst[1] + SAMPLE_BYTES - received
+            known_s = last_s + (0.0 if missing <= 0 else missing / window_rate if window_rate else SAMPLE_S)
+            known_s = max(known_s, self._first_s + SAMPLE_S)
+            self._wake_s = known_s if self._ready_s is None else min(self._ready_s, known_s)
 
     def _rate(self) -> float | None:
         """Bytes per second in the window, however little that rests on."""

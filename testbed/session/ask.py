@@ -203,24 +203,27 @@ def as_level(level: object, n_levels: int) -> LevelOrText | None:
 
 def check_reason(reason: object) -> tuple[dict[str, float], str | None]:
     """What of a choice's reason can be shown, and what is wrong with the rest: numbers by name, MAX_REASONS at most."""
-    if not reason and isinstance(reason, dict):
-        return {}, None
-    if not isinstance(reason, Mapping):
+    if not isinstance(reason, (dict, Mapping)):
         return {}, f"reason is {shown(reason)}; give a dict of names and numbers"
     taken: dict[str, float] = {}
     fault = None
     for key, value in itertools.islice(reason.items(), MAX_REASONS):
-        try:
-            number = float(value)
-        except Exception:  # a policy's object may raise anything
-            number = math.nan
-        if isinstance(key, str) and len(key) <= MAX_NAME and not isinstance(value, str) and math.isfinite(number):
+        number = value if type(value) is float else _number(value)
+        if isinstance(key, str) and len(key) <= MAX_NAME and math.isfinite(number):
             taken[key] = number
         else:
             fault = f"reason[{shown(key)}] is not a number: {shown(value)}"
     if len(reason) > MAX_REASONS:
         fault = f"reason has {len(reason)} entries; {MAX_REASONS} are kept"
     return taken, fault
+
+
+def _number(value: object) -> float:
+    """As `float`; nan for what is no number."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+    except Exception:  # a policy's object may raise anything
+        return math.nan
 
 
 def _integer(value: object) -> int:

@@ -111,11 +111,7 @@ class Session:
         if self._progress_due and self._in_flight:
             self._progress_due = False
             work += self._ask_progress(now_s)
-        while (
-            self._unrequested
-            and self._has_slot()
-            and (not self._in_flight or (self.settings.depth > 1 and self._may_look_ahead(now_s)))
-        ):
+        while self._unrequested and (not self._in_flight or self._may_look_ahead(now_s)) and self._has_slot():
             work.append(self._request(now_s))
         if self._computing is None:
             if self._arrived:
@@ -166,21 +162,32 @@ class Session:
 
     def observe(self, now_s: float) -> Observation:
         """What the policy may know now."""
-        n = len(self._chunks)
+        n, remaining, tables, estimates = len(self._chunks), self._unrequested, self._tables, self._tables.estimates
+        tokens, sizes_bytes, text_bytes, decode_s, recompute_s = tables.rows(remaining)
         return Observation(
-            chunk=self._unrequested[0] if self._unrequested else n - 1,
+            chunk=remaining[0] if remaining else n - 1,
             n_chunks=n,
             now_s=now_s,
             deadline_s=self.settings.deadline_s,
+            remaining=tuple(remaining),
+            tokens=tokens,
+            sizes_bytes=sizes_bytes,
+            distortion=(tables.ladder,) * len(remaining),
+            text_bytes=text_bytes,
+            recompute_s=recompute_s,
+            decode_s=decode_s,
+            prefill_s=tables.prefill_s,
             transfers=tuple(self._transfers),
             in_flight=tuple([self._flight(i) for i in self._in_flight]),
             compute_backlog_s=self._backlog_s(now_s),
             computed=tuple(self._computed),
+            decode_spread=estimates.decode_spread,
+            recompute_spread=estimates.recompute_spread,
+            prefill_spread=estimates.prefill_spread,
             rtt_s=self._rtt_s,
             prior_bps=self.settings.prior_bps,
             concurrent=self.concurrent,
             seed=self.settings.seed,
-            **self._tables.rows(self._unrequested),
         )
 
     # --- what the driver reports

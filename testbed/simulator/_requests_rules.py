@@ -180,7 +180,7 @@ def _lowest(tables, seen, texts):
 
 @jit
 def _plan(tables, seen, texts, level, others):
-    """`plan` of `KVStream._level`, in the form of `_lowest`."""
+    """The plan of `chance_of` in `KVStream._level`, in the form of `_lowest`."""
     size, decode_s, recompute_s = tables
     _, _, low, high, waiting, backlog_s, _, _, _, _ = seen
     own, more, recomputing, decoding = size[high - 1, level], 0, 0.0, 0.0

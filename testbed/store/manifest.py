@@ -99,6 +99,21 @@ class Manifest:
     def tokens(self) -> int:
         return self.chunks[-1].stop
 
+    @cached_property
+    def columns(self) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...]]:
+        """[chunk]: its tokens, its bytes at each level, and as text."""
+        chunks = self.chunks
+        return (
+            tuple(c.tokens for c in chunks),
+            tuple(c.sizes_bytes for c in chunks),
+            tuple(c.text_bytes for c in chunks),
+        )
+
+    @cached_property
+    def ladder(self) -> tuple[float, ...]:
+        """[level]: its distortion."""
+        return tuple(level.distortion for level in self.levels)
+
     def distortion(self, levels: Sequence[int | str]) -> float:
         """Token-weighted mean distortion (nats) of a session that took `levels[i]` for chunk i; text counts 0."""
         total = sum(
