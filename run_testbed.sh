@@ -140,7 +140,9 @@ setup() (
     local warm=${XDG_CACHE_HOME:-$HOME/.cache}/kvstream/warm-$want
     if [ ! -e "$warm" ]; then
         say "compiling kernels (once)"
+        "$BIN/python" -c "import kvstream.policies._kernel" &
         PATH=$BIN:$PATH "$BIN/python" -m kvstream.codec.warm >/dev/null
+        wait $!
         mkdir -p "$(dirname "$warm")" && touch "$warm"
     fi
 )

@@ -5,9 +5,9 @@
 Sessions per second: 7 chunks of 1,500 tokens, five levels and text, over 0.1 to 10 Gbit/s held 0.2 s, round trip 20 ms;
 once more in the compiled loop for the policies that it knows, and by `kvstream simulate --jobs` with one process and
 with two, in turns (units with their bounds and files, on the wall clock, start of the processes included).
-The oracle: random lines of 32 chunks at six levels (and with text as a seventh option), over rates of 10 to 100 Mbit/s,
-chunks of 30 to 500 kB, decode and recompute times from negligible to binding, round trips of 0, 20 and 80 ms, both
-depths; deadlines from barely feasible to generous.
+The oracle, compiled as in a process that solves many: random lines of 32 chunks at six levels (and with text as a
+seventh option), over rates of 10 to 100 Mbit/s, chunks of 30 to 500 kB, decode and recompute times from negligible to
+binding, round trips of 0, 20 and 80 ms, both depths; deadlines from barely feasible to generous.
 
 Thresholds: 500,000 sessions per second, compiled, under `cachegen` at its depth 1; in Python 3,500 under `kvstream` at
 either depth and 500 under `mpc`; two processes at least 1.8 times as fast as one; 50 ms for 95 of 100 lines at six
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstream.policies import registry
+from kvstream.policies import compiled, registry
 from kvstream.policies.optimum import Line, least_distortion, least_ttft
 from kvstream.testbed.config import experiment
 from kvstream.testbed.host import machine
@@ -154,9 +154,9 @@ def random_line(seed: int, text: bool) -> tuple[Line, float]:
 
 def oracle_seconds(text: bool) -> list[float]:
     """CPU seconds to solve each of the random lines."""
+    compiled.load()
     found = []
-    for seed in range(LINES):
-        line, deadline_s = random_line(seed, text)
+    for line, deadline_s in [random_line(seed, text) for seed in range(LINES)]:
         begun = time.process_time()
         least_distortion(line, deadline_s)
         found.append(time.process_time() - begun)
@@ -191,9 +191,9 @@ def main() -> int:
         }
         print(f"{what:20} " + " ".join(f"{q:6.1f} ms" for q in quantiles) + f"  {share:.1%}")
     rates, late = result["sessions_per_second"], result["oracle_ms"]["6 levels"]["p95"]
-    compiled = result["compiled_per_second"]["cachegen"]["depth 1"]
+    loops = result["compiled_per_second"]["cachegen"]["depth 1"]
     thresholds = {
-        f"cachegen at depth 1, compiled: {CACHEGEN_MIN} per second": compiled >= CACHEGEN_MIN,
+        f"cachegen at depth 1, compiled: {CACHEGEN_MIN} per second": loops >= CACHEGEN_MIN,
         f"kvstream at depth 1: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 1"] >= KVSTREAM_MIN,
         f"kvstream at depth 2: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 2"] >= KVSTREAM_MIN,
         f"two processes: {JOBS_MIN} times as fast as one": speedup >= JOBS_MIN,

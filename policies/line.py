@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,11 @@ class Line:
     def loss(self) -> Floats:
         return np.array(self.distortion, dtype=np.float64)
 
+    @cached_property
+    def tables(self) -> tuple[Any, ...]:
+        """As the compiled loops take it."""
+        return self.bits, self.frames, self.compute, self.loss, self.start_s, self.compute_free_s
+
     def ttft_s(self, options: tuple[int, ...]) -> float:
         """When the first token comes under a plan; inf if it never does. The plain recurrence, one chunk at a time."""
         start_s, free_s = self.start_s, self.compute_free_s
@@ -103,7 +109,10 @@ class TrueLink:
         self.depth, self.rtt_s = line.depth, line.rtt_s
         self.per_chunk = line.goodput.per == "chunk"
         self._line = line
-        if not self.per_chunk:
+        if self.per_chunk:
+            self._edges = self._rates = self._bits = np.zeros(1)
+            self._flows = False
+        else:
             steps = line.goodput.changes(0.0, max(horizon_s, 1e-9))
             self._edges = np.array([at_s for at_s, _ in steps] + [max(horizon_s, 1e-9)])
             self._rates = np.array([rate for _, rate in steps])
@@ -111,6 +120,13 @@ class TrueLink:
             self._flows = bool((self._rates > 0.0).all())
         self.origin = line.start_s if self.per_chunk else float(self.at(np.array([line.start_s]))[0])
         """Where the first answer can begin: in bits, or in seconds with one rate per chunk."""
+
+    @cached_property
+    def tables(self) -> tuple[Any, ...]:
+        """As the compiled loops take it."""
+        slowness = [self.seconds_per_bit(k) if self.per_chunk else 0.0 for k in range(len(self._line.bits))]
+        steps = self._edges, self._bits, self._rates, np.array(slowness)
+        return self.per_chunk, self._flows, *steps, self.depth, self.rtt_s, self.origin
 
     def at(self, t_s: Floats) -> Floats:
         """Bits carried by `t_s`."""

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
 
+from kvstream.policies import compiled
 from kvstream.policies.line import Floats, Line, TrueLink
 from kvstream.policies.relaxation import Bound, Terms, ascend, suffix_sums
 from kvstream.policies.states import Indices, States, expand, soonest, undominated
@@ -52,20 +54,39 @@ class Plan:
 def least_distortion(line: Line, deadline_s: float, *, widest: int | None = None) -> Plan | None:
     """The plan of least distortion with TTFT <= `deadline_s`, or None if there is none.
 
-    Searches with ever more states per stage until none had to be left out, which proves the plan optimal. `widest`
-    stops at that many: the plan is then feasible whenever any is, and usually optimal.
+    Searches with ever more states per stage until none had to be left out, which proves the plan optimal. `widest`, the
+    width of one of these searches, makes it the last: the plan is then feasible whenever any is, and usually optimal.
     """
-    known = least_ttft(line)
-    if not known.ttft_s <= deadline_s + TOLERANCE_S:
-        return None
-    search = _Search(line, deadline_s, known)
+    if widest is None:
+        compiled.count_line()
     width = BEAM
     while True:
-        found, complete = search.run(known, width)
-        known = found or known
-        if complete or width == widest:
-            return known
-        width = width * WIDER if widest is None else min(width * WIDER, widest)
+        plan, proven = _best(line, deadline_s, width)
+        if proven or width == widest:
+            return plan
+        width *= WIDER
+
+
+@lru_cache(maxsize=8)
+def _best(line: Line, deadline_s: float, width: int) -> tuple[Plan | None, bool]:
+    """What the searches up to this width find, and whether that is proven to be the optimum.
+
+    Remembered, because the oracle of a unit asks what its bound asks.
+    """
+    search = _search(line, deadline_s)
+    if search is None:
+        return None, True
+    known = None if width == BEAM else _best(line, deadline_s, width // WIDER)[0]
+    known = known or search.soonest
+    found, complete = search.run(known, width)
+    return found or known, complete
+
+
+@lru_cache(maxsize=2)
+def _search(line: Line, deadline_s: float) -> _Search | None:
+    """What searches of any width share; None if no plan meets the deadline."""
+    soonest = least_ttft(line)
+    return _Search(line, deadline_s, soonest) if soonest.ttft_s <= deadline_s + TOLERANCE_S else None
 
 
 def least_ttft(line: Line) -> Plan:
@@ -75,19 +96,30 @@ def least_ttft(line: Line) -> Plan:
     horizon_s, simple = min((line.ttft_s(options), options) for options in candidates)
     if horizon_s == math.inf:
         return Plan(simple, _total(line, simple), math.inf)
-    link = TrueLink(line, horizon_s)
+    link, kernel = TrueLink(line, horizon_s), compiled.kernel()
+    if kernel:
+        found, free_s = kernel.soonest(line.tables, link.tables)
+        options = tuple(found.tolist())
+    else:
+        options, free_s = _soonest(line, link)
+    if not options or free_s + line.prefill_s > horizon_s:
+        return Plan(simple, _total(line, simple), horizon_s)
+    return Plan(options, _total(line, options), free_s + line.prefill_s)
+
+
+def _soonest(line: Line, link: TrueLink) -> tuple[tuple[int, ...], float]:
+    """The options with which the last compute ends earliest, and when; none if the link does not carry any plan."""
     states = States.first(line, link)
     steps: list[Step] = []
-    for k in range(n):
+    for k in range(len(line.bits)):
         states = expand(line, link, states, k)
-        if k < n - 1:
+        if k < len(line.bits) - 1:
             states = soonest(states)
         steps.append((states.parent, states.option))
-    best = np.lexsort((states.loss, states.free_s))[:1]
-    if len(best) == 0 or states.free_s[best[0]] + line.prefill_s > horizon_s:
-        return Plan(simple, _total(line, simple), horizon_s)
-    options = _trace_back(steps, int(best[0]))
-    return Plan(options, _total(line, options), float(states.free_s[best[0]]) + line.prefill_s)
+    if len(states) == 0:
+        return (), math.inf
+    best = int(np.lexsort((states.loss, states.free_s))[0])
+    return _trace_back(steps, best), float(states.free_s[best])
 
 
 def _total(line: Line, options: tuple[int, ...]) -> float:
@@ -106,23 +138,37 @@ def _trace_back(steps: list[Step], state: int) -> tuple[int, ...]:
 class _Search:
     """The dynamic programme for one line and one deadline."""
 
-    def __init__(self, line: Line, deadline_s: float, known: Plan) -> None:
-        """`known` is a plan to beat: it says about when chunks arrive, and how tight the bounds must be."""
-        self.line, self.link = line, TrueLink(line, deadline_s)
+    def __init__(self, line: Line, deadline_s: float, soonest: Plan) -> None:
+        """`soonest` is a plan to beat: it says about when chunks arrive, and how tight the bounds must be."""
+        self.line, self.link, self.soonest = line, TrueLink(line, deadline_s), soonest
         self.end_s = deadline_s - line.prefill_s + TOLERANCE_S
         self.free_by_s = self.end_s - suffix_sums(line.compute.min(1))
         """[k]: when the receiver must be able to begin to compute chunk k."""
-        compute = line.compute[np.arange(len(line.bits)), np.array(known.options)]
+        compute = line.compute[np.arange(len(line.bits)), np.array(soonest.options)]
         terms = Terms.of(line, self.link, self.end_s, self.end_s - suffix_sums(compute)[:-1])
-        self.bound = Bound(terms, ascend(terms, known.distortion))
+        self.bound = Bound(terms, ascend(terms, soonest.distortion))
 
     def run(self, known: Plan, width: int) -> tuple[Plan | None, bool]:
         """The best plan found that beats `known`, and whether the search was exhaustive.
 
         A stage keeps at most `width` states.
         """
+        below = known.distortion - 1e-11 * float(self.line.loss.max(1).sum())
+        kernel = compiled.kernel()
+        if kernel:
+            tables = self.line.tables, self.link.tables, self.bound.tables
+            options, loss, free_s, complete = kernel.search(*tables, self.end_s, self.free_by_s, below, width)
+            options = tuple(options.tolist())
+        else:
+            options, loss, free_s, complete = self._run(below, width)
+        return Plan(options, loss, free_s + self.line.prefill_s) if options else None, complete
+
+    def _run(self, below: float, width: int) -> tuple[tuple[int, ...], float, float, bool]:
+        """(options, loss, when the last compute ends, whether the search was exhaustive); no options if none is found.
+
+        The compiled loop does the same, with the same order among equals.
+        """
         line, n = self.line, len(self.line.bits)
-        below = known.distortion - 1e-11 * float(line.loss.max(1).sum())
         states, complete = States.first(line, self.link), True
         steps: list[Step] = []
         for k in range(n):
@@ -131,13 +177,12 @@ class _Search:
                 states, bound = self._promising(states, k + 1, below)
                 if len(states) > width:
                     complete = False
-                    states = states.take(np.argpartition(bound, width)[:width])
+                    states = states.take(np.sort(np.argsort(bound, kind="stable")[:width]))
             if len(states) == 0:
-                return None, complete
+                return (), math.inf, math.inf, complete
             steps.append((states.parent, states.option))
         best = int(np.lexsort((states.free_s, states.loss))[0])
-        ttft_s = float(states.free_s[best]) + line.prefill_s
-        return Plan(_trace_back(steps, best), float(states.loss[best]), ttft_s), complete
+        return _trace_back(steps, best), float(states.loss[best]), float(states.free_s[best]), complete
 
     def _promising(self, states: States, k: int, below: float) -> tuple[States, Floats]:
         """The undominated states before chunk k that may still meet the deadline with a loss below `below`, and the

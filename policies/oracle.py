@@ -20,9 +20,9 @@ from typing import ClassVar
 from kvstream.policies.api import TEXT, Choice, Forecast, Observation, TrueCompute
 from kvstream.policies.errors import PolicyError
 from kvstream.policies.future import flights
-from kvstream.policies.optimum import BEAM, Line, Plan, least_distortion, least_ttft
+from kvstream.policies.optimum import BEAM, WIDER, Line, Plan, least_distortion, least_ttft
 
-WIDEST = BEAM * 8
+WIDEST = BEAM * WIDER
 """A choice has little time: the search stops at this many states, feasible and nearly always optimal."""
 
 TOLERANCE_S = 1e-6

@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from kvstream.policies import compiled
 from kvstream.policies.line import Floats, Line, TrueLink
 
 ASCENT_STEPS = 150
@@ -148,66 +150,92 @@ class Bound:
     def __init__(self, terms: Terms, sets: Prices) -> None:
         lam, mu = sets.compute[:, None], sets.arrival
         priced, limits = terms.priced(sets), suffix_sums(mu * terms.limit)
-        self._link_price = suffix_sums(mu)
-        """[set, k]: what a unit of the link's position costs when chunk k is next."""
-        self._compute_price = lam + np.concatenate((np.zeros_like(lam), np.cumsum(mu * terms.slope, 1)), 1)
-        """[set, k]: what a second of compute costs when chunk k is next."""
-        self._rest = suffix_sums(priced.min(2)) - limits
-        self._counts = _counts(terms.line.compute, priced, self._compute_price, limits)
+        compute_price = lam + np.concatenate((np.zeros_like(lam), np.cumsum(mu * terms.slope, 1)), 1)
+        self._link_price = np.ascontiguousarray(suffix_sums(mu).T)
+        """[k, set]: what a unit of the link's position costs when chunk k is next."""
+        self._compute_price = np.ascontiguousarray(compute_price.T)
+        """[k, set]: what a second of compute costs when chunk k is next."""
+        self._rest = np.ascontiguousarray((suffix_sums(priced.min(2)) - limits).T)
+        self._counts = _Counts.of(terms.line.compute, priced, compute_price, limits)
+
+    @cached_property
+    def tables(self) -> tuple[Floats, ...]:
+        """As the compiled loops take it."""
+        counts = self._counts
+        return self._link_price, self._compute_price, self._rest, counts.price, counts.rest, counts.least, counts.extra
 
     def rest(self, k: int, compute_left: Floats, position: Floats) -> Floats:
         """Least loss of chunks k and later, for states with this much compute time left and this link position."""
-        link_price = self._link_price[:, k]
-        bound = _highest(self._compute_price[:, k], link_price, self._rest[:, k], -compute_left, position)
-        if not self._counts:
+        link_price, counts = self._link_price[k], self._counts
+        bound = _highest(self._compute_price[k], link_price, self._rest[k], -compute_left, position)
+        if len(counts.price) == 0:
             return bound
-        count = self._counts[k]
-        return np.maximum(bound, _highest(count.price, link_price, count.rest, -count.most(compute_left), position))
+        most = counts.most(k, compute_left)
+        return np.maximum(bound, _highest(counts.price[k], link_price, counts.rest[k], -most, position))
 
 
 @dataclass(frozen=True, eq=False)
-class _Count:
-    """The constraint on how many of the chunks k and later take the option that is heavy to compute."""
+class _Counts:
+    """The constraints on how many of the chunks k and later take the option that is heavy to compute.
+
+    Empty where no option is heavy, or some chunk has none.
+    """
 
     price: Floats
-    """[set]: of one of them."""
+    """[k, set]: of one of them."""
     rest: Floats
-    """[set]: the bound on these chunks but for the terms in the state."""
-    least: float
-    """Seconds of compute if none does."""
+    """[k, set]: the bound on these chunks but for the terms in the state."""
+    least: Floats
+    """[k]: seconds of compute if none does."""
     extra: Floats
-    """[n]: seconds that n + 1 of them add at least."""
+    """[k, k + n]: seconds that n + 1 of them add at least."""
 
-    def most(self, compute_left: Floats) -> Floats:
+    @classmethod
+    def of(cls, compute: Floats, priced: Floats, compute_price: Floats, limits: Floats) -> _Counts:
+        extra = compute - compute.min(1)[:, None]
+        by_size = np.sort(extra, 1)
+        if by_size.shape[1] < 2 or not (by_size[:, -1] > HEAVY * by_size[:, -2]).all():
+            return cls(np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0)))
+        n, heavy, added = len(compute), extra == by_size[:, -1:], by_size[:, -1]
+        adds = np.zeros((n, n))
+        for k in range(n):
+            adds[k, k:] = np.sort(added[k:])
+        price = np.ascontiguousarray((compute_price[:, :n] * adds.diagonal()).T)
+        count = (compiled.kernel() or cls).count_rests
+        rest = count(priced, compute, compute_price, price, heavy) - limits[:, :n].T
+        return cls(price, rest, suffix_sums(compute.min(1))[:-1], np.cumsum(adds, 1) * (1.0 - 1e-9))
+
+    @staticmethod
+    def count_rests(priced: Floats, compute: Floats, compute_price: Floats, price: Floats, heavy: Floats) -> Floats:
+        """[k, set]: sum of the cheapest options of the chunks from k on, where compute is no longer charged for chunks
+        before k, and each heavy option is."""
+        rest = np.empty_like(price)
+        for k in range(len(compute)):
+            own = priced[:, k:] - compute_price[:, k, None, None] * compute[k:] + price[k][:, None, None] * heavy[k:]
+            rest[k] = np.cumsum(own.min(2), 1)[:, -1]
+        return rest
+
+    def most(self, k: int, compute_left: Floats) -> Floats:
         """How many fit at most."""
-        return np.searchsorted(self.extra, compute_left - self.least, side="right").astype(np.float64)
-
-
-def _counts(compute: Floats, priced: Floats, compute_price: Floats, limits: Floats) -> list[_Count]:
-    """[k]; empty where no option is heavy, or some chunk has none."""
-    extra = compute - compute.min(1)[:, None]
-    by_size = np.sort(extra, 1)
-    if by_size.shape[1] < 2 or not (by_size[:, -1] > HEAVY * by_size[:, -2]).all():
-        return []
-    heavy, added, found = extra == by_size[:, -1:], by_size[:, -1], []
-    for k in range(len(compute)):
-        steps = np.sort(added[k:])
-        price = compute_price[:, k] * steps[0]
-        # compute is no longer charged for chunks before k, and each heavy option is
-        own = priced[:, k:] - compute_price[:, k, None, None] * compute[k:] + price[:, None, None] * heavy[k:]
-        rest = own.min(2).sum(1) - limits[:, k]
-        found.append(_Count(price, rest, float((compute[k:].min(1)).sum()), np.cumsum(steps) * (1.0 - 1e-9)))
-    return found
+        return np.searchsorted(self.extra[k, k:], compute_left - self.least[k], side="right").astype(np.float64)
 
 
 def _highest(a: Floats, b: Floats, c: Floats, x: Floats, y: Floats) -> Floats:
     """For each (x, y), about the highest of a x + b y + c, and never above it."""
     if len(x) > 4 * SAMPLE:
-        some = np.linspace(0, len(x) - 1, SAMPLE).astype(np.intp)
-        best = np.unique((np.outer(a, x[some]) + np.outer(b, y[some]) + c[:, None]).argmax(0))
+        some = np.arange(SAMPLE) * (len(x) - 1) // (SAMPLE - 1)
+        best = np.unique(_planes(a, b, c, x[some], y[some]).argmax(0))
         a, b, c = a[best], b[best], c[best]
-    highest: Floats = (np.stack((a, b), 1) @ np.stack((x, y)) + c[:, None]).max(0)
+    highest: Floats = _planes(a, b, c, x, y).max(0)
     return highest
+
+
+def _planes(a: Floats, b: Floats, c: Floats, x: Floats, y: Floats) -> Floats:
+    """[plane, point]: a x + b y + c; not as a matrix product, which rounds as the machine's library does."""
+    heights: Floats = np.multiply.outer(a, x)
+    heights += np.multiply.outer(b, y)
+    heights += c[:, None]
+    return heights
 
 
 def ascend(terms: Terms, to_beat: float) -> Prices:
@@ -217,38 +245,49 @@ def ascend(terms: Terms, to_beat: float) -> Prices:
     options violate each constraint; halved after eight steps without progress. Compute and link have different units,
     so g is scaled by what a unit of each can save at most.
     """
-    line, cost, sent, slope, limit = terms.line, terms.cost, terms.sent, terms.slope, terms.limit
-    n = len(cost)
-    rows = np.arange(n)
+    line, cost = terms.line, terms.cost
     spread = float(line.loss.max(1).sum() - line.loss.min(1).sum())
     unit_c = spread / max(float(line.compute.max(1).sum() - line.compute.min(1).sum()), 1e-12)
     unit_b = spread / max(float(cost.max(1).sum() - cost.min(1).sum()), 1e-12)
-    now = Prices(np.array(0.0), np.append(np.zeros(n - 1), unit_b))
-    best, best_bound = now, -math.inf
+    kernel = compiled.kernel()
+    if kernel:
+        tables = line.tables, terms.sent, cost, terms.slope, terms.limit, terms.compute_left
+        lam, mu = kernel.ascent(*tables, to_beat, unit_c, unit_b)
+    else:
+        lam, mu = _ascent(terms, to_beat, unit_c, unit_b)
+    last = np.append(np.zeros(len(mu) - 1), mu.sum())
+    around = [(c, b * mu) for c in AROUND for b in AROUND] + [(b, b * last) for b in AROUND] + [(0.0, 0.0 * mu)]
+    return Prices(np.array([c * lam for c, _ in around]), np.array([arrival for _, arrival in around]))
+
+
+def _ascent(terms: Terms, to_beat: float, unit_c: float, unit_b: float) -> tuple[float, Floats]:
+    """The best prices found. Sums are running sums, which the compiled loop can repeat to the last bit."""
+    line, cost, sent, slope, limit = terms.line, terms.cost, terms.sent, terms.slope, terms.limit
+    n = len(cost)
+    rows = np.arange(n)
+    lam, mu = 0.0, np.append(np.zeros(n - 1), unit_b)
+    best, best_bound = (lam, mu), -math.inf
     pace, stalled = 1.0, 0
     for _ in range(ASCENT_STEPS):
-        lam, mu = now.compute, now.arrival
-        priced = terms.priced(now)
+        priced = terms.priced(Prices(np.array(lam), mu))
         pick = priced.argmin(1)
-        bound = float(priced[rows, pick].sum() - lam * terms.compute_left - (mu * limit).sum())
+        bound = float(np.cumsum(priced[rows, pick] - mu * limit)[-1]) - lam * terms.compute_left
         if bound > best_bound:
-            best, best_bound, stalled = now, bound, 0
+            best, best_bound, stalled = (lam, mu), bound, 0
         else:
             stalled += 1
             if stalled == 8:
-                now, pace, stalled = best, pace / 2.0, 0
+                (lam, mu), pace, stalled = best, pace / 2.0, 0
                 continue
-        compute, costs = line.compute[rows, pick], cost[rows, pick]
-        over_c = float(compute.sum()) - terms.compute_left
-        over_b = np.cumsum(costs) - costs + sent[rows, pick] + slope * np.cumsum(compute[::-1])[::-1] - limit
+        left, costs = np.cumsum(line.compute[rows, pick][::-1])[::-1], cost[rows, pick]
+        over_c = float(left[0]) - terms.compute_left
+        over_b = np.cumsum(costs) - costs + sent[rows, pick] + slope * left - limit
         over_c = 0.0 if lam == 0.0 and over_c < 0.0 else over_c
         over_b = np.where((mu == 0.0) & (over_b < 0.0), 0.0, over_b)
-        length = (over_c * unit_c) ** 2 + float(((over_b * unit_b) ** 2).sum())
+        length = float(np.cumsum(over_b * unit_b * (over_b * unit_b))[-1]) + over_c * unit_c * (over_c * unit_c)
         if length == 0.0:
             break
         step = pace * max(to_beat - bound, 0.01 * abs(to_beat)) / length
-        now = Prices(np.maximum(lam + step * over_c * unit_c**2, 0.0), np.maximum(mu + step * over_b * unit_b**2, 0.0))
-    lam, mu = best.compute, best.arrival
-    last = np.append(np.zeros(n - 1), mu.sum())
-    around = [(c, b * mu) for c in AROUND for b in AROUND] + [(b, b * last) for b in AROUND] + [(0.0, 0.0 * mu)]
-    return Prices(np.array([c * lam for c, _ in around]), np.array([arrival for _, arrival in around]))
+        lam = max(lam + step * over_c * (unit_c * unit_c), 0.0)
+        mu = np.maximum(mu + step * over_b * (unit_b * unit_b), 0.0)
+    return best

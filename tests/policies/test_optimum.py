@@ -11,8 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from kvstream.policies import optimum
 from kvstream.policies.errors import PolicyError
-from kvstream.policies.optimum import BEAM, TOLERANCE_S, Line, Plan, least_distortion, least_ttft
+from kvstream.policies.optimum import BEAM, TOLERANCE_S, WIDER, Line, Plan, least_distortion, least_ttft
 from kvstream.traces.fluid import FluidLink, frame_bytes
 from kvstream.traces.trace import Trace
 
@@ -171,3 +172,15 @@ def test_tables_of_different_shapes_are_refused() -> None:
     trace = Trace("any", np.array([1.0]), np.array([8e6]))
     with pytest.raises(PolicyError, match="one shape"):
         Line(trace, 0.0, 2, 0.0, 0.0, 0.0, ((1.0, 2.0),), ((0.0,),), ((1.0, 0.0),))
+
+
+def test_the_same_question_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle of a unit asks what its bound asks, from a line of its own."""
+    searched = []
+    run = optimum._Search.run
+    monkeypatch.setattr(optimum._Search, "run", lambda *given: searched.append(given) or run(*given))
+    optimum._best.cache_clear()
+    soonest_s = least_ttft(random_line(3)).ttft_s
+    plans = [least_distortion(random_line(3), 1.2 * soonest_s, widest=widest) for widest in (WIDER * BEAM, None)]
+    assert plans[0] == plans[1]
+    assert len(searched) == 1
