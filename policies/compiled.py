@@ -2,8 +2,8 @@
 
 They need numba, which comes with the extra [run]. Loading them takes as long as some fifty lines without them, and
 compiling them, once on a machine, as long as several hundred. So a process begins without them, and loads them when it
-solves its COMPILED_FROM-th line exactly, as for the units of an experiment; a policy's choices, which have little time,
-never wait for that.
+solves its COMPILED_FROM-th line exactly, as for the units of an experiment. A policy's choices, which have little time,
+never wait for that; for sessions whose clock is real the oracle loads them before it runs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def count_line() -> None:
     """Note that a line is to be solved exactly."""
     global _solved
     _solved += 1
-    if _solved == COMPILED_FROM and find_spec("numba") is not None:
+    if _solved == COMPILED_FROM:
         load()
 
 
 def load() -> None:
-    """Load the compiled loops now."""
+    """Load the compiled loops now, if numba is installed."""
     global _kernel
-    _kernel = importlib.import_module("kvstream.policies._kernel")
+    if _kernel is None and find_spec("numba") is not None:
+        _kernel = importlib.import_module("kvstream.policies._kernel")

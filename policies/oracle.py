@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from kvstream.policies import compiled
 from kvstream.policies.api import TEXT, Choice, Forecast, Observation, TrueCompute
 from kvstream.policies.errors import PolicyError
 from kvstream.policies.future import flights
@@ -125,6 +126,7 @@ class Oracle:
     def foresee(self, forecast: Forecast) -> None:
         self._forecast, self._plan, self._hopeless = forecast, None, False
         if forecast.first is not None:
+            compiled.load()
             self._plan = self._search(line_ahead(forecast, forecast.first), forecast.first, WIDEST)
 
     def choose(self, obs: Observation) -> Choice:
