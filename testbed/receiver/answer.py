@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -36,7 +36,7 @@ class Answer:
     text: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self.record) | {"met": self.record.met, "text": self.text}
+        return self.record.to_json() | {"met": self.record.met, "text": self.text}
 
     def describe(self) -> str:
         return f"TTFT {self.record.describe()}\n{self.text}"

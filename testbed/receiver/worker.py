@@ -289,7 +289,7 @@ def session_json(fetched: Fetched) -> dict[str, Any]:
 
 
 def record_json(record: SessionRecord) -> dict[str, Any]:
-    return {**asdict(record), "met": record.met}
+    return record.to_json() | {"met": record.met}
 
 
 def settings_of(command: dict[str, Any]) -> SessionSettings:

@@ -388,7 +388,7 @@ def write_whole(path: Path, data: Mapping[str, Any], *, durable: bool = True) ->
 
     Without `durable` it is faster, for many files: a power failure may leave the file empty.
     """
-    text = json.dumps(_finite(data), indent=1 if durable else None) + "\n"
+    text = _text(data, indent=1 if durable else None) + "\n"
     files.write_whole(path, text.encode(), durable=durable)
 
 
@@ -404,7 +404,7 @@ class _replacing:
         return self
 
     def line(self, data: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(data)) + "\n")
+        self._file.write(_text(data) + "\n")
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
@@ -417,8 +417,15 @@ class _replacing:
             self._part.unlink(missing_ok=True)
 
 
+def _text(data: Mapping[str, Any], indent: int | None = None) -> str:
+    """As JSON, which has no infinity: what is not finite becomes null."""
+    try:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    except (ValueError, TypeError):  # a number that is not finite, or a mapping that is no dict: seldom
+        return json.dumps(_finite(data), indent=indent)
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: what is not finite becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -191,7 +191,7 @@ def _session(
             )
     except SessionFailed as error:
         return Outcome("failed", str(error))
-    return Outcome("ok", record=asdict(record), prior_bps=prior_bps)
+    return Outcome("ok", record=record.to_json(), prior_bps=prior_bps)
 
 
 def _offers(experiment: Experiment, progress: Progress) -> tuple[Offers, str]:

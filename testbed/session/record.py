@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
 
 from kvstream.policies.api import (
     LevelOrText,
@@ -58,6 +59,12 @@ class SessionRecord:
         last_s = max((one.last_byte_s for one in self.chunks if one.last_byte_s is not None), default=0.0)
         return 8.0 * (self.bytes + self.wasted_bytes) / (last_s - first_s) if last_s > first_s else None
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values. `dataclasses.asdict` copies every value of every chunk, which takes longer than simulating
+        the session."""
+        chunks = [{name: getattr(one, name) for name in _CHUNK_FIELDS} for one in self.chunks]
+        return {name: getattr(self, name) for name in _FIELDS} | {"chunks": chunks}
+
     def describe(self) -> str:
         """One line: time, verdict, bytes, levels, distortion."""
         levels = " ".join("t" if level == "text" else str(level) for level in self.levels)
@@ -65,6 +72,10 @@ class SessionRecord:
             f"{self.ttft_s:.3f} s, deadline {self.deadline_s:g} s {'met' if self.met else 'missed'}; "
             f"{self.bytes} bytes, levels {levels}, distortion {self.distortion:.2g} nats"
         )
+
+
+_FIELDS: Final = tuple(field.name for field in fields(SessionRecord))
+_CHUNK_FIELDS: Final = tuple(field.name for field in fields(ChunkRecord))
 
 
 class SessionFailed(RuntimeError):
