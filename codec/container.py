@@ -128,7 +128,7 @@ class Arrival:
     """A chunk that is still arriving. Its header is checked as soon as it is complete, its sections at the end.
 
     `total_bytes` is the chunk's size, where that is known. With `apart`, checksums are computed on the only thread of
-    that executor: a fifth of the time that the host spends on a chunk for a GPU.
+    that executor, so that the thread that launches a GPU's kernels is not held up.
     """
 
     def __init__(self, total_bytes: int | None = None, apart: Executor | None = None) -> None:

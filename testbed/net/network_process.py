@@ -63,8 +63,8 @@ class NetworkProcess:
 
     def inbound(self, clients: Sequence[Client], context: str, listener: Listener, limits: Limits) -> RemoteInbound:
         """The receiving end for a session. The one before must be closed."""
-        if self._child.poll() is not None:
-            self.connection.close()
+        if self.connection.poll():  # between sessions it says nothing: it has ended
+            self.close()
             self._start()
         return RemoteInbound(self, clients, context, listener, limits)
 
@@ -85,9 +85,8 @@ class RemoteInbound:
         """By the number that both processes know them by."""
         self._count = 0
         self._warm, self._failed, self._closed = (self._loop.create_future() for _ in range(3))
-        self.bytes = 0
-        """Payload that has arrived in total, and `reconnects`: known once it is closed."""
-        self.reconnects = 0
+        self.bytes = self.reconnects = 0
+        """Payload that has arrived in total, and how often the connection was replaced; known after `close`."""
         self._loop.add_reader(self._connection.fileno(), self._read)
         self._send("open", [(client.url, client.token) for client in clients], context, asdict(limits))
 
@@ -180,7 +179,7 @@ class RemoteInbound:
             case "warm", (error,):
                 self._fail(error, self._warm)
             case "failed", (error,):
-                self._fail(error, self._failed)
+                self._fail(error, self._warm, self._failed)
             case "closed", (totals,):
                 self._closed.set_result(totals)
 

@@ -73,8 +73,9 @@ class Receiving:
             return
         try:
             self._obey(what, *rest)
-        except Exception as error:
+        except Exception as error:  # what comes next would not fit either: the parent starts another process
             self._send("failed", _plain(error))
+            self.ended.set()
 
     def _obey(self, what: str, *rest: Any) -> None:
         if what == "open":
@@ -100,6 +101,8 @@ class Receiving:
                 self._tasks.append(asyncio.create_task(self._run(inbound)))
             case "close", ():
                 self._closing = asyncio.create_task(self._close(inbound))
+            case _:
+                raise ValueError(f"unknown message {what!r}")
 
     def _target(self, place: int | None, size: int, memory_bytes: int) -> memoryview:
         if place is None:

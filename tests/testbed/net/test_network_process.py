@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from kvstream.testbed.engine.model import Model
 from kvstream.testbed.engine.model_engine import ModelEngine
 from kvstream.testbed.errors import MachineError
 from kvstream.testbed.net import network_process
+from kvstream.testbed.net.inbound import Limits
 from kvstream.testbed.net.network_process import NetworkProcess
 from kvstream.testbed.session.record import SessionFailed
 from tests.testbed.conftest import Stored
@@ -47,17 +50,24 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@asynccontextmanager
+async def fetching(stored: Stored, engine: Receiver) -> AsyncIterator[asyncio.Future[Any]]:
+    """A session over a slow link, in its middle."""
+    async with linked(stored, 4e5) as (client, link):
+        task = asyncio.ensure_future(session(client, stored, engine, Plan()))
+        await link.carried(3000, task)
+        yield task
+
+
 def test_a_session_whose_process_is_killed_fails_and_the_next_has_a_new_one(stored: Stored, engine: Receiver) -> None:
     assert engine.network is not None
     first = engine.network.pid
 
     async def scenario() -> None:
-        async with linked(stored, 4e5) as (client, link):
-            fetching = asyncio.ensure_future(session(client, stored, engine, Plan()))
-            await link.carried(3000, fetching)
+        async with fetching(stored, engine) as task:
             os.kill(first, signal.SIGKILL)
             with pytest.raises(SessionFailed, match="the process that receives from the network has ended"):
-                await fetching
+                await task
 
     asyncio.run(scenario())
     run(stored, engine, Plan())
@@ -70,17 +80,34 @@ def test_a_session_that_is_given_up_leaves_the_process_to_the_next(stored: Store
     pid = engine.network.pid
 
     async def scenario() -> None:
-        async with linked(stored, 4e5) as (client, link):
-            fetching = asyncio.ensure_future(session(client, stored, engine, Plan()))
-            await link.carried(3000, fetching)
-            fetching.cancel()
+        async with fetching(stored, engine) as task:
+            task.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await fetching
+                await task
 
     asyncio.run(scenario())
     run(stored, engine, Plan())
     assert torch.equal(cache_of(engine, stored), stored.exact)
     assert engine.network.pid == pid
+
+
+def test_a_message_that_cannot_be_obeyed_ends_the_process_and_nobody_waits(stored: Stored, engine: Receiver) -> None:
+    network = engine.network
+    assert network is not None
+    first = network.pid
+
+    async def scenario() -> None:
+        async with linked(stored) as (client, _):
+            inbound = network.inbound([client], stored.context, SimpleNamespace(), Limits())  # type: ignore[arg-type]
+            inbound._send("no such message")
+            with pytest.raises((RuntimeError, ConnectionError)):
+                await inbound.warm_up(0, None)
+            await inbound.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+    run(stored, engine, Plan())
+    assert torch.equal(cache_of(engine, stored), stored.exact)
+    assert network.pid != first
 
 
 def test_encodings_must_arrive_in_the_shared_memory(stored: Stored, tiny_model: Model) -> None:
