@@ -3,17 +3,17 @@
     python benchmarks/simulator.py [--json FILE]
 
 Sessions per second: 7 chunks of 1,500 tokens, five levels and text, over 0.1 to 10 Gbit/s held 0.2 s, round trip 20 ms;
-once more in the compiled loop for the policies that it knows, and by `kvstream simulate --jobs` with one process and
-with two, in turns (units with their bounds and files, on the wall clock; what every process needs before it is up to
-speed, imports and compiled loops, some two seconds, is left out, as it is in a run of thousands of units).
+once more in the compiled loop for the policies that it knows, as in a run of thousands of units, and by `kvstream
+simulate --jobs` with one process and with two, in turns (units with their bounds and files, on the wall clock; what
+every process needs before it is up to speed, imports and compiled loops, some two seconds, is left out).
 The oracle, compiled as in a process that solves many: random lines of 32 chunks at six levels (and with text as a
 seventh option), over rates of 10 to 100 Mbit/s, chunks of 30 to 500 kB, decode and recompute times from negligible to
 binding, round trips of 0, 20 and 80 ms, both depths; deadlines from barely feasible to generous.
 
-Thresholds: 500,000 sessions per second, compiled, under `cachegen` at its depth 1; in Python 3,500 under `kvstream` at
-either depth and 500 under `mpc`; two processes at least 1.8 times as fast as one; 50 ms for 95 of 100 lines at six
-levels. Speeds are absolute, so the machine is reported with them: `loop` is how many million rounds of an empty Python
-loop per second it runs.
+Thresholds: 500,000 sessions per second, compiled, under `cachegen` at its depth 1; 3,500 under `kvstream` at either
+depth, compiled and in Python, and 500 under `mpc`; two processes at least 1.8 times as fast as one; 50 ms for 95 of 100
+lines at six levels. Speeds are absolute, so the machine is reported with them: `loop` is how many million rounds of an
+empty Python loop per second it runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from kvstream.testbed.store.manifest import ChunkInfo, KVShape, LevelInfo, Manif
 from kvstream.traces.trace import Trace
 
 POLICIES = ("fixed", "cachegen", "buffer-based", "mpc", "robust-mpc", "chance", "kvstream")
-COMPILED = ("fixed", "cachegen", "cachegen+compute", "buffer-based", "throughput")
+COMPILED = ("fixed", "cachegen", "cachegen+compute", "buffer-based", "throughput", "kvstream")
 SECONDS = 1.0
 LINES = 60
 UNITS, TURNS = 1200, 3
@@ -200,11 +200,12 @@ def main() -> int:
         }
         print(f"{what:20} " + " ".join(f"{q:6.1f} ms" for q in quantiles) + f"  {share:.1%}")
     rates, late = result["sessions_per_second"], result["oracle_ms"]["6 levels"]["p95"]
-    loops = result["compiled_per_second"]["cachegen"]["depth 1"]
+    loops = result["compiled_per_second"]
     thresholds = {
-        f"cachegen at depth 1, compiled: {CACHEGEN_MIN} per second": loops >= CACHEGEN_MIN,
-        f"kvstream at depth 1: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 1"] >= KVSTREAM_MIN,
-        f"kvstream at depth 2: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 2"] >= KVSTREAM_MIN,
+        f"cachegen at depth 1, compiled: {CACHEGEN_MIN} per second": loops["cachegen"]["depth 1"] >= CACHEGEN_MIN,
+        f"kvstream at either depth, compiled: {KVSTREAM_MIN} per second": loops["kvstream"]["depth 2"] >= KVSTREAM_MIN,
+        f"kvstream at depth 1, in Python: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 1"] >= KVSTREAM_MIN,
+        f"kvstream at depth 2, in Python: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 2"] >= KVSTREAM_MIN,
         f"two processes: {JOBS_MIN} times as fast as one": speedup >= JOBS_MIN,
         f"mpc at depth 2: {MPC_MIN} per second": rates["mpc"]["depth 2"] >= MPC_MIN,
         f"oracle, 6 levels, 95 of 100: {ORACLE_MAX_MS} ms": late <= ORACLE_MAX_MS,
@@ -212,7 +213,7 @@ def main() -> int:
     result |= {"thresholds": thresholds, "loop_millions_per_second": loop_speed()} | machine.describe()
     print(f"\n{result['processor']}, loop {result['loop_millions_per_second']:.0f} M/s")
     for threshold, met in thresholds.items():
-        print(f"{threshold:50} {'met' if met else 'MISSED'}")
+        print(f"{threshold:60} {'met' if met else 'MISSED'}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(thresholds.values()) else 1

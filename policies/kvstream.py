@@ -130,7 +130,7 @@ class KVStream:
         for index, (some_bits, some_s) in enumerate(samples):
             if index:
                 squares += math.log(some_bits * seconds / (some_s * bits)) ** 2
-            fade = 0.5 ** (some_s / keep_s)
+            fade = math.exp2(-some_s / keep_s)
             bits, seconds = bits * fade + some_bits, seconds * fade + some_s
         spread = math.sqrt((PRIOR_WEIGHT * self.spread**2 + squares) / (PRIOR_WEIGHT + len(samples) - 1))
         return bits / seconds, spread

@@ -17,7 +17,7 @@ from scripts.imports import FLOORS, MAY_IMPORT, ROOMS, ROOT
 MAX_LINES = 450
 KERNELS = {
     "codec/entropy/_kernels.py": "loops that numba compiles: the coders call each other and are compiled as one unit",
-    "testbed/simulator/_kernel.py": "a loop that numba compiles: its cache notices changes in this file only",
+    "testbed/simulator/_kernel.py": "a loop that numba compiles, with the link and the session in it, as one unit",
     "testbed/simulator/_requests_loop.py": "a loop that numba compiles, and the sessions in it, as one unit",
 }
 """Modules that may be longer, with the reason."""

@@ -1,10 +1,11 @@
-"""The compiled loop of sessions under built-in policies: session, driver, fluid link and rules, in the same arithmetic.
+"""The compiled loop of sessions under built-in policies: session, driver and fluid link, in the same arithmetic.
 
 Every function mirrors one of the Python modules that it names, operation by operation, so that results are the same to
-the last bit; `tests/testbed/simulator/test_compiled.py` compares them. In what is left out (cancelling, reordering,
-slow start, clairvoyance) these policies have no part. Chunks are requested in order, so that what has arrived, what is
-in flight and what is to come are ranges. One file, because numba's cache notices changes in this file only; plain
-tuples in signatures, because with a class it breaks when the class is renamed.
+the last bit; `tests/testbed/simulator/test_compiled.py` compares them. What is chosen is in `_rules`; in what is left
+out (cancelling, slow start, clairvoyance) these policies have no part. Chunks are taken from the front or the back, so
+that those to come are a range, and arrive in the order in which they were requested. Plain tuples in signatures,
+because numba's cache breaks with a class when it is renamed. The cache notices changes in this file only; `_SOURCES`
+tells it of the others.
 """
 
 # numba gives these functions their types; mypy cannot see them.
@@ -12,16 +13,31 @@ tuples in signatures, because with a class it breaks when the class is renamed.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import sys
+from pathlib import Path
 
 import numba
 import numpy as np
 
+from kvstream.policies import estimators
+from kvstream.policies import kvstream as default
 from kvstream.policies.estimators import BURST_S, SAMPLE_BYTES, SAMPLE_S
 from kvstream.testbed.session.arrival_rate import RATE_WINDOW_S
 from kvstream.testbed.session.estimates import LARGEST, OVERRUN
 from kvstream.testbed.session.session import LOOKAHEAD_MARGIN_S
+from kvstream.testbed.simulator import _rules
+from kvstream.testbed.simulator._rules import (
+    KVSTREAM,
+    N_REASONS,
+    TEXT,
+    add_goodput,
+    choose,
+    flight_sample,
+    jit,
+    kvstream,
+    link_samples,
+)
 from kvstream.testbed.simulator.simulator import EPSILON_S
 from kvstream.traces.fluid import (
     FRAME_BYTES,
@@ -33,65 +49,33 @@ from kvstream.traces.fluid import (
 
 LOOP, HOLD, STOP = range(3)
 """Ends of a trace."""
-FIXED, CACHEGEN, THROUGHPUT, BUFFER = range(4)
-"""Kinds of rules."""
-LAST, ARITHMETIC, HARMONIC, SLIDING_MIN = range(4)
-"""Estimators of `throughput`."""
-PACE, SLACK, BACKLOG = range(3)
-"""Buffers of `buffer-based`."""
-TEXT = -1
-"""A chunk's level."""
-N_REASONS = 4
 REQUEST, FIRST_BYTE, LAST_BYTE, DECODE_START, DECODE_END = range(5)
 """Columns of a chunk's times."""
-NO_CHUNK, PREFILL = -1, -2
-SUM_IS_COMPENSATED = sys.version_info >= (3, 12)
-"""Since then Python's `sum` of floats is Neumaier's."""
+WAITS, BEGUN, COMPUTED = range(3)
+"""Stages of a chunk's computing."""
+NO_CHUNK = -1
 KNOWN, SIZE, FIRST, BURST_UNTIL, BURST_END, BURST_BYTES, HEAD, TAIL = range(8)
 """Fields of the state of `ArrivalRate`; its points are rows HEAD to TAIL of an array."""
 
 
-def _jit(function):
+_SOURCES = hashlib.sha256(
+    b"".join(Path(one.__file__).read_bytes() for one in (_rules, default, estimators))
+).hexdigest()
+
+
+def jit_cached(function):
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        return numba.njit(nogil=True)(function)
-
-
-# --- sums as Python computes them
-
-
-@_jit
-def _plus(total, rest, value):
-    """One step of `sum`: (total, what rounding lost of it)."""
-    new = total + value
-    if SUM_IS_COMPENSATED:
-        if abs(total) >= abs(value):
-            rest += (total - new) + value
-        else:
-            rest += (value - new) + total
-    return new, rest
-
-
-@_jit
-def _total(total, rest):
-    return total + rest if rest != 0.0 and math.isfinite(rest) else total
-
-
-@_jit
-def _recompute_left_s(recompute_s, chunk, factor):
-    total, rest = 0.0, 0.0
-    for k in range(chunk, len(recompute_s)):
-        total, rest = _plus(total, rest, factor * recompute_s[k])
-    return _total(total, rest)
+        return jit(function)
 
 
 # --- kvstream.traces.trace, for one trace: (edges, bits, rates, end, per_chunk)
 
 
-@_jit
+@jit
 def _right_of(values, value):
     """bisect_right."""
     low, high = 0, len(values)
@@ -104,7 +88,7 @@ def _right_of(values, value):
     return low
 
 
-@_jit
+@jit
 def _left_of(values, value, low):
     """bisect_left from `low` on, in steps that double: the place is often near."""
     at, step = low, 1
@@ -120,7 +104,7 @@ def _left_of(values, value, low):
     return low
 
 
-@_jit
+@jit
 def _divmod(value, by):
     """Python's of two floats that are not negative."""
     mod = np.fmod(value, by)
@@ -131,14 +115,14 @@ def _divmod(value, by):
     return floor, mod
 
 
-@_jit
+@jit
 def _bits_within(trace, t_s):
     edges, bits, rates, _, _ = trace
     row = _right_of(edges, t_s) - 1
     return bits[-1] if row >= len(rates) else bits[row] + rates[row] * (t_s - edges[row])
 
 
-@_jit
+@jit
 def _bits_by(trace, t_s):
     edges, bits, rates, end, _ = trace
     length = edges[-1]
@@ -150,14 +134,14 @@ def _bits_by(trace, t_s):
     return _bits_within(trace, t_s)
 
 
-@_jit
+@jit
 def _when(trace, target):
     edges, bits, rates, _, _ = trace
     row = _left_of(bits, target, 0) - 1
     return edges[row] + (target - bits[row]) / rates[row]
 
 
-@_jit
+@jit
 def _time_for(trace, bits, start_s):
     edges, sums, rates, end, _ = trace
     if bits == 0.0:
@@ -183,7 +167,7 @@ def _time_for(trace, bits, start_s):
     return (length - start_s) + (target - total) / last if last > 0.0 else math.inf
 
 
-@_jit
+@jit
 def _chunk_rate(trace, chunk):
     rates, end = trace[2], trace[3]
     n = len(rates)
@@ -195,13 +179,13 @@ def _chunk_rate(trace, chunk):
 # --- kvstream.traces.fluid
 
 
-@_jit
+@jit
 def frame_bytes(size):
     small = min(FRAME_BYTES, max(MIN_FRAME_BYTES, size // FRAMES_PER_ANSWER))
     return max(small, min(LARGE_FRAME_BYTES, size // FRAMES_PER_LARGE_ANSWER))
 
 
-@_jit
+@jit
 def _serve(trace, bits, start_s, chunk):
     if not trace[4]:
         return _time_for(trace, bits, start_s)
@@ -209,7 +193,7 @@ def _serve(trace, bits, start_s, chunk):
     return bits / rate if rate > 0.0 else math.inf if bits > 0.0 else 0.0
 
 
-@_jit
+@jit
 def _answer(trace, start_s, size, frame, chunk):
     """(first byte, end of the first frame, last byte), of an answer that the link takes up at `start_s`."""
     if start_s == math.inf:
@@ -235,14 +219,14 @@ def _answer(trace, start_s, size, frame, chunk):
     return min(first_s, last_s), min(frame_s, last_s), last_s
 
 
-@_jit
+@jit
 def _bytes_between(trace, start_s, end_s, chunk):
     if trace[4]:
         return _chunk_rate(trace, chunk) * (end_s - start_s) / 8.0
     return (_bits_by(trace, end_s) - _bits_by(trace, start_s)) / 8.0
 
 
-@_jit
+@jit
 def _next_change_s(trace, after_s):
     edges, _, _, end, per_chunk = trace
     if per_chunk:
@@ -258,13 +242,13 @@ def _next_change_s(trace, after_s):
 # --- kvstream.testbed.session.arrival_rate; nan for None
 
 
-@_jit
+@jit
 def _clear(rate):
     rate[HEAD] = rate[TAIL] = 0.0
     rate[BURST_END] = rate[BURST_BYTES] = 0.0
 
 
-@_jit
+@jit
 def _add(rate, points, now_s, received):
     """Returns the points, which may have moved."""
     if now_s <= rate[BURST_UNTIL]:
@@ -284,7 +268,7 @@ def _add(rate, points, now_s, received):
     return points
 
 
-@_jit
+@jit
 def _window_rate(rate, points):
     head, tail = int(rate[HEAD]), int(rate[TAIL])
     if tail - head < 2:
@@ -294,7 +278,7 @@ def _window_rate(rate, points):
     return (b1 - b0) / (t1 - t0) if b1 > b0 and t1 > t0 else math.nan
 
 
-@_jit
+@jit
 def _is_known(rate, points):
     head, tail = int(rate[HEAD]), int(rate[TAIL])
     if tail == head:
@@ -303,7 +287,7 @@ def _is_known(rate, points):
     return last_s - rate[FIRST] >= SAMPLE_S - 1e-9 and received - rate[BURST_BYTES] >= SAMPLE_BYTES
 
 
-@_jit
+@jit
 def _ready_s(rate, points, lookahead_s):
     found = _window_rate(rate, points) if _is_known(rate, points) else math.nan
     if math.isnan(found):
@@ -317,7 +301,7 @@ def _ready_s(rate, points, lookahead_s):
     return last_s + max((size - received) / found - lookahead_s, (frame - received) / found)
 
 
-@_jit
+@jit
 def _wake_s(rate, points, lookahead_s):
     tail = int(rate[TAIL])
     if tail == int(rate[HEAD]):
@@ -337,122 +321,13 @@ def _wake_s(rate, points, lookahead_s):
     return known_s if math.isnan(ready_s) else min(ready_s, known_s)
 
 
-# --- kvstream.policies: the rules, and what they compute from an observation
+# --- kvstream.testbed.session.estimates: what was learned is (weight, sum); a spread is (shared, own variance that one
+# learns with, weight of one step, own)
 
 
-@_jit
-def _least(values, first):
-    found = values[first]
-    for at in range(first + 1, len(values)):
-        found = min(found, values[at])
-    return found
-
-
-@_jit
-def _estimate(rates, window, estimator):
-    """kvstream.policies.estimators, of the newest of a window; each has a window of its own, too."""
-    n = len(rates)
-    first = max(0, n - window)
-    if estimator == LAST:
-        return rates[-1]
-    if estimator == SLIDING_MIN:
-        return _least(rates, max(first, n - 3))
-    first = max(first, n - 5)
-    total, rest = 0.0, 0.0
-    if estimator == ARITHMETIC:
-        for at in range(first, n):
-            total, rest = _plus(total, rest, rates[at])
-        return _total(total, rest) / (n - first)
-    if _least(rates, first) <= 0.0:
-        return 0.0
-    for at in range(first, n):
-        total, rest = _plus(total, rest, 1.0 / rates[at])
-    return (n - first) / _total(total, rest)
-
-
-@_jit
-def _choose(rule, context, seen, rates, bytes_left, reason):
-    """The level for the next chunk. `reason` takes what the rule shows for it, nan where it shows nothing.
-
-    `seen` is the observation: (now, deadline, chunk, waiting bytes, pace: bytes at the lowest level that have come,
-    backlog, decode and recompute factors, prefill, requests at once).
-    """
-    kind, level, told, reserve_s, margin, estimator, window, safety, buffer, reservoir, cushion = rule
-    sizes, _, decode_s, recompute_s, can_recompute, lowest_bytes = context
-    now_s, deadline_s, chunk, waiting, come, backlog_s, decode, recompute, prefill_s, concurrent = seen
-    n_chunks, n_levels = sizes.shape
-    left_s = deadline_s - now_s
-    for at in range(len(reason)):
-        reason[at] = math.nan
-    if kind == FIXED:
-        return level
-    rate = rates[-1] if len(rates) else math.nan
-    if kind == BUFFER:
-        if buffer == BACKLOG:
-            lead_s = backlog_s
-        elif buffer == SLACK:
-            rest = bytes_left[chunk, 0] + waiting
-            lead_s = left_s - prefill_s - rest * 8.0 / max(rate, 1e-9) if len(rates) else 0.0
-        else:
-            share = min(come / lowest_bytes, 1.0)
-            lead_s = share * (deadline_s - prefill_s) - now_s
-        fill = (lead_s / deadline_s - reservoir) / cushion
-        smallest, largest = sizes[chunk, 0], sizes[chunk, n_levels - 1]
-        budget = smallest + (largest - smallest) * min(max(fill, 0.0), 1.0)
-        best = 0
-        for at in range(n_levels):
-            if sizes[chunk, at] <= budget:
-                best = at
-        reason[0], reason[1] = lead_s, budget
-        return best
-    text_s = _recompute_left_s(recompute_s, chunk, recompute) if can_recompute else math.inf
-    ends_s = 0.0
-    if kind == CACHEGEN:
-        left_s -= reserve_s + margin * deadline_s if told else reserve_s
-        tail_s = backlog_s + prefill_s if told else 0.0
-        if can_recompute:
-            text_s = concurrent * text_s + tail_s
-        reason[0] = left_s
-        if can_recompute and text_s <= left_s:
-            reason[1] = text_s
-            return TEXT
-        if len(rates) == 0:
-            return level
-        seconds_per_byte = 8.0 * concurrent / max(rate, 1e-9)
-        reason[3] = rate
-        for at in range(n_levels - 1, -1, -1):
-            ends_s = (bytes_left[chunk, at] + (waiting if told else 0)) * seconds_per_byte
-            if told:
-                ends_s += decode * decode_s[n_chunks - 1, at] + prefill_s
-            reason[2] = ends_s
-            if ends_s <= left_s:
-                return at
-        return TEXT if can_recompute and text_s < ends_s else 0
-    if len(rates) == 0:
-        return level
-    estimate = _estimate(rates, window, estimator)
-    seconds_per_byte = 8.0 / max(safety * estimate, 1e-9)
-    reason[0] = estimate
-    for at in range(n_levels - 1, -1, -1):
-        ends_s = (waiting + bytes_left[chunk, at]) * seconds_per_byte + (
-            decode * decode_s[n_chunks - 1, at] + prefill_s
-        )
-        reason[1] = ends_s
-        if ends_s <= left_s:
-            return at
-    if can_recompute and backlog_s + text_s + prefill_s < ends_s:
-        reason[1] = math.nan
-        return TEXT
-    return 0
-
-
-# --- kvstream.testbed.session.estimates: what was learned is (weight, sum); a spread is (shared, own variance, weight
-# of one step)
-
-
-@_jit
+@jit
 def _learn(learned, spread, expected_s, took_s):
-    shared, own, weight = spread
+    shared, own, weight, _ = spread
     if shared == 0.0 or not expected_s > 0.0:
         return
     far = math.log(max(took_s, 1e-9) / expected_s)
@@ -460,33 +335,59 @@ def _learn(learned, spread, expected_s, took_s):
     learned[0] += weight
 
 
-@_jit
+@jit
 def _factor(learned, shared):
     return math.exp(shared * (learned[1] / learned[0])) if learned[1] != 0.0 else 1.0
+
+
+@jit
+def _spread_of(learned, spread):
+    """Of a step to come."""
+    shared, own = spread[0], spread[3]
+    return math.sqrt(shared**2 * (1.0 / learned[0]) + own**2)
 
 
 # --- kvstream.testbed.session.session and kvstream.testbed.simulator.simulator
 
 
-@_jit
-def _session(rule, context, costs, trace, setting, factors, levels, times, reasons, points):
+@jit
+def _next_compute(arrived, first, front, order, stage, levels):
+    """Which of the chunks that have arrived is computed next, by its place in `order`: text needs all chunks before
+    it, and those before `front` are there. -1 if none can be."""
+    for at in range(first, arrived):
+        k = order[at]
+        if stage[k] == WAITS and (levels[k] != TEXT or front >= k):
+            return at
+    return -1
+
+
+@jit
+def _session(rule, context, costs, trace, setting, factors, levels, times, reasons, room):
     """One session: the time of its first token, inf if the link carries nothing more; fills in what happened to each
-    chunk. `points` is room for the rate's window."""
-    sizes, text_bytes, decode_s, recompute_s, _, _ = context
-    prefill_s, decode_spread, recompute_spread, prefill_shared, bytes_left = costs
+    chunk. `room` is for what is kept of each chunk, for samples, and for the rate's window."""
+    sizes, text_bytes, decode_s, recompute_s, can_recompute, _ = context
+    prefill_s, decode_spread, recompute_spread, prefill_spread, bytes_left = costs
     deadline_s, depth, overlap, prior_bps, concurrent, rtt_s, manifest_bytes = setting
     decode_by, recompute_by, prefill_by = factors
-    n = len(sizes)
+    chunks, seen_of, samples, goodputs, shown, points = room
+    order, stage, received, chunk_bytes = chunks
+    """By place in the order of requests: which chunk. By chunk: its stage, bytes of it that are here, bytes of it."""
+    done_level, done_bytes, done_first_s, done_end_s, done_burst_bytes, done_burst_end_s = seen_of
+    """Of the chunks that have arrived, in their order: what the estimators look at."""
+    n, is_default = len(sizes), rule[0] == KVSTREAM
+    ours = rule[11], rule[12], rule[13], rule[3]
     lookahead_s = rtt_s + LOOKAHEAD_MARGIN_S
-    rate, learned, single = np.zeros(8), np.array((1.0, 0.0)), np.empty(1)
+    rate, learned = np.zeros(8), np.array((1.0, 0.0))
     rate[KNOWN] = prior_bps
-    goodputs, n_goodputs = np.empty(n), 0
-    received = np.zeros(n, np.int64)
-    chunk_bytes = np.zeros(n, np.int64)
+    stage[:n] = WAITS
+    received[:n] = 0
+    n_goodputs, before = 0, (0.0, 0.0)
     now_s = _answer(trace, rtt_s, manifest_bytes, manifest_bytes, 0)[2] if manifest_bytes else rtt_s
     free_at_s = now_s if manifest_bytes else 0.0
+    low, high, front = 0, n, 0
+    """Chunks that are still to be requested; all before `front` are computed."""
     requested = placed = arrived = begun = done = 0
-    """Chunks below these numbers were requested, put on the link, received, begun to be computed, computed."""
+    """So many were requested, put on the link, received, begun to be computed before any that was not, computed."""
     computing, compute_start_s, compute_end_s = NO_CHUNK, 0.0, math.inf
     prefilling = on_link = seen = False
     first_s = last_s = event_s = change_s = math.inf
@@ -504,44 +405,75 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
             # Session.observe
             decode, recompute = _factor(learned, decode_spread[0]), _factor(learned, recompute_spread[0])
             backlog_s, waiting, partly = 0.0, 0, 0.0
-            for k in range(begun, requested):
-                backlog_s += recompute_s[k] * recompute if levels[k] == TEXT else decode_s[k, levels[k]] * decode
+            for at in range(begun, requested):
+                k = order[at]
+                if stage[k] == WAITS:
+                    backlog_s += recompute_s[k] * recompute if levels[k] == TEXT else decode_s[k, levels[k]] * decode
             if computing >= 0:
                 k, had_s = computing, now_s - compute_start_s
                 expected_s = recompute_s[k] * recompute if levels[k] == TEXT else decode_s[k, levels[k]] * decode
                 backlog_s += max(expected_s - had_s, OVERRUN * had_s)
-            for k in range(arrived, requested):
+            for at in range(arrived, requested):
+                k = order[at]
                 waiting += chunk_bytes[k] - received[k]
                 partly += sizes[k, 0] * received[k] / chunk_bytes[k]
-            rates = goodputs[:n_goodputs]
-            if n_goodputs == 0:
-                rates = single[:0]
-                if flying > 0 and levels[arrived] != TEXT:
-                    begin_s = max(first_s if seen else times[arrived, REQUEST] + rtt_s, last_end_s)
-                    size = received[arrived] - int(rate[BURST_BYTES])
-                    if not (now_s - begin_s < SAMPLE_S - 1e-9 or size < SAMPLE_BYTES):
-                        single[0] = size * 8.0 / (now_s - max(begin_s, rate[BURST_END]))
-                        rates = single
-                if len(rates) == 0 and not math.isnan(prior_bps):
-                    single[0] = prior_bps
-                    rates = single
-            observed = (
-                now_s, deadline_s, requested, waiting, come + partly, backlog_s, decode, recompute,
-                _factor(learned, prefill_shared) * prefill_s, concurrent,
-            )  # fmt: skip
-            level = _choose(rule, context, observed, rates, bytes_left, reasons[requested])
-            levels[requested] = level
-            chunk_bytes[requested] = text_bytes[requested] if level == TEXT else sizes[requested, level]
-            times[requested, REQUEST] = now_s
+            now_prefill_s = _factor(learned, prefill_spread[0]) * prefill_s
+            sample = 0.0, 0.0
+            if flying > 0 and (is_default or n_goodputs == 0):
+                k = order[arrived]
+                begin_s = first_s if seen else times[k, REQUEST] + rtt_s
+                sample = flight_sample(
+                    levels[k], received[k], int(rate[BURST_BYTES]), rate[BURST_END], begin_s, last_end_s, now_s
+                )
+            if is_default:
+                found = link_samples(
+                    done_level, done_bytes, done_first_s, done_end_s, done_burst_bytes, done_burst_end_s, arrived,
+                    sample, samples,
+                )  # fmt: skip
+                spreads = (
+                    decode, recompute, _spread_of(learned, decode_spread), _spread_of(learned, recompute_spread),
+                    _spread_of(learned, prefill_spread),
+                )  # fmt: skip
+                observed = (
+                    now_s, deadline_s, low, high, waiting, backlog_s, now_prefill_s, rtt_s, flying > 0, concurrent,
+                    prior_bps,
+                )  # fmt: skip
+                tables = sizes, decode_s, recompute_s, can_recompute
+                level, k = kvstream(ours, samples[:found], tables, spreads, observed, shown)
+            else:
+                n_rates = n_goodputs
+                if n_goodputs == 0:
+                    if sample[0] > 0.0:
+                        goodputs[0], n_rates = sample[0] / sample[1], 1
+                    elif not math.isnan(prior_bps):
+                        goodputs[0], n_rates = prior_bps, 1
+                observed = (
+                    now_s, deadline_s, low, waiting, come + partly, backlog_s, decode, recompute, now_prefill_s,
+                    concurrent,
+                )  # fmt: skip
+                level = choose(rule, context, observed, goodputs[:n_rates], bytes_left, shown)
+                k = low
+            if k == low:
+                low += 1
+            else:
+                high -= 1
+            order[requested] = k
+            reasons[k] = shown
+            levels[k] = level
+            chunk_bytes[k] = text_bytes[k] if level == TEXT else sizes[k, level]
+            times[k, REQUEST] = now_s
             requested += 1
         if computing == NO_CHUNK and not prefilling:
-            if begun < arrived:
-                if overlap or arrived == n:
-                    computing, compute_start_s = begun, now_s
-                    if levels[begun] == TEXT:
-                        compute_end_s = now_s + recompute_by[begun] * recompute_s[begun]
-                    else:
-                        compute_end_s = now_s + decode_by[begun] * decode_s[begun, levels[begun]]
+            at = _next_compute(arrived, begun, front, order, stage, levels) if overlap or arrived == n else -1
+            if at >= 0:
+                computing, compute_start_s = order[at], now_s
+                k = computing
+                if levels[k] == TEXT:
+                    compute_end_s = now_s + recompute_by[k] * recompute_s[k]
+                else:
+                    compute_end_s = now_s + decode_by[k] * decode_s[k, levels[k]]
+                stage[k] = BEGUN
+                while begun < arrived and stage[order[begun]] != WAITS:
                     begun += 1
             elif done == n:
                 prefilling = True
@@ -549,13 +481,14 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
         # _Driver.run
         if not on_link:
             if placed < requested:
-                size = chunk_bytes[placed]
+                k = order[placed]
+                size = chunk_bytes[k]
                 fine = depth > 1 and size > MIN_FRAME_BYTES
-                start_s = times[placed, REQUEST] + rtt_s
+                start_s = times[k, REQUEST] + rtt_s
                 if start_s < free_at_s:
                     start_s = free_at_s
                 frame = frame_bytes(size) if fine else size
-                first_s, event_s, last_s = _answer(trace, start_s, size, frame, placed)
+                first_s, event_s, last_s = _answer(trace, start_s, size, frame, k)
                 free_at_s = last_s
                 if fine:
                     change_s = _next_change_s(trace, first_s)
@@ -586,10 +519,13 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
             else:
                 _learn(learned, decode_spread, decode_s[k, levels[k]], now_s - compute_start_s)
             computing = NO_CHUNK
+            stage[k] = COMPUTED
+            while front < n and stage[front] == COMPUTED:
+                front += 1
             done += 1
             continue
         now_s = event_s
-        k = arrived
+        k = order[arrived]
         if not seen:
             seen = True
             times[k, FIRST_BYTE] = first_s
@@ -608,10 +544,13 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
         goodput = chunk_bytes[k] * 8 / elapsed_s
         if levels[k] != TEXT:
             points = _add(rate, points, last_s, chunk_bytes[k])
-            found = _window_rate(rate, points) if _is_known(rate, points) else math.nan
-            rate[KNOWN] = goodput if math.isnan(found) else 8.0 * found
-            goodputs[n_goodputs] = goodput
+            found_bps = _window_rate(rate, points) if _is_known(rate, points) else math.nan
+            rate[KNOWN] = goodput if math.isnan(found_bps) else 8.0 * found_bps
+            before = add_goodput(goodputs, n_goodputs, before, chunk_bytes[k], goodput)
             n_goodputs += 1
+        done_level[arrived], done_bytes[arrived] = levels[k], chunk_bytes[k]
+        done_first_s[arrived], done_end_s[arrived] = first_s, last_s
+        done_burst_bytes[arrived], done_burst_end_s[arrived] = int(rate[BURST_BYTES]), rate[BURST_END]
         _clear(rate)
         last_end_s = last_s
         come += sizes[k, 0]
@@ -619,22 +558,42 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
         on_link, seen, event_s = False, False, math.inf
 
 
-@_jit
-def sessions(rule, context, costs, traces, which, setting, deadlines_s, priors_bps, factors, out):
-    """Many sessions. `traces` holds all traces end to end (edges, bits, rates, first row of each, ends, per_chunk);
-    `which` names each session's. `out`: (TTFT, levels, times, reasons), a row per session; times and reasons have one
-    row only where they are not asked for."""
-    edges, bits, rates, firsts, ends, per_chunk = traces
-    depth, overlap, concurrent, rtts_s, manifest_bytes = setting
-    decode_by, recompute_by, prefill_by = factors
-    ttft_s, levels, times, reasons = out
-    points = np.empty((64, 2))
-    for s in range(len(ttft_s)):
-        at = which[s]
-        row, end = firsts[at], firsts[at + 1]
-        trace = (edges[row + at : end + at + 1], bits[row + at : end + at + 1], rates[row:end], ends[at], per_chunk[at])
-        one = (deadlines_s[s], depth, overlap, priors_bps[s], concurrent, rtts_s[s], manifest_bytes)
-        f = s % len(prefill_by)
-        by = (decode_by[f], recompute_by[f], prefill_by[f])
-        full = s % len(times)
-        ttft_s[s] = _session(rule, context, costs, trace, one, by, levels[s], times[full], reasons[full], points)
+def _many(sources):
+    """`sources` is in the closure for numba's cache, which looks at a function and what it closes over."""
+
+    def sessions(rule, context, costs, traces, which, setting, deadlines_s, priors_bps, factors, out):
+        """Many sessions. `traces` holds all traces end to end (edges, bits, rates, first row of each, ends, per_chunk);
+        `which` names each session's. `out`: (TTFT, levels, times, reasons), a row per session; times and reasons have
+        one row only where they are not asked for."""
+        edges, bits, rates, firsts, ends, per_chunk = traces
+        depth, overlap, concurrent, rtts_s, manifest_bytes = setting
+        decode_by, recompute_by, prefill_by = factors
+        ttft_s, levels, times, reasons = out
+        n = len(context[0])
+        if len(sources) == 0:  # never; what is not used is not in the closure
+            return
+        whole, real = np.empty((6, n), np.int64), np.empty((4, n))
+        room = (
+            (whole[0], whole[1], whole[2], whole[3]),
+            (whole[4], whole[5], real[0], real[1], np.empty(n, np.int64), real[2]),
+            np.empty((n + 1, 2)),
+            np.empty(n + 1),
+            np.empty(N_REASONS),
+            np.empty((64, 2)),
+        )
+        for s in range(len(ttft_s)):
+            at = which[s]
+            row, end = firsts[at], firsts[at + 1]
+            trace = (
+                edges[row + at : end + at + 1], bits[row + at : end + at + 1], rates[row:end], ends[at], per_chunk[at]
+            )  # fmt: skip
+            one = (deadlines_s[s], depth, overlap, priors_bps[s], concurrent, rtts_s[s], manifest_bytes)
+            f = s % len(prefill_by)
+            by = (decode_by[f], recompute_by[f], prefill_by[f])
+            full = s % len(times)
+            ttft_s[s] = _session(rule, context, costs, trace, one, by, levels[s], times[full], reasons[full], room)
+
+    return jit_cached(sessions)
+
+
+sessions = _many(_SOURCES)

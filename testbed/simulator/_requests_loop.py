@@ -7,8 +7,8 @@ and is called again once the answer stands in the arrays.
 
 Everything of one kind is one array: a record for each slot (a request in service), each chunk of a slot, each link,
 each engine. Slot s belongs to engine s // slots. Times of a session count from its request's arrival, all others from
-the beginning of the workload. One file, because numba's cache notices changes in this file only; that it rests on
-others is told to the cache by `_SOURCES`.
+the beginning of the workload. Numba's cache notices changes in this file only; on what others it rests, is told to the
+cache by `_SOURCES`.
 """
 
 # numba gives these functions their types; mypy cannot see them.
@@ -20,14 +20,15 @@ import hashlib
 import math
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from kvstream.policies import estimators
+from kvstream.policies import kvstream as default
 from kvstream.policies.estimators import BURST_S
 from kvstream.testbed.session.arrival_rate import RATE_WINDOW_S
 from kvstream.testbed.session.estimates import OVERRUN
 from kvstream.testbed.session.session import LOOKAHEAD_MARGIN_S
-from kvstream.testbed.simulator import _kernel, _requests_rules
+from kvstream.testbed.simulator import _kernel, _rules
 from kvstream.testbed.simulator._kernel import (
     BURST_BYTES,
     BURST_END,
@@ -35,11 +36,9 @@ from kvstream.testbed.simulator._kernel import (
     FIRST,
     HEAD,
     KNOWN,
-    N_REASONS,
     SIZE,
     TAIL,
     _bits_by,
-    _choose,
     _clear,
     _is_known,
     _next_change_s,
@@ -48,19 +47,30 @@ from kvstream.testbed.simulator._kernel import (
     _wake_s,
     _window_rate,
     frame_bytes,
+    jit_cached,
 )
-from kvstream.testbed.simulator._requests_rules import goodputs, jit, kvstream
+from kvstream.testbed.simulator._rules import (
+    KVSTREAM,
+    N_REASONS,
+    TEXT,
+    add_goodput,
+    choose,
+    flight_sample,
+    jit,
+    kvstream,
+    link_samples,
+)
 from kvstream.testbed.simulator.simulator import EPSILON_S
 from kvstream.testbed.workloads.request_trace import BLOCK_TOKENS
 from kvstream.traces.fluid import MIN_FRAME_BYTES
 
-KVSTREAM, PYTHON = 4, 5
-"""Kinds of rules beside those of `_kernel`."""
+PYTHON = KVSTREAM + 1
+"""The kind of a rule that is none of `_kernel`'s."""
 FCFS, SHORTEST, ASK = range(3)
 """Orders; ASK is Python's."""
 ALL, FEASIBLE = range(2)
 """Admissions beside ASK."""
-TEXT, NONE, MANIFEST, PREFILL = -1, -1, -2, -2
+NONE, MANIFEST, PREFILL = -1, -2, -2
 IDLE, FLYING, ARRIVED, COMPUTING, DONE = range(5)
 """States of a chunk."""
 WAITING, TURNED_AWAY, SERVED = range(3)
@@ -98,15 +108,6 @@ OUTCOME = np.dtype([
 ])  # fmt: skip
 NEXT, LEFT, NUMBER, HEAP, ASKED, TOUCHES = range(6)
 """Counters."""
-
-
-def _jit_cached(function):
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        return jit(function)
 
 
 # --- requests that wait: a binary heap of (key, request)
@@ -400,8 +401,34 @@ def _wants(one, rate, points, depth, now_s, lookahead_s):
 
 
 @jit
-def _decide(one, chunk, transfers, tables, rule, ours, facts, scratch):
-    """(level, chunk) by a compiled rule."""
+def _sample(one, chunk, transfers, now_s, rtt_s):
+    """`estimators.flight_sample`."""
+    k = one.flow
+    if k < 0:
+        return 0.0, 0.0
+    free_s = transfers[one.arrived - 1].end_s if one.arrived else 0.0
+    first_s = chunk[k].first_s if one.seen else chunk[k].request_s + rtt_s
+    return flight_sample(
+        chunk[k].level, chunk[k].received, one.burst_bytes, one.burst_end_s, first_s, free_s, now_s
+    )  # fmt: skip
+
+
+@jit
+def _goodputs(one, transfers, sample, found):
+    """`estimators.goodputs` into `found`; returns how many."""
+    n, before = 0, (0.0, 0.0)
+    for i in range(one.arrived):
+        if transfers[i].level != TEXT:
+            before = add_goodput(found, n, before, transfers[i].bytes, transfers[i].goodput_bps)
+            n += 1
+    if n == 0 and sample[0] > 0.0:
+        found[0], n = sample[0] / sample[1], 1
+    return n
+
+
+@jit
+def _decide(one, chunk, transfers, tables, rule, facts, scratch):
+    """(level, chunk) by a compiled rule. Compute takes its estimate: there is no spread here."""
     size, text_bytes, decode_s, recompute_s, left, _ = tables
     now_s, deadline_s, rtt_s, concurrent = facts
     t = now_s - one.arrival_s
@@ -411,13 +438,22 @@ def _decide(one, chunk, transfers, tables, rule, ours, facts, scratch):
         if k >= 0:
             waiting += chunk[k].bytes - chunk[k].received
             partly += size[k, 0] * chunk[k].received / chunk[k].bytes
+    sample, reason = _sample(one, chunk, transfers, t, rtt_s), np.empty(N_REASONS)
     if rule[0] == KVSTREAM:
-        seen = t, deadline_s, one.low, one.high, waiting, backlog, one.prefill_s, rtt_s, one.flying > 0, concurrent
-        return kvstream(ours, one, chunk, transfers, (size, decode_s, recompute_s), seen, scratch)
-    n = goodputs(one, chunk, transfers, t, rtt_s, scratch[:, 0])
+        n = link_samples(
+            transfers.level, transfers.bytes, transfers.first_s, transfers.end_s, transfers.burst_bytes,
+            transfers.burst_end_s, one.arrived, sample, scratch,
+        )  # fmt: skip
+        seen = (
+            t, deadline_s, one.low, one.high, waiting, backlog, one.prefill_s, rtt_s, one.flying > 0, concurrent,
+            math.nan,
+        )  # fmt: skip
+        ours, spreads = (rule[11], rule[12], rule[13], rule[3]), (1.0, 1.0, 0.0, 0.0, 0.0)
+        return kvstream(ours, scratch[:n], (size, decode_s, recompute_s, True), spreads, seen, reason)
+    n = _goodputs(one, transfers, sample, scratch[:, 0])
     seen = t, deadline_s, one.low, waiting, one.come + partly, backlog, 1.0, 1.0, one.prefill_s, concurrent
     context = size, text_bytes, decode_s, recompute_s, True, one.lowest_bytes
-    return _choose(rule, context, seen, scratch[:n, 0].copy(), left, np.empty(N_REASONS)), one.low
+    return choose(rule, context, seen, scratch[:n, 0].copy(), left, reason), one.low
 
 
 @jit
@@ -500,13 +536,15 @@ def backlog_of(state, tables, s, now_s):
     return backlog_s(slots[s], chunks[s], transfers[s], tables[2][s], tables[3][s], now_s)
 
 
-_SOURCES = hashlib.sha256(b"".join(Path(one.__file__).read_bytes() for one in (_kernel, _requests_rules))).hexdigest()
+_SOURCES = hashlib.sha256(
+    b"".join(Path(one.__file__).read_bytes() for one in (_kernel, _rules, default, estimators))
+).hexdigest()
 
 
 def _loop(sources):
     """`sources` is in the closure for numba's cache, which looks at a function and what it closes over."""
 
-    def advance(state, workload, tables, rule, ours, model, costs, setting, trace):
+    def advance(state, workload, tables, rule, model, costs, setting, trace):
         """Run until all requests are done (FINISHED), or Python must answer: (CHOOSE, slot), (KEY, request),
         (ADMIT, request). Requests that a dead link leaves behind stay WAITING."""
         slots, chunks, transfers, rates, points, links, engines, caches, queue, outcomes, clock, counters = state
@@ -532,7 +570,7 @@ def _loop(sources):
                     facts = now_s, deadline_s, rtt_s, engines[one.engine].serving
                     scratch = np.empty((one.chunks + 2, 2))
                     level, k = _decide(
-                        one, chunks[s], transfers[s], own, rule, ours, facts, scratch
+                        one, chunks[s], transfers[s], own, rule, facts, scratch
                     )  # fmt: skip
                     request_chunk(one, chunks[s], size[s], text_bytes[s], k, level, now_s, rtt_s)
                 _begin_step(one, chunks[s], transfers[s], counters, now_s)
@@ -682,7 +720,7 @@ def _loop(sources):
                 one.request = NONE
                 counters[LEFT] -= 1
 
-    return _jit_cached(advance)
+    return jit_cached(advance)
 
 
 advance = _loop(_SOURCES)

@@ -1,8 +1,9 @@
 """Sessions under built-in policies in a compiled loop: the results of `simulator.simulate`, some hundred times as fast.
 
 Compiled are `fixed`, `lowest`, `highest`, `text`, `cachegen`, `cachegen+compute`, `throughput` (with the estimators of
-ESTIMATORS) and `buffer-based`, at either depth, on warm connections. `Context.rule_of` says whether a policy is one of
-them; all others take `simulate`. Needs numba (the extra [run]), which is imported with the first session.
+ESTIMATORS), `buffer-based` and `kvstream`, at either depth, on warm connections. `Context.rule_of` says whether a
+policy is one of them; all others take `simulate`. Needs numba (the extra [run]), which is imported with the first
+session.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kvstream.policies.buffer_based import BufferBased
 from kvstream.policies.cachegen import CacheGen, CacheGenCompute
 from kvstream.policies.errors import PolicyError
 from kvstream.policies.fixed import Fixed, Highest, Lowest, Text
+from kvstream.policies.kvstream import KVStream
 from kvstream.policies.measures import named_level
 from kvstream.policies.throughput import Throughput
 from kvstream.testbed.session.costs import Costs, Spread
@@ -35,12 +37,13 @@ ESTIMATORS: Final = {"last": 0, "arithmetic": 1, "harmonic": 2, "sliding-min": 3
 """Of `throughput`: those that are compiled, by their numbers in the kernel."""
 _ENDS: Final = {"loop": 0, "hold": 1, "stop": 2}
 _BUFFERS: Final = {"pace": 0, "slack": 1, "backlog": 2}
-_FIXED, _CACHEGEN, _THROUGHPUT, _BUFFER = range(4)
+_FIXED, _CACHEGEN, _THROUGHPUT, _BUFFER, _KVSTREAM = range(5)
 _REASONS: Final = {
     _FIXED: (),
     _CACHEGEN: ("left_s", "text_s", "expected_s", "rate_bps"),
     _THROUGHPUT: ("estimate_bps", "expected_s"),
     _BUFFER: ("buffer_s", "budget_bytes"),
+    _KVSTREAM: ("estimate_bps", "spread", "texts", "in_time"),
 }
 """What a choice shows, by kind of rule; the kernel leaves nan where it shows nothing."""
 _EXACT: Final = 2**53
@@ -64,6 +67,9 @@ class Rule:
     buffer: int = 0
     reservoir: float = 0.0
     cushion: float = 1.0
+    target: float = 0.95
+    memory: float = 0.6
+    spread: float = 0.9
 
 
 class Context:
@@ -81,7 +87,7 @@ class Context:
         lowest_bytes, left = int(sizes[:, 0].sum()), np.ascontiguousarray(sizes[::-1].cumsum(axis=0)[::-1])
         decode_s = np.array(costs.decode_s, dtype=float)
         self.tables = (sizes, text_bytes, decode_s, recompute_s, self.can_recompute, lowest_bytes)
-        of_spreads = (_spread(spreads.decode), _spread(spreads.recompute), float(spreads.prefill.shared))
+        of_spreads = (_spread(spreads.decode), _spread(spreads.recompute), _spread(spreads.prefill))
         self.costs = (float(costs.prefill_s), *of_spreads, left)
 
     def rule_of(self, policy: Policy) -> Rule | None:
@@ -116,6 +122,9 @@ def as_rule(policy: Policy, n_levels: int, *, can_recompute: bool) -> Rule | Non
     if isinstance(policy, BufferBased) and kind is BufferBased:
         buffer, reservoir, cushion = _BUFFERS[policy.buffer], float(policy.reservoir), float(policy.cushion)
         return Rule(_BUFFER, buffer=buffer, reservoir=reservoir, cushion=cushion)
+    if isinstance(policy, KVStream) and kind is KVStream:
+        target, memory, spread = float(policy.target), float(policy.memory), float(policy.spread)
+        return Rule(_KVSTREAM, reserve_s=float(policy.margin_s), target=target, memory=memory, spread=spread)
     return None
 
 
@@ -235,10 +244,10 @@ def simulate_many(
     return found
 
 
-def _spread(spread: Spread) -> tuple[float, float, float]:
-    """(shared, own variance, weight of one step), computed as `ComputeEstimates.learn` does."""
+def _spread(spread: Spread) -> tuple[float, float, float, float]:
+    """(shared, own variance that one learns with, weight of one step, own), as `ComputeEstimates.learn` has them."""
     own = max(spread.own, 0.01) ** 2
-    return float(spread.shared), own, spread.shared**2 / own
+    return float(spread.shared), own, spread.shared**2 / own, float(spread.own)
 
 
 def joined(traces: Sequence[Trace]) -> tuple[Any, ...]:

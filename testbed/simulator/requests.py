@@ -9,7 +9,7 @@ Links carry their flows in equal shares, as equal TCP flows do. A receiver compu
 which its requests have them ready. Output tokens take no time here: prefill and decoding are on different machines, as
 in DistServe (OSDI 2024) and Mooncake (FAST 2025), and what fills the store takes no time of the links.
 
-The event loop is compiled (`_requests_loop`), and so are the policies that `compiled` knows, and `kvstream`. Other
+The event loop is compiled (`_requests_loop`), and so are the policies that `compiled` knows. Other
 policies are asked in Python, from the same observations. Needs numba (the extra [run]).
 """
 
@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstream.policies.api import TEXT, Policy
-from kvstream.policies.kvstream import KVStream
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.session.ask import check_choice
 from kvstream.testbed.simulator.compiled import Rule, as_rule, joined
@@ -210,10 +209,10 @@ class _Run:
 
     def run(self) -> Outcome:
         loop, serving = self.loop, self.serving
-        rule, ours = _rule(serving, len(self.costs[1]))
+        rule = _rule(serving, len(self.costs[1]))
         arguments = (
             self.state, (self.arrivals_s, self.trace.tokens, self.trace.firsts, self.trace.blocks), self.tables,
-            rule, ours, _model(serving.workload), self.costs, _setting(serving), _link_of(serving.goodput),
+            rule, _model(serving.workload), self.costs, _setting(serving), _link_of(serving.goodput),
         )  # fmt: skip
         while True:
             why, which = loop.advance(*arguments)
@@ -295,16 +294,12 @@ def _blocks_of(tokens: int | None) -> int:
     return np.iinfo(np.int64).max if tokens is None else tokens // BLOCK_TOKENS
 
 
-def _rule(serving: Serving, n_levels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The policy as the loop takes it, and the settings of `kvstream`."""
+def _rule(serving: Serving, n_levels: int) -> tuple[float, ...]:
+    """The policy as the loop takes it."""
     from kvstream.testbed.simulator import _requests_loop as loop
 
-    policy = serving.policy()
-    ours = policy if type(policy) is KVStream else KVStream()
-    settings = (ours.target, ours.memory, ours.spread, ours.margin_s)
-    kind = Rule(loop.KVSTREAM if ours is policy else loop.PYTHON)
-    rule = kind if ours is policy else as_rule(policy, n_levels, can_recompute=True) or kind
-    return tuple(vars(rule).values()), tuple(map(float, settings))
+    rule = as_rule(serving.policy(), n_levels, can_recompute=True) or Rule(loop.PYTHON)
+    return tuple(vars(rule).values())
 
 
 def _costs(serving: Serving, most: int) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
