@@ -29,7 +29,6 @@ from kvstream.testbed.session.session import LOOKAHEAD_MARGIN_S
 from kvstream.testbed.simulator import _rules
 from kvstream.testbed.simulator._rules import (
     KVSTREAM,
-    N_REASONS,
     TEXT,
     add_goodput,
     choose,
@@ -369,7 +368,7 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
     prefill_s, decode_spread, recompute_spread, prefill_spread, bytes_left = costs
     deadline_s, depth, overlap, prior_bps, concurrent, rtt_s, manifest_bytes = setting
     decode_by, recompute_by, prefill_by = factors
-    chunks, seen_of, samples, goodputs, shown, points = room
+    chunks, seen_of, samples, goodputs, rate, learned, points = room
     order, stage, received, chunk_bytes = chunks
     """By place in the order of requests: which chunk. By chunk: its stage, bytes of it that are here, bytes of it."""
     done_level, done_bytes, done_first_s, done_end_s, done_burst_bytes, done_burst_end_s = seen_of
@@ -377,8 +376,9 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
     n, is_default = len(sizes), rule[0] == KVSTREAM
     ours = rule[11], rule[12], rule[13], rule[3]
     lookahead_s = rtt_s + LOOKAHEAD_MARGIN_S
-    rate, learned = np.zeros(8), np.array((1.0, 0.0))
+    rate[:] = 0.0
     rate[KNOWN] = prior_bps
+    learned[0], learned[1] = 1.0, 0.0
     stage[:n] = WAITS
     received[:n] = 0
     n_goodputs, before = 0, (0.0, 0.0)
@@ -439,7 +439,7 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
                     prior_bps,
                 )  # fmt: skip
                 tables = sizes, decode_s, recompute_s, can_recompute
-                level, k = kvstream(ours, samples[:found], tables, spreads, observed, shown)
+                level, k = kvstream(ours, samples[:found], tables, spreads, observed, reasons)
             else:
                 n_rates = n_goodputs
                 if n_goodputs == 0:
@@ -451,14 +451,13 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
                     now_s, deadline_s, low, waiting, come + partly, backlog_s, decode, recompute, now_prefill_s,
                     concurrent,
                 )  # fmt: skip
-                level = choose(rule, context, observed, goodputs[:n_rates], bytes_left, shown)
+                level = choose(rule, context, observed, goodputs[:n_rates], bytes_left, reasons[low])
                 k = low
             if k == low:
                 low += 1
             else:
                 high -= 1
             order[requested] = k
-            reasons[k] = shown
             levels[k] = level
             chunk_bytes[k] = text_bytes[k] if level == TEXT else sizes[k, level]
             times[k, REQUEST] = now_s
@@ -548,9 +547,10 @@ def _session(rule, context, costs, trace, setting, factors, levels, times, reaso
             rate[KNOWN] = goodput if math.isnan(found_bps) else 8.0 * found_bps
             before = add_goodput(goodputs, n_goodputs, before, chunk_bytes[k], goodput)
             n_goodputs += 1
-        done_level[arrived], done_bytes[arrived] = levels[k], chunk_bytes[k]
-        done_first_s[arrived], done_end_s[arrived] = first_s, last_s
-        done_burst_bytes[arrived], done_burst_end_s[arrived] = int(rate[BURST_BYTES]), rate[BURST_END]
+        if is_default:
+            done_level[arrived], done_bytes[arrived] = levels[k], chunk_bytes[k]
+            done_first_s[arrived], done_end_s[arrived] = first_s, last_s
+            done_burst_bytes[arrived], done_burst_end_s[arrived] = int(rate[BURST_BYTES]), rate[BURST_END]
         _clear(rate)
         last_end_s = last_s
         come += sizes[k, 0]
@@ -578,7 +578,8 @@ def _many(sources):
             (whole[4], whole[5], real[0], real[1], np.empty(n, np.int64), real[2]),
             np.empty((n + 1, 2)),
             np.empty(n + 1),
-            np.empty(N_REASONS),
+            np.empty(8),
+            np.empty(2),
             np.empty((64, 2)),
         )
         for s in range(len(ttft_s)):

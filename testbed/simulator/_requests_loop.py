@@ -438,7 +438,8 @@ def _decide(one, chunk, transfers, tables, rule, facts, scratch):
         if k >= 0:
             waiting += chunk[k].bytes - chunk[k].received
             partly += size[k, 0] * chunk[k].received / chunk[k].bytes
-    sample, reason = _sample(one, chunk, transfers, t, rtt_s), np.empty(N_REASONS)
+    sample = _sample(one, chunk, transfers, t, rtt_s)
+    reasons = np.empty((one.chunks, N_REASONS))
     if rule[0] == KVSTREAM:
         n = link_samples(
             transfers.level, transfers.bytes, transfers.first_s, transfers.end_s, transfers.burst_bytes,
@@ -449,11 +450,11 @@ def _decide(one, chunk, transfers, tables, rule, facts, scratch):
             math.nan,
         )  # fmt: skip
         ours, spreads = (rule[11], rule[12], rule[13], rule[3]), (1.0, 1.0, 0.0, 0.0, 0.0)
-        return kvstream(ours, scratch[:n], (size, decode_s, recompute_s, True), spreads, seen, reason)
+        return kvstream(ours, scratch[:n], (size, decode_s, recompute_s, True), spreads, seen, reasons)
     n = _goodputs(one, transfers, sample, scratch[:, 0])
     seen = t, deadline_s, one.low, waiting, one.come + partly, backlog, 1.0, 1.0, one.prefill_s, concurrent
     context = size, text_bytes, decode_s, recompute_s, True, one.lowest_bytes
-    return choose(rule, context, seen, scratch[:n, 0].copy(), left, reason), one.low
+    return choose(rule, context, seen, scratch[:n, 0].copy(), left, reasons[0]), one.low
 
 
 @jit

@@ -30,8 +30,6 @@ N_REASONS = 4
 """Numbers that a choice shows at most."""
 SUM_IS_COMPENSATED = sys.version_info >= (3, 12)
 """Since then Python's `sum` of floats is Neumaier's."""
-ESTIMATE, SPREAD, TEXTS, IN_TIME = range(4)
-"""What a choice of `kvstream` shows, by its place."""
 
 jit = numba.njit(nogil=True)
 
@@ -237,9 +235,9 @@ def choose(rule, context, seen, rates, bytes_left, reason):
 
 
 @jit
-def kvstream(ours, samples, tables, spreads, seen, reason):
-    """(level, chunk) of `KVStream.choose`; the remaining chunks are [low, high). `reason` takes what the choice shows,
-    nan where that is nothing.
+def kvstream(ours, samples, tables, spreads, seen, reasons):
+    """(level, chunk) of `KVStream.choose`; the remaining chunks are [low, high). `reasons` [chunk] takes what it shows,
+    nan for what it does not.
 
     `tables`: (bytes and decode seconds by chunk and level, recompute seconds, whether there are any); the seconds as
     estimated now are these times `spreads[:2]`, and `spreads[2:]` are the spreads of decoding, recomputing and prefill.
@@ -248,8 +246,6 @@ def kvstream(ours, samples, tables, spreads, seen, reason):
     (target, memory, spread, margin_s), (size, _, recompute_s, can_recompute) = ours, tables
     _, deadline_s, low, high, waiting, backlog_s, _, rtt_s, flying, _, prior_bps = seen
     remaining = high - low
-    for at in range(len(reason)):
-        reason[at] = math.nan
     cases, most = np.empty((len(WEIGHTS), 4)), np.empty(len(WEIGHTS), np.int64)
     n_cases = _cases(margin_s, tables, spreads, seen, cases, most)
     cases, most = cases[:n_cases], most[:n_cases]
@@ -259,22 +255,21 @@ def kvstream(ours, samples, tables, spreads, seen, reason):
     texts, chance = 0, 0.0
     if can_recompute:
         texts, chance = _texts(target, rate, rate_spread, tables, spreads, seen, cases, most)
-    reason[TEXTS] = texts
     if texts:
         if is_known:
             dry = backlog_s < rtt_s + (waiting + size[high - 1, -1]) * 8.0 / rate
         else:
             dry = backlog_s <= rtt_s
         if texts == remaining or dry:
-            reason[IN_TIME] = chance
+            _show(reasons[low], math.nan, math.nan, texts, chance)
             return TEXT, low
     back = high - 1 if can_recompute else low
     if not is_known:
         needed = _needed_bps(_lowest(tables, spreads, seen, 0), cases[(n_cases - 1) // 2], rtt_s, int(not flying))
         if needed == math.inf:
+            _show(reasons[back], math.nan, math.nan, texts, math.nan)
             return 0, back
         rate, rate_spread = GUESS * needed, spread
-    reason[ESTIMATE], reason[SPREAD] = rate, rate_spread
 
     # _level
     given, texts = texts, min(texts, remaining - 1)
@@ -287,10 +282,15 @@ def kvstream(ours, samples, tables, spreads, seen, reason):
         if chance > 0.0 and chance >= target * least:
             plan = _plan(tables, spreads, seen, texts, text_s, level, level)
             if _in_time(rate, rate_spread, plan, cases, most, texts, rtt_s, flying) >= FAIR * least:
-                reason[TEXTS], reason[IN_TIME] = given, chance
+                _show(reasons[back], rate, rate_spread, given, chance)
                 return level, back
-    reason[IN_TIME] = least
+    _show(reasons[back], rate, rate_spread, given, least)
     return 0, back
+
+
+@jit
+def _show(reason, estimate_bps, spread, texts, in_time):
+    reason[0], reason[1], reason[2], reason[3] = estimate_bps, spread, texts, in_time
 
 
 @jit

@@ -206,7 +206,7 @@ def simulate_many(
     `factors` [session, ...] are what steps take over their estimates (`noise.draw`). Without `chunks`, times and
     reasons are not kept. Otherwise as `simulator.simulate`.
     """
-    from kvstream.testbed.simulator import _kernel
+    from kvstream.testbed.simulator import _kernel, _rules
 
     which = np.arange(len(goodputs)) if which is None else which
     n, n_chunks = len(which), len(context.manifest.chunks)
@@ -220,7 +220,7 @@ def simulate_many(
         np.empty(n),
         np.empty((n, n_chunks), np.int8),
         np.empty((kept, n_chunks, 5)),
-        np.empty((kept, n_chunks, _kernel.N_REASONS)),
+        np.empty((kept, n_chunks, _rules.N_REASONS)),
     )
     one = ComputeFactors(np.ones((1, n_chunks)), np.ones((1, n_chunks)), np.ones(1)) if factors is None else factors
     _kernel.sessions(
