@@ -31,7 +31,7 @@ from kvstream.testbed.receiver.cache_engine import CacheEngine, shape_of
 from kvstream.testbed.receiver.driver import fetch_session
 from kvstream.testbed.receiver.fetch import add_profile
 from kvstream.testbed.receiver.kept_times import decode_times, learn_decoding
-from kvstream.testbed.session.ask import ask_in_company
+from kvstream.testbed.session.ask import ask_in_session
 from kvstream.testbed.session.costs import IN_SESSIONS, Costs
 from kvstream.testbed.session.record import SessionFailed, SessionRecord
 from kvstream.testbed.session.settings import SessionSettings
@@ -252,7 +252,7 @@ class Loader:
                 engine=engine,
                 costs=Costs(decode_s, None, 0.0, IN_SESSIONS),
                 prompt_ids=(),
-                ask=ask_in_company(policy),
+                ask=ask_in_session(policy),
                 limits=LIMITS,
             )
             learn_decoding(load.manifest, engine, decode_s, fetched.record)

@@ -19,7 +19,7 @@ from kvstream.testbed.errors import SpecError
 from kvstream.testbed.net.client import Client
 from kvstream.testbed.receiver.driver import fetch_session
 from kvstream.testbed.receiver.examiner import answer
-from kvstream.testbed.session.ask import TimedAsk
+from kvstream.testbed.session.ask import ask_in_session
 from kvstream.testbed.session.costs import Costs
 from kvstream.testbed.session.record import SessionFailed, SessionRecord
 from kvstream.testbed.session.settings import SessionSettings
@@ -74,16 +74,17 @@ def fetch_answer(
 async def _session(
     engine: ModelEngine, costs: Costs, url: str, context: str, policy: str, deadline_s: float, prompt_ids: Sequence[int]
 ) -> SessionRecord:
+    chosen = make_policy(policy)
     async with Client(url) as client:
         fetched = await fetch_session(
             client,
             context,
-            make_policy(policy),
+            chosen,
             SessionSettings(deadline_s),
             engine=engine,
             costs=costs,
             prompt_ids=prompt_ids,
-            ask=TimedAsk(),
+            ask=ask_in_session(chosen),
         )
     return fetched.record
 

@@ -29,7 +29,7 @@ from kvstream.testbed.net.inbound import Limits
 from kvstream.testbed.receiver.cache_engine import CacheEngine, Recompute, target_of
 from kvstream.testbed.receiver.driver import fetch_session
 from kvstream.testbed.receiver.kept_times import decode_times, learn_decoding, recompute_times
-from kvstream.testbed.session.ask import ask_in_company
+from kvstream.testbed.session.ask import ask_in_session
 from kvstream.testbed.session.costs import IN_SESSIONS, Costs
 from kvstream.testbed.session.record import SessionFailed, SessionRecord
 from kvstream.testbed.session.settings import SessionSettings
@@ -183,7 +183,7 @@ async def _fetch(
                     engine=engine,
                     costs=Costs(decode_s, recompute_s, 0.0, IN_SESSIONS),
                     prompt_ids=(),
-                    ask=ask_in_company(chosen),
+                    ask=ask_in_session(chosen),
                     limits=limits,
                 )
                 learn_decoding(manifest, engine, decode_s, fetched.record)

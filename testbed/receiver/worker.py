@@ -27,7 +27,7 @@ from kvstream.testbed.receiver import background_load
 from kvstream.testbed.receiver.chunk_events import ChunkEventWriter
 from kvstream.testbed.receiver.driver import Fetched, OnReady, fetch_session
 from kvstream.testbed.receiver.warmup import WARM_UPS, Experience, WarmUp, round_trip_s
-from kvstream.testbed.session.ask import TimedAsk
+from kvstream.testbed.session.ask import ask_in_session
 from kvstream.testbed.session.costs import Costs, Slowdown
 from kvstream.testbed.session.record import SessionFailed, SessionRecord
 from kvstream.testbed.session.session import Session
@@ -196,7 +196,7 @@ class Worker(ABC):
                 start_s=command.get("start_s"),
                 on_ready=on_ready,
                 forecast=await self._forecast(command, context, policy, settings, slowdown),
-                ask=TimedAsk(),
+                ask=ask_in_session(policy),
                 limits=Limits(**command.get("limits", {})),
                 on_chunks=_event_writer(command),
             )

@@ -166,9 +166,9 @@ def ask_for(policy: Policy) -> Ask:
     return ASK_DIRECTLY if _is_ours(policy) else TimedAsk(PATIENCE_S, again=False, import_s=IMPORT_S)
 
 
-def ask_in_company(policy: Policy) -> Ask:
-    """How to ask in someone else's process: our own policies directly, since a thread that waits for an interpreter
-    which an engine keeps busy is late without their fault; any other within the limit of a session."""
+def ask_in_session(policy: Policy) -> Ask:
+    """How to ask in a real session: our own policies directly, since a thread for every choice takes half a millisecond
+    and, where an engine keeps the interpreter busy, is late without their fault; any other within its limit."""
     return ASK_DIRECTLY if _is_ours(policy) else TimedAsk()
 
 

@@ -11,7 +11,7 @@ import pytest
 from kvstream.policies import registry
 from kvstream.policies.api import Choice, Observation, Replace
 from kvstream.policies.errors import PolicyError
-from kvstream.testbed.session.ask import ASK_DIRECTLY, PATIENCE_S, TimedAsk, ask_for, ask_in_company
+from kvstream.testbed.session.ask import ASK_DIRECTLY, PATIENCE_S, TimedAsk, ask_for, ask_in_session
 from kvstream.testbed.session.session import Session
 from kvstream.testbed.session.settings import SessionSettings
 from tests.testbed.made import Script, costs, even
@@ -69,8 +69,8 @@ def test_an_endless_loop_is_interrupted() -> None:
 
 
 def test_only_strangers_have_a_limit_in_someone_elses_process() -> None:
-    assert ask_in_company(registry.make("highest")) is ASK_DIRECTLY
-    assert isinstance(ask_in_company(Loops()), TimedAsk)
+    assert ask_in_session(registry.make("highest")) is ASK_DIRECTLY
+    assert isinstance(ask_in_session(Loops()), TimedAsk)
 
 
 def test_a_busy_policy_is_refused_at_once() -> None:
