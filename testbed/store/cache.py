@@ -116,7 +116,12 @@ class ContentCache:
         if cached is not None and (not look or self._is_fresh(cached)):
             return cached
         try:
-            stamp = await asyncio.to_thread(self.store.stamp, context)
+            # at a local store, looking takes less than handing over to a thread
+            stamp = (
+                await asyncio.to_thread(self.store.stamp, context)
+                if self.store.is_remote
+                else self.store.stamp(context)
+            )
         except SpecError:
             self._contexts.pop(context, None)
             raise
