@@ -62,11 +62,12 @@ class Decoder(ABC):
     """
 
     @abstractmethod
-    def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+    def feed(self, view: memoryview, source: Tensor | None = None) -> None:
         """The chunk's next bytes, in memory that stays unchanged until `finish` has returned.
 
-        `on_device` holds the same bytes as uint8 in the device's memory, valid once the work queued on the current
-        stream is done. Raises CodecError as soon as the bytes so far cannot be a chunk.
+        `source` holds the same bytes as uint8 in memory from which the device copies without waiting: page-locked, or
+        its own, valid once the work queued on the current stream is done. Raises CodecError as soon as the bytes so far
+        cannot be a chunk.
         """
 
     @abstractmethod
@@ -82,7 +83,7 @@ class CollectingDecoder(Decoder):
         self._codec, self._out, self._device = codec, out, device
         self._views: list[memoryview] = []
 
-    def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+    def feed(self, view: memoryview, source: Tensor | None = None) -> None:
         self._views.append(view)
 
     def finish(self) -> KVTarget:

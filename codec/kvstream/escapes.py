@@ -7,6 +7,8 @@ tokens (uint16), steps (int32); ordered by column, then token; padded to an even
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from kvstream.codec.container import Header
 from kvstream.codec.errors import CodecError
 from kvstream.codec.kvstream import deflate
-from kvstream.codec.quantize import ESCAPES, LARGEST_ESCAPE
+from kvstream.codec.quantize import ESCAPES, LARGEST_ESCAPE, array_type, compiled
 
 _COUNT = struct.Struct("<I")
 _BYTES = ESCAPES.itemsize
@@ -66,17 +68,35 @@ def parse(data: memoryview, kinds: NDArray[np.uint8], header: Header) -> NDArray
         raise CodecError(f"section 'escs' claims {number} escapes, more than a chunk may have; fetch the chunk again")
     plain = deflate.parse(data[_COUNT.size :], _BYTES * number, "escs")
     found = np.empty(number, ESCAPES)
-    columns = np.cumsum(np.frombuffer(plain, "<u4", number), dtype=np.int64)
-    token = np.frombuffer(plain, "<u2", number, 4 * number)
-    value = np.frombuffer(plain, "<i4", number, 6 * number)
-    place = columns * header.tokens + token
-    if (
-        int(columns[-1]) >= len(kinds)
-        or not kinds[columns].all()
-        or int(token.max()) >= header.tokens
-        or (np.diff(place) <= 0).any()
-        or int(np.abs(value.astype(np.int64)).max()) > LARGEST_ESCAPE
-    ):
+    found["column"] = np.frombuffer(plain, "<u4", number)
+    found["token"] = np.frombuffer(plain, "<u2", number, 4 * number)
+    found["value"] = np.frombuffer(plain, "<i4", number, 6 * number)
+    if not _add_up()(found, kinds, header.tokens):
         raise CodecError("section 'escs' names places outside the chunk, or one twice; fetch the chunk again")
-    found["column"], found["token"], found["value"] = columns, token, value
     return found
+
+
+@cache
+def _add_up() -> Callable[..., bool]:
+    import numba
+    from numba import types
+
+    records = types.Array(numba.from_dtype(ESCAPES), 1, "C")
+    return compiled(_add_up_columns, types.boolean(records, array_type("uint8", 1), types.int64))
+
+
+def _add_up_columns(found: Any, kinds: Any, tokens: Any) -> bool:
+    """Turn columns, each less the one before, into columns; whether all places are of live columns, and ascend."""
+    column = 0
+    before = -1
+    for i in range(found.shape[0]):
+        column += found[i].column
+        if column >= kinds.shape[0] or kinds[column] == 0 or found[i].token >= tokens:
+            return False
+        place = column * tokens + found[i].token
+        value = np.int64(found[i].value)
+        if place <= before or value > LARGEST_ESCAPE or value < -LARGEST_ESCAPE:
+            return False
+        before = place
+        found[i].column = column
+    return True

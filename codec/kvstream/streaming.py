@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstream.codec.api import Codec, Decoder
@@ -18,6 +19,7 @@ from kvstream.codec.container import Arrival, Chunk, Header
 from kvstream.codec.entropy import device as shared
 from kvstream.codec.entropy import sections
 from kvstream.codec.entropy.device import DeviceStreams
+from kvstream.codec.entropy.sections import Layout
 from kvstream.codec.errors import CodecError
 from kvstream.codec.kvstream.parameters import Parameters
 from kvstream.codec.kvstream.rest import Rest
@@ -114,8 +116,8 @@ def _launch_all(begun: list[Share], header: Header, rest: Rest, coef: memoryview
         with share.current():
             job = share.begin(header)
             job.begin(rest, offsets)
-            if layout:
-                job.coefficients(job.streams(share.coef, layout))
+            if layout is not None and offsets is not None:
+                job.coefficients(job.streams(share.coef, layout, offsets))
             job.add_extras()
             job.values(0, tokens)
 
@@ -168,10 +170,10 @@ class StreamingDecoder(Decoder):
         self.segments_begun = 0
         self.tokens_done = 0
 
-    def feed(self, view: memoryview, on_device: Tensor | None = None) -> None:
+    def feed(self, view: memoryview, source: Tensor | None = None) -> None:
         self._raise_again()
         try:
-            self._feed(view, on_device)
+            self._feed(view, source)
         except Exception as error:
             self._error = error
             raise
@@ -181,7 +183,7 @@ class StreamingDecoder(Decoder):
         if self._error is not None:
             raise self._error
 
-    def _feed(self, view: memoryview, on_device: Tensor | None) -> None:
+    def _feed(self, view: memoryview, source: Tensor | None) -> None:
         before = self._arrival.received
         self._arrival.feed(view)
         header = self._arrival.header
@@ -192,11 +194,11 @@ class StreamingDecoder(Decoder):
                 self._begin(header)
             if self._state is State.END:
                 return
-            self._copy(before, view, on_device)
+            self._copy(before, view, source)
             if self._state is State.REST and self._arrival.received >= self._at:
                 self._read_rest(header)
-            if self._state is State.LENGTHS and self._parse_lengths(header):
-                self._state = State.SEGMENTS
+            if self._state is State.LENGTHS and (layout := self._layout(header)) is not None:
+                self._begin_streams(layout, shared.stream_offsets(layout))
             if self._state is State.SEGMENTS:
                 self._launch(header)
 
@@ -238,14 +240,18 @@ class StreamingDecoder(Decoder):
         self._state = State.REST
 
     def _read_rest(self, header: Header) -> None:
-        """Read what comes before `coef`, and start on it."""
+        """Read what comes before `coef`, and start on it; where the streams lie, as a rule, is there as well."""
         rest = Rest.of(self._shares[0].model.parameters, header, self._section)
         _check_streams(rest, self._size)
         self._columns = len(rest.alive)
+        layout = self._layout(header) if self._columns else None
+        offsets = None if layout is None else shared.stream_offsets(layout)
         for job in self._jobs():
-            job.begin(rest)
+            job.begin(rest, offsets)
             job.add_extras()
         self._state = State.LENGTHS if self._columns else State.SEGMENTS
+        if layout is not None and offsets is not None:
+            self._begin_streams(layout, offsets)
         if not self._columns:
             self.segments_begun = -(-header.tokens // Parameters.segment_tokens)
 
@@ -262,36 +268,37 @@ class StreamingDecoder(Decoder):
             with share.current():
                 yield share.job
 
-    def _copy(self, before: int, view: memoryview, on_device: Tensor | None) -> None:
+    def _copy(self, before: int, view: memoryview, source: Tensor | None) -> None:
         """Copy what these bytes hold of the coded coefficients to its place on the devices."""
         first, last = max(self._at, before), min(self._at + self._size, before + len(view))
         if first >= last:
             return
         part = slice(first - before, last - before)
-        source = torch.from_numpy(np.array(view[part])) if on_device is None else on_device[part]
+        data = torch.from_numpy(np.array(view[part])) if source is None else source[part]
         for share in self._shares:
             assert share.coef is not None
             with share.current():
-                share.coef[first - self._at : last - self._at].copy_(source, non_blocking=True)
+                share.coef[first - self._at : last - self._at].copy_(data, non_blocking=True)
         self._copied = last - self._at
 
-    def _parse_lengths(self, header: Header) -> bool:
-        """Where every stream lies and each segment ends; False while the lengths are incomplete."""
+    def _layout(self, header: Header) -> Layout | None:
+        """How long every stream is; None while that is incomplete."""
         beginning = self._arrival.part(self._at, self._copied)
         columns, segment_tokens = self._columns, Parameters.segment_tokens
         needed = sections.lengths_bytes(beginning, columns, header.tokens, segment_tokens)
         if needed is not None and needed > self._size:
             raise CodecError("coded section is shorter than its stream lengths; fetch the chunk again")
         if needed is None or needed > self._copied:
-            return False
-        layout = sections.layout(beginning, columns, header.tokens, 2, segment_tokens, self._size)
-        offsets = shared.stream_offsets(layout)
-        for share in self._shares:
+            return None
+        return sections.layout(beginning, columns, header.tokens, 2, segment_tokens, self._size)
+
+    def _begin_streams(self, layout: Layout, offsets: NDArray[np.int32]) -> None:
+        """It is known where every stream lies, and so where each segment ends."""
+        for share, job in zip(self._shares, self._jobs(), strict=True):
             assert share.coef is not None
-            with share.current():
-                share.streams = shared.on_device(share.coef, layout, offsets, columns, header.tokens)
-        self._ends = (layout.units_at + 2 * offsets[columns::columns].astype(np.int64)).tolist()
-        return True
+            share.streams = job.streams(share.coef, layout, offsets)
+        self._ends = (layout.units_at + 2 * offsets[self._columns :: self._columns].astype(np.int64)).tolist()
+        self._state = State.SEGMENTS
 
     def _launch(self, header: Header) -> None:
         """Decode the segments that are complete and were not decoded yet."""

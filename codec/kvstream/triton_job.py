@@ -183,15 +183,17 @@ class Job:
         self._words = places.words.to(device, non_blocking=True)
         self._bases = self._part("bases", 2 * len(addresses)).view(torch.int64)
         self._source = torch.zeros((tokens, places.width), dtype=torch.float16, device=device)
-        self._low_left = places.low > 0
+        self._low_left, self._has_offsets = places.low > 0, offsets is not None
 
-    def streams(self, section: Tensor, layout: Layout) -> DeviceStreams:
-        """The streams of the live columns, in a section that is, or will be, on the device; after a `begin` that was
-        told where they begin."""
+    def streams(self, section: Tensor, layout: Layout, offsets: NDArray[np.int32]) -> DeviceStreams:
+        """The streams of the live columns, in a section that is, or will be, on the device; after `begin`. `offsets`
+        are sent unless `begin` was told them."""
+        live, tokens = self._places.live, len(self.positions)
+        if not self._has_offsets:
+            return shared.on_device(section, layout, offsets, live, tokens)
         words = section.view(torch.int32)[layout.units_at // 4 :]
-        offsets = self._part("offsets", layout.streams + 1)
-        tokens = len(self.positions)
-        return DeviceStreams(words, offsets, layout.units, self._places.live, tokens, layout.segment_tokens)
+        there = self._part("offsets", layout.streams + 1)
+        return DeviceStreams(words, there, layout.units, live, tokens, layout.segment_tokens)
 
     def _part(self, name: str, count: int) -> Tensor:
         begin = self._places.begins[name]
