@@ -316,9 +316,8 @@ def numbers(
     pieces = [
         span for chunk in decoded for span in chunk["pieces_s"] or [(chunk["decode_start_s"], chunk["decode_end_s"])]
     ]
-    copies = [span for chunk in decoded for span in chunk["copies_s"]]
-    busy_s = sum(end - start for start, end in [*pieces, *copies])
-    late_s = sum(end - max(start, last_byte_s) for start, end in [*pieces, *copies] if end > last_byte_s)
+    busy_s = sum(end - start for start, end in pieces)
+    late_s = sum(end - max(start, last_byte_s) for start, end in pieces if end > last_byte_s)
     ideal_s = bottleneck_bytes * 8 / rate
     return {
         "ttft_s": record["ttft_s"],
@@ -332,13 +331,12 @@ def numbers(
         "after_last_byte_s": ready_s - last_byte_s,
         "prefill_s": record["ttft_s"] - answer["prefill_start_s"],
         "decode_lane_s": sum(end - start for start, end in pieces),
-        "copy_lane_s": sum(end - start for start, end in copies),
         "hidden": 1.0 - late_s / busy_s if busy_s else 1.0,
     }
 
 
 def draw_session(found: dict[str, Any], path: Path) -> None:
-    """The kept session as the report draws it: link, copies, decoding and the model over time."""
+    """The kept session as the report draws it: link, decoding and the model over time."""
     from kvstream.testbed.report.figures import theme
     from kvstream.testbed.report.material import Material
     from kvstream.testbed.report.timeline import timeline

@@ -106,7 +106,7 @@ class NoEngine:
         return False
 
     def open(self, manifest: Manifest, extra_tokens: int, *, overlap: bool = True) -> None:
-        self._buffers.open(manifest, SLOTS, mirrored=False)
+        self._buffers.open(manifest, SLOTS)
 
     def take(self, chunk: int, level: Any, size: int) -> IncomingChunk:
         return self._buffers.take(chunk, level, size)

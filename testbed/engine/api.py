@@ -21,10 +21,8 @@ class Step:
     token: int | None = None
     """The first output token of a prefill."""
     pieces: tuple[tuple[float, float], ...] = ()
-    """(start, end) of each piece's decoding, where a chunk is decoded as it arrives. The last is what was left when all
-    bytes were here."""
-    copies: tuple[tuple[float, float], ...] = ()
-    """(start, end) of each copy to the device; empty where none is needed."""
+    """(start, end) of each piece's decoding, its copy to the device included, where a chunk is decoded as it arrives.
+    The last is what was left when all bytes were here."""
 
 
 class Engine(Protocol):

@@ -1,9 +1,9 @@
 """Where chunks arrive: a fixed number of slots for encodings, kept from session to session, and room for every text.
 
-A slot is memory of the host, page-locked for a CUDA device, and there a mirror on the device to which what arrives is
-copied, on a stream of its own, while the next bytes come. The event loop's thread takes slots, fills and frees them; it
-never waits. How many are in use is decided elsewhere: `kvstream.testbed.session.session` requests no more encodings
-than there are slots.
+A slot is memory of the host, page-locked for a CUDA device, which copies from it while the next bytes come. The event
+loop's thread takes slots, fills and frees them; it never waits, and launches nothing: what it does beside the thread
+that computes holds that one up. How many slots are in use is decided elsewhere: `kvstream.testbed.session.session`
+requests no more encodings than there are slots.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from kvstream.codec.api import Decoder
 
 PIECE_BYTES: Final = 1 << 22
-"""A chunk is copied and decoded in pieces of about this size, 100 us of copying: the size of a chunk's segments at the
-paper's scale, so that smaller pieces would only cost the host more."""
+"""A chunk is decoded in pieces of about this size: that of a chunk's segments at the paper's scale, so that smaller
+pieces would only cost the host more."""
 FIRST_PIECE_BYTES: Final = 1 << 19
 """The first piece is smaller: as a rule it says where the streams lie, and finding that out takes as long as the
 rest."""
@@ -44,16 +44,14 @@ class IncomingChunk:
     streams: Streams = field(default_factory=Streams)
     host: Tensor | None = None
     """`view` as a tensor, uint8; None for text."""
-    mirror: Tensor | None = None
-    """The same on the device; None where the device reads the host's memory."""
     slot: int | None = None
     free_slots: list[int] = field(default_factory=list)
     """Where `slot` goes when it is released."""
     received: int = 0
+    announced: int = 0
+    """Bytes that are here and worth decoding."""
     fed: int = 0
     """Bytes that the decoder has."""
-    copies: list[tuple[int, Mark, Mark]] = field(default_factory=list)
-    """(bytes that are then on the device, start, end), in order."""
     runs: list[tuple[Mark, Mark]] = field(default_factory=list)
     """(start, end) of each stretch of decoding."""
     decoder: Decoder | None = None
@@ -65,23 +63,13 @@ class IncomingChunk:
     def is_complete(self) -> bool:
         return self.received == len(self.view)
 
-    @property
-    def copied(self) -> int:
-        """Bytes that are on the device, or soon will be."""
-        return self.copies[-1][0] if self.copies else 0
-
     def arrived(self, received: int) -> bool:
-        """`received` bytes are here in all: copy what is new. Returns whether that is a piece to decode."""
+        """`received` bytes are here in all. Returns whether that is a piece to decode."""
         self.received = received
-        piece = PIECE_BYTES if self.copies else FIRST_PIECE_BYTES
-        if received - self.copied < piece and not self.is_complete:
+        piece = PIECE_BYTES if self.announced else FIRST_PIECE_BYTES
+        if received - self.announced < piece and not self.is_complete:
             return False
-        span = slice(self.copied, received)
-        start = self.streams.mark("copy")
-        if self.mirror is not None and self.host is not None:
-            with self.streams.on("copy"):
-                self.mirror[span].copy_(self.host[span], non_blocking=True)
-        self.copies.append((received, start, self.streams.mark("copy")))
+        self.announced = received
         return True
 
     def feed(self, open_decoder: Callable[[memoryview], Decoder]) -> None:
@@ -97,19 +85,17 @@ class IncomingChunk:
             self.error = error
 
     def _feed(self, open_decoder: Callable[[memoryview], Decoder]) -> None:
-        start, (stop, _, copied) = self.fed, self.copies[-1]
+        start, stop = self.fed, self.announced
         if start == stop and self.decoder is not None:
             return  # an earlier call took this piece along
-        streams = self.streams
-        streams.after("decode", copied)
-        begin = streams.mark("decode")
-        with streams.on("decode"):
+        begin = self.streams.mark("decode")
+        with self.streams.on("decode"):
             if self.decoder is None:
                 self.decoder = open_decoder(self.view[:stop])
             if stop > start:
-                self.decoder.feed(self.view[start:stop], None if self.mirror is None else self.mirror[start:stop])
+                self.decoder.feed(self.view[start:stop], None if self.host is None else self.host[start:stop])
         self.fed = stop
-        self.runs.append((begin, streams.mark("decode")))
+        self.runs.append((begin, self.streams.mark("decode")))
 
     def finish(self, settle: Callable[[], None]) -> None:
         """Complete the decoding, then `settle`; returns when both are done. Raises what `feed` has kept."""
@@ -139,21 +125,16 @@ class ChunkBuffers:
         """Slots lie in `shared`, if that is given."""
         self._streams, self._shared = streams, shared
         self._host: Tensor | None = None
-        self._mirror: Tensor | None = None
         self._slot_bytes = 0
         self._free: list[int] = []
 
-    def open(self, manifest: Manifest, slots: int, *, mirrored: bool) -> None:
+    def open(self, manifest: Manifest, slots: int) -> None:
         """Have `slots` slots for any encoding of any chunk of a context; all are free afterwards."""
         largest = max(max(info.sizes_bytes) for info in manifest.chunks)
         self._slot_bytes = -(-largest // ALIGNMENT) * ALIGNMENT
         if self._host is None or len(self._host) < slots * self._slot_bytes:
-            self._host = self._mirror = None  # the old memory goes before the new comes
+            self._host = None  # the old memory goes before the new comes
             self._host = self._streams.host_memory(slots * self._slot_bytes, self._shared)
-        if not mirrored:
-            self._mirror = None
-        elif self._mirror is None:
-            self._mirror = self._streams.mirror(self._host)
         self._free = list(range(slots))[::-1]
 
     def take(self, chunk: int, level: LevelOrText, size: int) -> IncomingChunk:
@@ -165,6 +146,5 @@ class ChunkBuffers:
         slot = self._free.pop()
         span = slice(slot * self._slot_bytes, slot * self._slot_bytes + size)
         host = self._host[span]
-        mirror = None if self._mirror is None else self._mirror[span]
         view = memoryview(host.numpy())  # type: ignore[arg-type]
-        return IncomingChunk(chunk, level, view, self._streams, host, mirror, slot, self._free)
+        return IncomingChunk(chunk, level, view, self._streams, host, slot, self._free)

@@ -1,14 +1,15 @@
-"""What every engine that decodes does with chunks: slots, copies to the device, decoding as bytes arrive.
+"""What every engine that decodes does with chunks: slots, and decoding as bytes arrive.
 
 Steps run on one thread beside the network's, so their order is the order of submission, and the event loop is never
-held: torch and numba release the interpreter lock in their kernels. On a CUDA device that thread launches and, at a
-step's end, waits for the device's own mark; copies to the device are launched on the event loop's thread, which waits
-for nothing. A codec that can then decodes pieces of a chunk as they arrive.
+held: torch and numba release the interpreter lock in their kernels. On a CUDA device that thread launches, copies
+included, and, at a step's end, waits for the device's own mark. A codec that can then decodes pieces of a chunk as they
+arrive.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ class DecodingEngine(ABC):
         self._codecs = CodecCache() if codecs is None else codecs
         self._open: tuple[Manifest, Codec] | None = None
         self._decodes_early = False
+        self._waiting: deque[IncomingChunk] = deque()
+        """Pieces of these have come, and are not launched yet."""
         self._thread = ComputeThread()
 
     @abstractmethod
@@ -116,7 +119,7 @@ class DecodingEngine(ABC):
         n = len(manifest.chunks)
         self.slots = min(self._max_slots or slots_within(HOST_BYTES, manifest), n) if overlap else n
         self._decodes_early = overlap and self.decodes_pieces
-        self._buffers.open(manifest, self.slots, mirrored=self.decodes_pieces)
+        self._buffers.open(manifest, self.slots)
 
     def _opened(self) -> tuple[Manifest, Codec]:
         if self._open is None:
@@ -130,7 +133,12 @@ class DecodingEngine(ABC):
 
     def on_bytes(self, incoming: IncomingChunk, received: int) -> None:
         if incoming.arrived(received) and self._decodes_early and incoming.level != TEXT:
-            self.submit(self._feed, incoming)
+            self._waiting.append(incoming)
+            self.submit(self._feed_next)
+
+    def _feed_next(self) -> None:
+        if self._waiting:
+            self._feed(self._waiting.popleft())
 
     def _feed(self, incoming: IncomingChunk) -> None:
         manifest, codec = self._opened()
@@ -144,14 +152,15 @@ class DecodingEngine(ABC):
         incoming.feed(open_decoder)
 
     def decode(self, incoming: IncomingChunk) -> Step:
-        """A step of a session."""
+        """A step of a session. What has come of the next chunks is launched before this one's end is waited for."""
         self._feed(incoming)
+        for _ in range(len(self._waiting)):
+            self._feed_next()
         info = self.manifest.chunks[incoming.chunk]
         incoming.finish(lambda: self._settle(info.start, info.stop))
         when = self._streams.when
         pieces = tuple((when(start), when(end)) for start, end in incoming.runs)
-        copies = () if incoming.mirror is None else tuple((when(a), when(b)) for _, a, b in incoming.copies)
-        return Step(pieces[0][0], pieces[-1][1], pieces=pieces if len(pieces) > 2 else (), copies=copies)
+        return Step(pieces[0][0], pieces[-1][1], pieces=pieces if len(pieces) > 2 else ())
 
     # --- a model's steps
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,10 +67,9 @@ def decode_once(engine: DecodingEngine, chunk: int, level: int, data: bytes) -> 
     try:
         incoming.view[:] = data
         incoming.arrived(len(data))
-        step = engine.decode(incoming)
+        return engine.decode(incoming)
     finally:
         incoming.release()
-    return replace(step, start_s=step.copies[0][0]) if step.copies else step
 
 
 def _median_s(step: Callable[..., Step], *arguments: Any) -> float:

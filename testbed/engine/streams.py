@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kvstream.testbed.host.shared_memory import SharedMemory
 
-StreamName: TypeAlias = Literal["copy", "decode", "model"]
-STREAM_NAMES: Final[tuple[StreamName, ...]] = ("copy", "decode", "model")
+StreamName: TypeAlias = Literal["decode", "model"]
+STREAM_NAMES: Final[tuple[StreamName, ...]] = ("decode", "model")
 Mark: TypeAlias = Any
 """A moment of a stream: what `Streams.mark` gives, to be handed back."""
 _ZERO_TRIES: Final = 5
@@ -53,10 +53,6 @@ class Streams:
         if shared is None:
             return torch.from_numpy(np.ones(nbytes, dtype=np.uint8))
         return torch.from_numpy(np.frombuffer(shared.view(nbytes), dtype=np.uint8))
-
-    def mirror(self, host: Tensor) -> Tensor | None:
-        """Memory of the same size on the device; None where the device reads the host's."""
-        return None
 
 
 class CudaStreams(Streams):
@@ -94,7 +90,7 @@ class CudaStreams(Streams):
         for _ in range(_ZERO_TRIES):
             event = torch.cuda.Event(enable_timing=True)
             before_s = time.monotonic()
-            event.record(self._streams["copy"])
+            event.record(self._streams["decode"])
             event.synchronize()
             after_s = time.monotonic()
             if after_s - before_s < shortest_s:
@@ -110,9 +106,6 @@ class CudaStreams(Streams):
         self._locked = super().host_memory(nbytes, shared)
         torch.cuda.check_error(runtime.cudaHostRegister(self._locked.data_ptr(), len(self._locked), 0))
         return self._locked
-
-    def mirror(self, host: Tensor) -> Tensor | None:
-        return torch.empty_like(host, device=self._device)
 
 
 def streams_of(device: torch.device) -> Streams:

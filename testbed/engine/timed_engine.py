@@ -61,7 +61,7 @@ class TimedEngine:
     def reserve(self, manifest: Manifest) -> None:
         """Take memory for a context's chunks now, not in a session."""
         self.slots = len(manifest.chunks)
-        self._buffers.open(manifest, self.slots, mirrored=False)
+        self._buffers.open(manifest, self.slots)
 
     def forget(self) -> None:
         self._context = None

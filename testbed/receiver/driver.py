@@ -392,7 +392,6 @@ class _Run:
                 step.start_s - self._zero_s,
                 step.end_s - self._zero_s,
                 pieces_s=self._since_zero(step.pieces),
-                copies_s=self._since_zero(step.copies),
             )
             if self._session.done:
                 self._finished.set_result(step)

@@ -56,10 +56,8 @@ def session(cell: Mapping[str, Any], n_levels: int, specs: Mapping[str, str] = N
 
 def chunk(record: Mapping[str, Any]) -> Json:
     """One chunk: times rounded to 0.1 ms, reasons to five digits."""
-    copies = [[_short(at) for at in span] for span in record.get("copies_s") or ()]
     return {
         **{key: _short(record.get(key)) for key in _CHUNK},
-        **({"copies_s": copies} if copies else {}),
         "reason": {key: float(f"{value:.5g}") for key, value in (record.get("reason") or {}).items()},
         "fault": record.get("fault"),
     }

@@ -1,4 +1,4 @@
-"""The figure of one session: capacity and arrivals, and when link, copies, decoder and model were busy."""
+"""The figure of one session: capacity and arrivals, and when link, decoder and model were busy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def timeline(material: Material) -> Figure | None:
-    """Capacity and goodput over time, and below it a lane for each stage: transfers, copies to the device if any,
-    decoding, and the model's own computing."""
+    """Capacity and goodput over time, and below it a lane for each stage: transfers, decoding, and the model's own
+    computing."""
     if material.session is None:
         return None
     from matplotlib import pyplot
@@ -37,7 +37,7 @@ def timeline(material: Material) -> Figure | None:
         )
     top.set_ylim(bottom=0)
     top.set_ylabel("Mbit/s")
-    names = ["compute", "decode", *(["copy"] if any(c.get("copies_s") for c in chunks) else []), "transfer"]
+    names = ["compute", "decode", "transfer"]
     for chunk in chunks:
         for name, spans in spans_of(chunk, chunks).items():
             for start_s, end_s in spans:
@@ -81,8 +81,6 @@ def spans_of(chunk: Mapping[str, Any], chunks: Sequence[Mapping[str, Any]]) -> d
     before = [c["last_byte_s"] for c in chunks if c["last_byte_s"] is not None]
     start_s = max([end_s for end_s in before if end_s < chunk["last_byte_s"]] + [chunk["request_s"]])
     spans: dict[str, Sequence[tuple[float, float]]] = {"transfer": [(start_s, chunk["last_byte_s"])]}
-    if chunk.get("copies_s"):
-        spans["copy"] = chunk["copies_s"]
     if chunk["decode_end_s"] is not None:
         name = "compute" if chunk["level"] == "text" else "decode"
         spans[name] = chunk.get("pieces_s") or [(chunk["decode_start_s"], chunk["decode_end_s"])]

@@ -28,9 +28,8 @@ class ChunkRecord:
     attempts: int = 0
     received_bytes: int = 0
     pieces_s: tuple[tuple[float, float], ...] = ()
-    """Start and end of each piece's decoding, where pieces are decoded as they arrive."""
-    copies_s: tuple[tuple[float, float], ...] = ()
-    """Start and end of each copy to the device, where there is one."""
+    """Start and end of each piece's decoding, where pieces are decoded as they arrive; its copy to the device is a part
+    of that."""
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,6 @@ class Session:
         end_s: float,
         *,
         pieces_s: Sequence[tuple[float, float]] = (),
-        copies_s: Sequence[tuple[float, float]] = (),
     ) -> None:
         """Decoding or recomputing of `chunk` is done; PREFILL means the first token is out."""
         if chunk == PREFILL:
@@ -262,7 +261,7 @@ class Session:
         record = self._chunks[chunk]
         record.decode_start_s = start_s
         record.decode_end_s = end_s
-        record.pieces_s, record.copies_s = tuple(pieces_s), tuple(copies_s)
+        record.pieces_s = tuple(pieces_s)
         self._uncomputed -= 1
         assert record.level is not None
         self._computed.append(Computed(chunk, record.level, start_s, end_s))

@@ -171,7 +171,7 @@ class Sessions:
             reason = {name: value for name, value in zip(names, why, strict=False) if value == value}
             chunks.append(
                 ChunkRecord(
-                    number, level, size, request_s, first_s, last_s, start_s, end_s, reason, None, 1, size, (), ()
+                    number, level, size, request_s, first_s, last_s, start_s, end_s, reason, None, 1, size, ()
                 )
             )  # fmt: skip
         return SessionRecord(

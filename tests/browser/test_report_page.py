@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from kvstream.testbed import report
-from kvstream.testbed.results.folder import Run
 from tests.browser.conftest import Open
 from tests.testbed.made_run import make_run
 from tests.testbed.report.test_report import contrast
@@ -23,18 +21,6 @@ pytest.importorskip("seaborn", reason="figures need seaborn, from the extra [run
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("run")
     return report.write(make_run(folder)).as_uri()
-
-
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of a run whose chunks were copied to a device before they were decoded."""
-    run: Run = make_run(tmp_path_factory.mktemp("copied"), contexts=("docs",), spoil=False)
-    for file in run.cells.glob("*.json"):
-        cell = json.loads(file.read_text())
-        for chunk in cell["chunks"]:
-            chunk["copies_s"] = [[chunk["last_byte_s"] - 0.004, chunk["last_byte_s"] - 0.001]]
-        file.write_text(json.dumps(cell))
-    return report.write(run).as_uri()
 
 
 def lanes(page: Any) -> dict[str, float]:
@@ -85,14 +71,6 @@ def test_recomputing_has_a_lane_of_its_own(url: str, open_page: Open) -> None:
     assert float(prefill.get_attribute("y")) == lane["compute"]
     choose(page, "text")
     assert lane_of(page, 3) == {lane["transfer"], lane["compute"]}
-
-
-def test_copies_have_a_lane_where_there_are_any(copied: str, open_page: Open) -> None:
-    page = open_page(copied).page
-    choose(page, "fixed-lowest")
-    lane = lanes(page)
-    assert list(lane) == ["transfer", "copy", "decode", "compute"]
-    assert lane_of(page, 3) == {lane["transfer"], lane["copy"], lane["decode"]}
 
 
 def test_the_best_plan_is_not_called_by_a_scheme_s_name(url: str, open_page: Open) -> None:

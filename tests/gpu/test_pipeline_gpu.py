@@ -46,8 +46,6 @@ def test_the_cache_that_arrives_is_the_one_that_was_sent(kitchen: Kitchen, overl
     kitchen.check(levels)
     for chunk in record.chunks:
         assert chunk.decode_start_s < chunk.decode_end_s <= record.ttft_s  # type: ignore[operator]
-        assert chunk.first_byte_s - 1e-3 <= chunk.copies_s[0][0] <= chunk.copies_s[-1][1]  # type: ignore[operator]
-        assert chunk.copies_s[-1][1] <= chunk.decode_end_s + 1e-4  # type: ignore[operator]
 
 
 def test_text_is_recomputed_among_encoded_chunks(kitchen: Kitchen) -> None:

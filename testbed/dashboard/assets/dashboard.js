@@ -72,9 +72,8 @@
   function until(session, now) {
     const by = (t) => (t !== null && t <= now ? t : null);
     const chunks = session.chunks.map((c) => {
-      if (c.request_s === null || c.request_s > now) return { ...c, level: null, bytes: null, request_s: null, first_byte_s: null, last_byte_s: null, decode_start_s: null, decode_end_s: null, copies_s: [], reason: {}, fault: null };
-      const copies_s = (c.copies_s || []).filter(([from]) => from <= now).map(([from, to]) => [from, Math.min(to, now)]);
-      return { ...c, copies_s, first_byte_s: by(c.first_byte_s), last_byte_s: by(c.last_byte_s), ends_s: c.last_byte_s, received_bytes: 0, decode_start_s: by(c.decode_start_s), decode_end_s: by(c.decode_end_s) };
+      if (c.request_s === null || c.request_s > now) return { ...c, level: null, bytes: null, request_s: null, first_byte_s: null, last_byte_s: null, decode_start_s: null, decode_end_s: null, reason: {}, fault: null };
+      return { ...c, first_byte_s: by(c.first_byte_s), last_byte_s: by(c.last_byte_s), ends_s: c.last_byte_s, received_bytes: 0, decode_start_s: by(c.decode_start_s), decode_end_s: by(c.decode_end_s) };
     });
     const delivered = session.link.delivered.map((x, i) => (session.link.t[i] <= now ? x : null));
     const over = session.ttft_s !== null && session.ttft_s <= now;

@@ -12,7 +12,7 @@
 function kvViewer(root, look) {
   const SVG = "http://www.w3.org/2000/svg";
   const LANE_HEIGHT = 26, LANE_GAP = 10;
-  const SHORT = { transfer: "link", copy: "copy", decode: "dec.", compute: "comp." };   // on narrow screens
+  const SHORT = { transfer: "link", decode: "dec.", compute: "comp." };   // on narrow screens
   let over = null;                                  // another session, whose bytes are drawn beside
   let session = null, plot = null, selected = 0, nowS = null, spanS = null, untilS = 0, keep = null;
 
@@ -192,8 +192,7 @@ function kvViewer(root, look) {
 
   // [lane]: its upper edge. There is a lane for copies if there are any.
   function lanes() {
-    const copied = session.chunks.some((c) => c.copies_s && c.copies_s.length);
-    const names = ["transfer", ...(copied ? ["copy"] : []), "decode", "compute"];
+    const names = ["transfer", "decode", "compute"];
     return Object.fromEntries(names.map((name, i) => [name, 5 + i * (LANE_HEIGHT + LANE_GAP)]));
   }
 
@@ -224,7 +223,6 @@ function kvViewer(root, look) {
         bar("transfer", Math.max(chunk.request_s, free), chunk.last_byte_s ?? end, { ...look, class: on + open }, text ? "T" : String(chunk.level), 13, inkOn(fill));
       }
       if (chunk.last_byte_s !== null) free = chunk.last_byte_s;
-      for (const [from, to] of chunk.copies_s || []) bar("copy", from, to, look);
       if (chunk.decode_start_s !== null) {
         const done = chunk.decode_end_s ?? end;
         if (text) bar("compute", chunk.decode_start_s, done, { ...look, class: on + " v-recompute" }, "recompute", 84, inkOn(fill));

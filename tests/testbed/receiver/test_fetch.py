@@ -596,9 +596,9 @@ def test_a_context_of_any_length_has_bounded_memory(url: str, stored: Stored, mo
     opened: list[int] = []
     honest = ChunkBuffers.open
 
-    def open_slots(self: ChunkBuffers, manifest: Manifest, slots: int, *, mirrored: bool) -> None:
+    def open_slots(self: ChunkBuffers, manifest: Manifest, slots: int) -> None:
         opened.append(slots)
-        honest(self, manifest, slots, mirrored=mirrored)
+        honest(self, manifest, slots)
 
     monkeypatch.setattr(ChunkBuffers, "open", open_slots)
     for room, slots in ((decoding.HOST_BYTES, 5), (4 * largest, 4), (0, 4)):

@@ -474,24 +474,18 @@ def test_over_synthetic_caches_the_verdict_comes_first_and_the_mark_beside_it(ru
     assert "mark" not in report_page._header(run.manifest, summary)
 
 
-def test_copies_reach_the_viewer_where_there_are_any() -> None:
-    assert report_sessions.chunk({"copies_s": [[0.12345, 0.2]]})["copies_s"] == [[0.1235, 0.2]]
-    assert "copies_s" not in report_sessions.chunk({"copies_s": []})
-
-
 def test_every_lane_has_what_was_done_on_it() -> None:
     from kvstream.testbed.report.timeline import spans_of
 
     first = {
         "level": 1, "request_s": 0.0, "last_byte_s": 0.2, "decode_start_s": 0.1, "decode_end_s": 0.25,
-        "pieces_s": [[0.1, 0.12], [0.2, 0.25]], "copies_s": [[0.05, 0.06], [0.19, 0.2]],
+        "pieces_s": [[0.1, 0.12], [0.2, 0.25]],
     }  # fmt: skip
     second = {"level": "text", "request_s": 0.19, "last_byte_s": 0.3, "decode_start_s": 0.3, "decode_end_s": 0.5}
     third = {"level": 1, "request_s": 0.3, "last_byte_s": None}
     chunks = [first, second, third]
     assert spans_of(first, chunks) == {
         "transfer": [(0.0, 0.2)],
-        "copy": first["copies_s"],
         "decode": first["pieces_s"],
     }
     assert spans_of(second, chunks) == {"transfer": [(0.2, 0.3)], "compute": [(0.3, 0.5)]}
