@@ -215,7 +215,7 @@ def decode_by_stages(codec: KVStream, data: bytes, out: Tensor, clock: Clock) ->
     clock.mark("where the target lies")
     job.begin(rest, offsets)
     clock.mark("columns laid out, to the device")
-    job.coefficients(job.streams(section, layout))
+    job.coefficients(job.streams(section, layout, offsets))
     clock.mark("launch of the coefficients")
     job.add_extras()
     clock.mark("escapes, basis")

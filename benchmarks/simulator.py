@@ -203,7 +203,8 @@ def main() -> int:
     loops = result["compiled_per_second"]
     thresholds = {
         f"cachegen at depth 1, compiled: {CACHEGEN_MIN} per second": loops["cachegen"]["depth 1"] >= CACHEGEN_MIN,
-        f"kvstream at either depth, compiled: {KVSTREAM_MIN} per second": loops["kvstream"]["depth 2"] >= KVSTREAM_MIN,
+        f"kvstream at either depth, compiled: {KVSTREAM_MIN} per second": min(loops["kvstream"].values())
+        >= KVSTREAM_MIN,
         f"kvstream at depth 1, in Python: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 1"] >= KVSTREAM_MIN,
         f"kvstream at depth 2, in Python: {KVSTREAM_MIN} per second": rates["kvstream"]["depth 2"] >= KVSTREAM_MIN,
         f"two processes: {JOBS_MIN} times as fast as one": speedup >= JOBS_MIN,

@@ -46,6 +46,8 @@ from kvstream.policies.measures import bytes_in_flight
 
 PRIOR_WEIGHT = 16.0
 """Chunks whose errors weigh as much as the prior spread."""
+MOST_SPREAD = 10.0
+"""Of a logarithm: a throughput that may be 20,000 times what is estimated."""
 FAIR = 0.7
 """Part of the chance of being in time that the rest at the same level must have."""
 GUESS = 4.0
@@ -103,6 +105,8 @@ class KVStream:
             raise PolicyError(f"kvstream: target={self.target}; give a share between 0 and 1")
         if not self.memory > 0.0:
             raise PolicyError(f"kvstream: memory={self.memory}; give a fraction of the deadline above 0")
+        if not 0.0 < self.spread <= MOST_SPREAD:
+            raise PolicyError(f"kvstream: spread={self.spread}; give a number above 0, at most {MOST_SPREAD:g}")
 
     def choose(self, obs: Observation) -> Choice:
         cases = self._cases(obs)

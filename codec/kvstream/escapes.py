@@ -62,6 +62,7 @@ def beyond(escapes: NDArray[Any]) -> NDArray[np.int64]:
 
 def parse(data: memoryview, kinds: NDArray[np.uint8], header: Header) -> NDArray[Any]:
     """The escapes of a chunk whose columns are of these kinds; dead ones have none. Raises CodecError."""
+    add_up = _add_up()  # compiled with the first chunk, whether it has escapes or not
     if not len(data):
         return np.empty(0, ESCAPES)
     if (number := count(data)) > most(header.elements):
@@ -71,7 +72,7 @@ def parse(data: memoryview, kinds: NDArray[np.uint8], header: Header) -> NDArray
     found["column"] = np.frombuffer(plain, "<u4", number)
     found["token"] = np.frombuffer(plain, "<u2", number, 4 * number)
     found["value"] = np.frombuffer(plain, "<i4", number, 6 * number)
-    if not _add_up()(found, kinds, header.tokens):
+    if not add_up(found, kinds, header.tokens):
         raise CodecError("section 'escs' names places outside the chunk, or one twice; fetch the chunk again")
     return found
 

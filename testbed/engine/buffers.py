@@ -1,9 +1,9 @@
 """Where chunks arrive: a fixed number of slots for encodings, kept from session to session, and room for every text.
 
 A slot is memory of the host, page-locked for a CUDA device, which copies from it while the next bytes come. The event
-loop's thread takes slots, fills and frees them; it never waits, and launches nothing: what it does beside the thread
-that computes holds that one up. How many slots are in use is decided elsewhere: `kvstream.testbed.session.session`
-requests no more encodings than there are slots.
+loop's thread takes slots, fills and frees them; it never waits, and launches nothing: whatever it does takes the
+interpreter lock from the thread that computes. How many are in use is decided elsewhere:
+`kvstream.testbed.session.session` requests no more encodings than there are slots.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class DecodingEngine(ABC):
         incoming.finish(lambda: self._settle(info.start, info.stop))
         when = self._streams.when
         pieces = tuple((when(start), when(end)) for start, end in incoming.runs)
-        return Step(pieces[0][0], pieces[-1][1], pieces=pieces if len(pieces) > 2 else ())
+        return Step(pieces[0][0], pieces[-1][1], pieces=pieces if self._decodes_early else ())
 
     # --- a model's steps
 

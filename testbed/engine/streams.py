@@ -23,6 +23,8 @@ STREAM_NAMES: Final[tuple[StreamName, ...]] = ("decode", "model")
 Mark: TypeAlias = Any
 """A moment of a stream: what `Streams.mark` gives, to be handed back."""
 _ZERO_TRIES: Final = 5
+_PORTABLE: Final = 1
+"""cudaHostRegisterPortable: page-locked for all devices, of which several may decode a chunk's layers."""
 
 
 class Streams:
@@ -104,7 +106,7 @@ class CudaStreams(Streams):
         if self._locked is not None:
             torch.cuda.check_error(runtime.cudaHostUnregister(self._locked.data_ptr()))
         self._locked = super().host_memory(nbytes, shared)
-        torch.cuda.check_error(runtime.cudaHostRegister(self._locked.data_ptr(), len(self._locked), 0))
+        torch.cuda.check_error(runtime.cudaHostRegister(self._locked.data_ptr(), len(self._locked), _PORTABLE))
         return self._locked
 
 

@@ -66,9 +66,9 @@ def learn_decoding(
     a scale of factors.
     """
     ratios = [
-        (chunk.decode_end_s - chunk.decode_start_s) / decode_s[chunk.chunk][chunk.level]
+        chunk.computing_s / decode_s[chunk.chunk][chunk.level]
         for chunk in record.chunks
-        if isinstance(chunk.level, int) and chunk.decode_start_s is not None and chunk.decode_end_s is not None
+        if isinstance(chunk.level, int) and chunk.computing_s is not None
     ]
     ratio = statistics.median(ratios) if ratios else 1.0
     if 1.0 / NEAR <= ratio <= NEAR:

@@ -71,9 +71,8 @@ class Experience:
         """Learn from a session, given what its steps take alone and what its prefill took."""
         decode, recompute = [], []
         for chunk in record.chunks:
-            assert chunk.decode_start_s is not None
-            assert chunk.decode_end_s is not None
-            took_s = chunk.decode_end_s - chunk.decode_start_s
+            took_s = chunk.computing_s
+            assert took_s is not None
             if isinstance(chunk.level, int):
                 decode.append(took_s / alone.decode_s[chunk.chunk][chunk.level])
             elif alone.recompute_s is not None:

@@ -31,6 +31,13 @@ class ChunkRecord:
     """Start and end of each piece's decoding, where pieces are decoded as they arrive; its copy to the device is a part
     of that."""
 
+    @property
+    def computing_s(self) -> float | None:
+        """What decoding or recomputing took; of pieces, without what came between them. None before its end."""
+        if self.decode_start_s is None or self.decode_end_s is None:
+            return None
+        return sum(end - start for start, end in self.pieces_s) or self.decode_end_s - self.decode_start_s
+
 
 @dataclass(frozen=True)
 class SessionRecord:

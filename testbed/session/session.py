@@ -265,7 +265,7 @@ class Session:
         self._uncomputed -= 1
         assert record.level is not None
         self._computed.append(Computed(chunk, record.level, start_s, end_s))
-        self._tables.learn(chunk, record.level, end_s - start_s)
+        self._tables.learn(chunk, record.level, record.computing_s or 0.0)
 
     def on_failed(self, chunk: int, why: str, now_s: float) -> None:
         """A chunk arrived damaged: fetch it again, or give up after MAX_ATTEMPTS. Raises SessionFailed then."""

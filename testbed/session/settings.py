@@ -28,5 +28,7 @@ class SessionSettings:
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
             raise SpecError(f"deadline is {self.deadline_s:g} s; give a time above 0")
+        if self.prior_bps is not None and not self.prior_bps > 0:
+            raise SpecError(f"prior_bps is {self.prior_bps:g}; give bits per second above 0, or None if unknown")
         if self.depth not in (1, 2):
             raise SpecError(f"depth is {self.depth}; give 1 (choose on arrival) or 2 (choose just before)")

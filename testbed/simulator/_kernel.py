@@ -13,9 +13,7 @@ tells it of the others.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -23,10 +21,11 @@ import numpy as np
 from kvstream.policies import estimators
 from kvstream.policies import kvstream as default
 from kvstream.policies.estimators import BURST_S, SAMPLE_BYTES, SAMPLE_S
+from kvstream.testbed.session import arrival_rate, estimates, session
 from kvstream.testbed.session.arrival_rate import RATE_WINDOW_S
 from kvstream.testbed.session.estimates import LARGEST, OVERRUN
 from kvstream.testbed.session.session import LOOKAHEAD_MARGIN_S
-from kvstream.testbed.simulator import _rules
+from kvstream.testbed.simulator import _rules, simulator
 from kvstream.testbed.simulator._rules import (
     KVSTREAM,
     TEXT,
@@ -38,6 +37,7 @@ from kvstream.testbed.simulator._rules import (
     link_samples,
 )
 from kvstream.testbed.simulator.simulator import EPSILON_S
+from kvstream.traces import fluid
 from kvstream.traces.fluid import (
     FRAME_BYTES,
     FRAMES_PER_ANSWER,
@@ -57,9 +57,8 @@ KNOWN, SIZE, FIRST, BURST_UNTIL, BURST_END, BURST_BYTES, HEAD, TAIL = range(8)
 """Fields of the state of `ArrivalRate`; its points are rows HEAD to TAIL of an array."""
 
 
-_SOURCES = hashlib.sha256(
-    b"".join(Path(one.__file__).read_bytes() for one in (_rules, default, estimators))
-).hexdigest()
+BENEATH = (_rules, default, estimators, arrival_rate, estimates, session, simulator, fluid)
+_SOURCES = _rules.sources(*BENEATH)
 
 
 def jit_cached(function):

@@ -16,14 +16,10 @@ cache by `_SOURCES`.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from pathlib import Path
 
 import numpy as np
 
-from kvstream.policies import estimators
-from kvstream.policies import kvstream as default
 from kvstream.policies.estimators import BURST_S
 from kvstream.testbed.session.arrival_rate import RATE_WINDOW_S
 from kvstream.testbed.session.estimates import OVERRUN
@@ -61,11 +57,12 @@ from kvstream.testbed.simulator._rules import (
     link_samples,
 )
 from kvstream.testbed.simulator.simulator import EPSILON_S
+from kvstream.testbed.workloads import request_trace
 from kvstream.testbed.workloads.request_trace import BLOCK_TOKENS
 from kvstream.traces.fluid import MIN_FRAME_BYTES
 
 PYTHON = KVSTREAM + 1
-"""The kind of a rule that is none of `_kernel`'s."""
+"""The kind of a rule that is none of `_rules`'s."""
 FCFS, SHORTEST, ASK = range(3)
 """Orders; ASK is Python's."""
 ALL, FEASIBLE = range(2)
@@ -537,9 +534,7 @@ def backlog_of(state, tables, s, now_s):
     return backlog_s(slots[s], chunks[s], transfers[s], tables[2][s], tables[3][s], now_s)
 
 
-_SOURCES = hashlib.sha256(
-    b"".join(Path(one.__file__).read_bytes() for one in (_kernel, _rules, default, estimators))
-).hexdigest()
+_SOURCES = _rules.sources(_kernel, request_trace, *_kernel.BENEATH)
 
 
 def _loop(sources):

@@ -9,8 +9,10 @@ are (`_kernel`, `_requests_loop`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -32,6 +34,12 @@ SUM_IS_COMPENSATED = sys.version_info >= (3, 12)
 """Since then Python's `sum` of floats is Neumaier's."""
 
 jit = numba.njit(nogil=True)
+
+
+def sources(*modules):
+    """A hash of the files of modules: numba's cache of a loop in one file notices no change in another, of which it
+    holds code or constants."""
+    return hashlib.sha256(b"".join(Path(one.__file__).read_bytes() for one in modules)).hexdigest()
 
 
 # --- sums as Python computes them
@@ -69,7 +77,7 @@ def sum_of(values, first, stop, factor):
 @jit
 def flight_sample(level, received, burst_bytes, burst_end_s, first_s, free_s, now_s):
     """(bits, seconds) of what has come of the oldest chunk in flight, zeros where that is too little; it began to
-    arrive at `first_s`, or will, the one before it ended at `free_s`."""
+    arrive, or will begin, at `first_s`; the one before it ended at `free_s`."""
     begin_s = max(first_s, free_s)
     size = received - burst_bytes
     if level == TEXT or now_s - begin_s < SAMPLE_S - 1e-9 or size < SAMPLE_BYTES:
@@ -246,7 +254,7 @@ def kvstream(ours, samples, tables, spreads, seen, reasons):
     (target, memory, spread, margin_s), (size, _, recompute_s, can_recompute) = ours, tables
     _, deadline_s, low, high, waiting, backlog_s, _, rtt_s, flying, _, prior_bps = seen
     remaining = high - low
-    cases, most = np.empty((len(WEIGHTS), 4)), np.empty(len(WEIGHTS), np.int64)
+    cases, most = np.empty((len(WEIGHTS), 3)), np.empty(len(WEIGHTS), np.int64)
     n_cases = _cases(margin_s, tables, spreads, seen, cases, most)
     cases, most = cases[:n_cases], most[:n_cases]
     rate, rate_spread = _belief(samples, memory * deadline_s, spread, prior_bps)
@@ -295,7 +303,7 @@ def _show(reason, estimate_bps, spread, texts, in_time):
 
 @jit
 def _belief(samples, keep_s, spread, prior_bps):
-    """(median throughput, spread of its logarithm); nan and 0 where nothing is known."""
+    """(median throughput, spread of its logarithm); the prior, or nan, where nothing has been measured."""
     n = len(samples)
     if n == 0:
         return prior_bps, spread
@@ -310,7 +318,7 @@ def _belief(samples, keep_s, spread, prior_bps):
 
 @jit
 def _cases(margin_s, tables, spreads, seen, cases, most):
-    """Fills `cases` [case, (weight, left_s, slower, -)] and `most` [case], the texts that fit; returns how many."""
+    """Fills `cases` [case, (weight, left_s, slower)] and `most` [case], the texts that fit; returns how many."""
     _, decode_s, recompute_s, can_recompute = tables
     now_s, deadline_s, low, high, _, backlog_s, prefill_s, rtt_s, _, concurrent, _ = seen
     decode_by, recompute_by, decode_spread, recompute_spread, prefill_spread = spreads

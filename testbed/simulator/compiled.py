@@ -34,7 +34,7 @@ from kvstream.traces.trace import Trace
 Floats: TypeAlias = NDArray[np.float64]
 
 ESTIMATORS: Final = {"last": 0, "arithmetic": 1, "harmonic": 2, "sliding-min": 3}
-"""Of `throughput`: those that are compiled, by their numbers in the kernel."""
+"""Of `throughput`: those that are compiled, by their numbers in `_rules`."""
 _ENDS: Final = {"loop": 0, "hold": 1, "stop": 2}
 _BUFFERS: Final = {"pace": 0, "slack": 1, "backlog": 2}
 _FIXED, _CACHEGEN, _THROUGHPUT, _BUFFER, _KVSTREAM = range(5)
@@ -60,6 +60,7 @@ class Rule:
     told: bool = False
     """Algorithm 1 knows decoding and prefill."""
     reserve_s: float = 0.0
+    """Of Algorithm 1; `margin_s` of `kvstream`."""
     margin: float = 0.0
     estimator: int = 0
     window: int = 1
@@ -202,7 +203,7 @@ def simulate_many(
 ) -> Sessions:
     """A session on each of `goodputs`, or, with `which` [session], on the one of that number.
 
-    `deadlines_s`, `priors_bps` and `rtts_s` ([session], nan for no prior) take the place of what `settings` say.
+    `deadlines_s`, `priors_bps` and `rtts_s` ([session], nan or 0 for no prior) take the place of what `settings` say.
     `factors` [session, ...] are what steps take over their estimates (`noise.draw`). Without `chunks`, times and
     reasons are not kept. Otherwise as `simulator.simulate`.
     """
@@ -237,7 +238,7 @@ def simulate_many(
             len(context.manifest.wire) if manifest_bytes is None else manifest_bytes,
         ),
         deadlines_s,
-        np.full(n, prior_bps) if priors_bps is None else priors_bps,
+        np.full(n, prior_bps) if priors_bps is None else np.where(priors_bps > 0.0, priors_bps, math.nan),
         (one.decode, one.recompute, one.prefill),
         (found.ttft_s, found.levels, found.times_s, found.reasons),
     )

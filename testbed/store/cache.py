@@ -1,8 +1,8 @@
 """A cache of what a sender serves: manifests and chunks of a store in memory, with their hashes.
 
-It lives on one event loop; everything that may block happens on threads. A chunk is read once, however many ask for it
-at a time. Whether a context was stored again is looked up when its manifest is asked for, never for a chunk: those that
-a session gets belong to the manifest that it got.
+It lives on one event loop; everything that may block happens on threads, but for a look at a local store. A chunk is
+read once, however many ask for it at a time. Whether a context was stored again is looked up when its manifest is asked
+for, never for a chunk: those that a session gets belong to the manifest that it got.
 """
 
 from __future__ import annotations

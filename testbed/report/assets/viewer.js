@@ -190,7 +190,7 @@ function kvViewer(root, look) {
     return node;
   }
 
-  // [lane]: its upper edge. There is a lane for copies if there are any.
+  // [lane]: its upper edge.
   function lanes() {
     const names = ["transfer", "decode", "compute"];
     return Object.fromEntries(names.map((name, i) => [name, 5 + i * (LANE_HEIGHT + LANE_GAP)]));

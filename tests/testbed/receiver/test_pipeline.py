@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from kvstream.codec.kvstream import KVStream
 from kvstream.policies.api import TEXT, Choice, Observation
 from kvstream.testbed.engine import buffers
-from kvstream.testbed.engine.buffers import ChunkBuffers
+from kvstream.testbed.engine.buffers import ChunkBuffers, IncomingChunk
 from kvstream.testbed.engine.model_engine import ModelEngine
 from kvstream.testbed.engine.streams import streams_of
 from kvstream.testbed.errors import SpecError
@@ -25,7 +26,7 @@ from kvstream.testbed.receiver.background_load import GemvLoop, Round, slowdown
 from kvstream.testbed.session.record import SessionFailed
 from tests.testbed import pipeline
 from tests.testbed.made import even
-from tests.testbed.pipeline import LEVEL, Kitchen, Plan
+from tests.testbed.pipeline import CHUNK_TOKENS, CONTEXT, LEVEL, Kitchen, Plan
 
 N_CHUNKS = -(-pipeline.TOKENS // pipeline.CHUNK_TOKENS)
 
@@ -78,6 +79,38 @@ def test_pieces_are_decoded_as_they_come(kitchen: Kitchen, in_pieces: list[int])
         assert chunk.pieces_s[0][0] == chunk.decode_start_s
         assert chunk.pieces_s[-1][1] == chunk.decode_end_s
         assert all(a <= b for a, b in itertools.pairwise(itertools.chain.from_iterable(chunk.pieces_s)))
+
+
+def test_the_next_chunk_is_launched_before_the_end_of_one_is_waited_for(
+    kitchen: Kitchen, in_pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    for name in ("feed", "finish"):
+
+        def noting(incoming: Any, *given: Any, name: str = name, work: Any = getattr(IncomingChunk, name)) -> None:
+            done.append((name, incoming.chunk))
+            work(incoming, *given)
+
+        monkeypatch.setattr(IncomingChunk, name, noting)
+    engine, store, gate = kitchen.engine, kitchen.store, threading.Event()
+    engine.open(store.manifest(CONTEXT), 0)
+    data = [store.get_kv(f"{CONTEXT}/{chunk}", LEVEL) for chunk in (0, 1)]
+    one, two = (engine.take(chunk, LEVEL, len(data[chunk])) for chunk in (0, 1))
+    one.view[:], two.view[:] = data
+    engine.submit(gate.wait)
+    engine.on_bytes(one, len(data[0]))
+    decoding = engine.submit(engine.decode, one)
+    engine.on_bytes(two, 2 * buffers.FIRST_PIECE_BYTES)
+    gate.set()
+    step = decoding.result(60.0)
+    assert done.index(("feed", 1)) < done.index(("finish", 0))
+    engine.on_bytes(two, len(data[1]))
+    later = engine.submit(engine.decode, two).result(60.0)
+    assert len(step.pieces) == 2
+    assert len(later.pieces) == 3
+    one.release(), two.release()
+    whole = torch.cat([kitchen.codec.decode(part) for part in data], dim=2)  # type: ignore[arg-type]
+    torch.testing.assert_close(engine.context.cache.view(0, 2 * CHUNK_TOKENS).cpu(), whole)
 
 
 def test_nothing_is_decoded_early_without_overlap(kitchen: Kitchen, in_pieces: list[int]) -> None:

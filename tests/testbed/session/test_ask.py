@@ -68,7 +68,7 @@ def test_an_endless_loop_is_interrupted() -> None:
     assert ask.choose(Script(1), observation()) == Choice(1)
 
 
-def test_only_strangers_have_a_limit_in_someone_elses_process() -> None:
+def test_only_strangers_have_a_limit_in_a_session() -> None:
     assert ask_in_session(registry.make("highest")) is ASK_DIRECTLY
     assert isinstance(ask_in_session(Loops()), TimedAsk)
 
