@@ -13,7 +13,9 @@ tells it of the others.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -57,8 +59,14 @@ KNOWN, SIZE, FIRST, BURST_UNTIL, BURST_END, BURST_BYTES, HEAD, TAIL = range(8)
 """Fields of the state of `ArrivalRate`; its points are rows HEAD to TAIL of an array."""
 
 
+def sources(*modules):
+    """A hash of the files of modules: numba's cache of a loop in one file notices no change in another, of which it
+    holds code or constants."""
+    return hashlib.sha256(b"".join(Path(one.__file__).read_bytes() for one in modules)).hexdigest()
+
+
 BENEATH = (_rules, default, estimators, arrival_rate, estimates, session, simulator, fluid)
-_SOURCES = _rules.sources(*BENEATH)
+_SOURCES = sources(*BENEATH)
 
 
 def jit_cached(function):

@@ -534,7 +534,7 @@ def backlog_of(state, tables, s, now_s):
     return backlog_s(slots[s], chunks[s], transfers[s], tables[2][s], tables[3][s], now_s)
 
 
-_SOURCES = _rules.sources(_kernel, request_trace, *_kernel.BENEATH)
+_SOURCES = _kernel.sources(_kernel, request_trace, *_kernel.BENEATH)
 
 
 def _loop(sources):

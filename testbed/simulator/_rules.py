@@ -9,10 +9,8 @@ are (`_kernel`, `_requests_loop`).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -34,12 +32,6 @@ SUM_IS_COMPENSATED = sys.version_info >= (3, 12)
 """Since then Python's `sum` of floats is Neumaier's."""
 
 jit = numba.njit(nogil=True)
-
-
-def sources(*modules):
-    """A hash of the files of modules: numba's cache of a loop in one file notices no change in another, of which it
-    holds code or constants."""
-    return hashlib.sha256(b"".join(Path(one.__file__).read_bytes() for one in modules)).hexdigest()
 
 
 # --- sums as Python computes them

@@ -85,13 +85,18 @@ def test_the_next_chunk_is_launched_before_the_end_of_one_is_waited_for(
     kitchen: Kitchen, in_pieces: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[tuple[str, int]] = []
-    for name in ("feed", "finish"):
 
-        def noting(incoming: Any, *given: Any, name: str = name, work: Any = getattr(IncomingChunk, name)) -> None:
+    def note(name: str) -> None:
+        work = getattr(IncomingChunk, name)
+
+        def noting(incoming: Any, *given: Any) -> None:
             done.append((name, incoming.chunk))
             work(incoming, *given)
 
         monkeypatch.setattr(IncomingChunk, name, noting)
+
+    note("feed")
+    note("finish")
     engine, store, gate = kitchen.engine, kitchen.store, threading.Event()
     engine.open(store.manifest(CONTEXT), 0)
     data = [store.get_kv(f"{CONTEXT}/{chunk}", LEVEL) for chunk in (0, 1)]

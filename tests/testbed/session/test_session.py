@@ -332,3 +332,9 @@ def test_a_faulty_progress_answer_keeps_the_chunk(reply: Any) -> None:
 def test_impossible_settings_are_refused(deadline_s: float, depth: int) -> None:
     with pytest.raises(SpecError):
         SessionSettings(deadline_s, depth)
+
+
+@pytest.mark.parametrize("prior_bps", [0.0, -1.0, float("nan")])
+def test_a_prior_of_nothing_is_refused(prior_bps: float) -> None:
+    with pytest.raises(SpecError, match="None if unknown"):
+        SessionSettings(1.0, prior_bps=prior_bps)
