@@ -24,7 +24,7 @@ from kvstream.policies.estimators import BURST_S
 from kvstream.testbed.session.arrival_rate import RATE_WINDOW_S
 from kvstream.testbed.session.estimates import OVERRUN
 from kvstream.testbed.session.session import LOOKAHEAD_MARGIN_S
-from kvstream.testbed.simulator import _kernel, _rules
+from kvstream.testbed.simulator import _kernel
 from kvstream.testbed.simulator._kernel import (
     BURST_BYTES,
     BURST_END,
