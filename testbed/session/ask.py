@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final, Protocol, TypeVar, runtime_checkable
 
 from kvstream.policies.api import TEXT, Choice, Forecast, LevelOrText, Observation, Policy, Progress
@@ -128,13 +129,14 @@ class TimedAsk:
         taken_s: list[float] = []
 
         def work() -> None:
-            own = OwnTime()
-            try:
-                answers.append(function(obs))
-            except BaseException as error:  # raised again below, in the asking thread
-                errors.append(error)
-            finally:
-                taken_s.append(own.seconds)
+            with suppress(SystemExit):  # an interruption that comes when the answer is there already
+                own = OwnTime()
+                try:
+                    answers.append(function(obs))
+                except BaseException as error:  # raised again below, in the asking thread
+                    errors.append(error)
+                finally:
+                    taken_s.append(own.seconds)
 
         thread = threading.Thread(target=work, name="policy", daemon=True)
         thread.start()

@@ -135,15 +135,31 @@ def test_decoding_hides_behind_the_link(run):
     assert all(a < b for a, b in zip(with_overlap, without, strict=True))
 
 
+def computing_over_estimate(folder: Path, cell: dict[str, Any]) -> float:
+    """What a session's chunks took to compute, over what the bound on its distortion reckons with."""
+    (costs,) = json.loads((folder / "manifest.json").read_text())["costs"].values()
+    slower = cell["row"]["slowdown"]
+    took_s = estimated_s = 0.0
+    for chunk in cell["chunks"]:
+        number, level = chunk["chunk"], chunk["level"]
+        took_s += chunk["decode_end_s"] - chunk["decode_start_s"]
+        if level == "text":
+            estimated_s += slower["recompute"] * costs["recompute_s"][number]
+        else:
+            estimated_s += slower["decode"] * costs["decode_s"][number][level]
+    return took_s / estimated_s
+
+
 def test_the_oracle_is_met_by_nobody_and_chooses_better(run):
     folder, _ = run
     found = cells(folder)
     for trace in ("constant,rate=30Mbps", "constant,rate=15Mbps"):
         fixed, oracle = found[trace, "fixed"]["row"], found[trace, "oracle"]["row"]
+        is_bound = computing_over_estimate(folder, found[trace, "oracle"]) >= 1.0
         assert oracle["distortion"] <= fixed["distortion"]
         assert oracle["measured_kl"] <= fixed["measured_kl"]
-        if oracle["met"] and oracle["oracle_distortion"] is not None:
-            # the bound's compute times are estimates: where steps take less, more is possible
+        if oracle["met"] and oracle["oracle_distortion"] is not None and is_bound:
+            # a machine that has become faster since its steps were measured can do more than the bound says
             assert oracle["regret"] >= -0.01 * (fixed["distortion"] - oracle["oracle_distortion"])
 
 
