@@ -403,7 +403,9 @@ class TestKVStream:
         assert levels == sorted(levels)
         assert (levels[0], levels[-1]) == (0, 2)
 
-    @pytest.mark.parametrize("settings", [{"target": 1.0}, {"memory": 0.0}, {"spread": 0.0}, {"spread": math.inf}])
+    @pytest.mark.parametrize(
+        "settings", [{"target": 1.0}, {"target": 0.0}, {"memory": 0.0}, {"spread": 0.0}, {"spread": math.inf}]
+    )
     def test_bad_settings_are_refused(self, settings: dict[str, Any]) -> None:
         with pytest.raises(PolicyError, match="kvstream"):
             registry.make("kvstream", settings)
