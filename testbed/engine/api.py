@@ -28,9 +28,8 @@ class Step:
 class Engine(Protocol):
     """Holds one context's cache and computes in it, one step after the other.
 
-    `decode`, `decode_piece`, `recompute`, `prefill` and `forget` are steps: the driver has the engine's thread run
-    them, with `submit` or, the first two, with `launch`. Everything else is called on the event loop's thread and
-    returns at once.
+    `decode`, `recompute`, `prefill` and `forget` are steps: the driver submits them to the engine's thread. Everything
+    else is called on the event loop's thread and returns at once.
     """
 
     @property
@@ -39,10 +38,6 @@ class Engine(Protocol):
 
     def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run a step on the engine's thread, after everything submitted before."""
-
-    def launch(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """As `submit`; but where a device does the work and the step only launches it, the calling thread runs it, if
-        nothing submitted before is left to do."""
 
     def close(self) -> None:
         """End the thread; steps that have not begun are dropped."""
@@ -63,12 +58,8 @@ class Engine(Protocol):
     def take(self, chunk: int, level: LevelOrText, size: int) -> IncomingChunk:
         """Memory for a chunk that is now requested. Raises SpecError when every slot is taken."""
 
-    def on_bytes(self, incoming: IncomingChunk, received: int) -> bool:
-        """`received` bytes of a chunk are here in all. Whether `decode_piece` can decode some now, while the rest
-        arrives."""
-
-    def decode_piece(self) -> None:
-        """Begin to decode what has come of a chunk that `on_bytes` said this of, unless `decode` has taken it along."""
+    def on_bytes(self, incoming: IncomingChunk, received: int) -> None:
+        """`received` bytes of a chunk are here in all; an engine may decode them while the rest arrives."""
 
     def decode(self, incoming: IncomingChunk) -> Step:
         """Decode (the rest of) a complete chunk into the cache. Raises CodecError if its bytes are not this chunk at

@@ -1,10 +1,9 @@
 """What every engine that decodes does with chunks: slots, and decoding as bytes arrive.
 
 Steps run on one thread beside the network's, so their order is the order of submission, and the event loop is never
-held: torch and numba release the interpreter lock in their kernels. A CUDA device works by itself, and what launches
-its decoding takes a millisecond a chunk, all of it with the interpreter lock: the event loop's own thread does that, as
-two threads would spend half as long again on passing the lock back and forth. A codec that can decodes pieces of a
-chunk as they arrive.
+held: torch and numba release the interpreter lock in their kernels. On a CUDA device that thread launches, copies
+included, and, at a step's end, waits for the device's own mark. A codec that can then decodes pieces of a chunk as they
+arrive.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from kvstream.testbed.engine.buffers import ChunkBuffers, IncomingChunk
 from kvstream.testbed.engine.checks import check_chunk, check_sizes
 from kvstream.testbed.engine.codecs import CodecCache
 from kvstream.testbed.engine.streams import Mark, streams_of
-from kvstream.testbed.engine.threads import ComputeThread, run_now
+from kvstream.testbed.engine.threads import ComputeThread
 from kvstream.testbed.errors import SpecError
 from kvstream.testbed.host.shared_memory import SharedMemory
 from kvstream.testbed.store.manifest import Manifest
@@ -81,11 +80,6 @@ class DecodingEngine(ABC):
     def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self._thread.submit(step, *arguments)
 
-    def launch(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        if self.device.type == "cuda" and self._thread.is_idle:
-            return run_now(step, *arguments)
-        return self.submit(step, *arguments)
-
     def close(self) -> None:
         self._thread.close()
 
@@ -137,13 +131,12 @@ class DecodingEngine(ABC):
     def take(self, chunk: int, level: LevelOrText, size: int) -> IncomingChunk:
         return self._buffers.take(chunk, level, size)
 
-    def on_bytes(self, incoming: IncomingChunk, received: int) -> bool:
-        if not incoming.arrived(received) or not self._decodes_early or incoming.level == TEXT:
-            return False
-        self._waiting.append(incoming)
-        return True
+    def on_bytes(self, incoming: IncomingChunk, received: int) -> None:
+        if incoming.arrived(received) and self._decodes_early and incoming.level != TEXT:
+            self._waiting.append(incoming)
+            self.submit(self._feed_next)
 
-    def decode_piece(self) -> None:
+    def _feed_next(self) -> None:
         if self._waiting:
             self._feed(self._waiting.popleft())
 
@@ -162,7 +155,7 @@ class DecodingEngine(ABC):
         """A step of a session. What has come of the next chunks is launched before this one's end is waited for."""
         self._feed(incoming)
         for _ in range(len(self._waiting)):
-            self.decode_piece()
+            self._feed_next()
         info = self.manifest.chunks[incoming.chunk]
         incoming.finish(lambda: self._settle(info.start, info.stop))
         when = self._streams.when

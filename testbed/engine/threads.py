@@ -18,30 +18,13 @@ class ComputeThread:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         # begun now, so that it does not inherit what the network's thread is later granted by the scheduler
-        self._last: Future[Any] = self._executor.submit(lambda: None)
-        self._last.result()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether all steps are done; only whoever submits them can rely on it."""
-        return self._last.done()
+        self._executor.submit(lambda: None).result()
 
     def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        self._last = self._executor.submit(step, *arguments)
-        return self._last
+        return self._executor.submit(step, *arguments)
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
-
-
-def run_now(step: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """A step that the calling thread runs, as a future that is done."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(step(*arguments))
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 def set_threads(threads: int | None) -> int:

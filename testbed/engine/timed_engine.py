@@ -49,9 +49,6 @@ class TimedEngine:
     def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self.thread.submit(step, *arguments)
 
-    def launch(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        return self.submit(step, *arguments)
-
     def close(self) -> None:
         self.thread.close()
 
@@ -79,12 +76,8 @@ class TimedEngine:
     def take(self, chunk: int, level: LevelOrText, size: int) -> IncomingChunk:
         return self._buffers.take(chunk, level, size)
 
-    def on_bytes(self, incoming: IncomingChunk, received: int) -> bool:
+    def on_bytes(self, incoming: IncomingChunk, received: int) -> None:
         incoming.received = received
-        return False
-
-    def decode_piece(self) -> None:
-        return None
 
     def decode(self, incoming: IncomingChunk) -> Step:
         context = self._opened()

@@ -236,11 +236,11 @@ class _Run:
     def on_answer(self, arrival: Arrival) -> None:
         """A header: the manifest's gives the round trip, a chunk's is its first byte."""
         if isinstance(arrival.get, messages.GetManifest):
-            self._rtt_s = arrival.at_s - self._zero_s
+            self._rtt_s = self._now_s()
         elif self._session is not None:
             if self._on_first_byte is not None:
                 self._on_first_byte(arrival.get.chunk)
-            self._session.on_first_byte(arrival.get.chunk, arrival.at_s - self._zero_s)
+            self._session.on_first_byte(arrival.get.chunk, self._now_s())
 
     def on_waste(self, nbytes: int) -> None:
         if self._session is not None:
@@ -252,17 +252,16 @@ class _Run:
                 self._on_manifest(Manifest.from_bytes(arrival.target))
             return
         assert self._session is not None
-        chunk, at_s = arrival.get.chunk, arrival.at_s - self._zero_s
-        self._session.on_bytes(chunk, arrival.received, at_s)
-        is_piece = self._engine.on_bytes(self._incoming[chunk], arrival.received)
+        chunk, now_s = arrival.get.chunk, self._now_s()
+        self._session.on_bytes(chunk, arrival.received, now_s)
+        self._engine.on_bytes(self._incoming[chunk], arrival.received)
         if arrival.is_complete:
             if arrival.get.level == TEXT:
                 self._text_hashes[chunk] = arrival.sha256
-            self._session.on_last_byte(chunk, at_s)
-        if arrival.is_complete or self._now_s() >= self._polled_s + STEP_S:
-            self._step()  # first: what it requests is on its way while pieces are decoded
-        if is_piece:
-            self._engine.launch(self._engine.decode_piece)
+            self._session.on_last_byte(chunk, now_s)
+        elif now_s < self._polled_s + STEP_S:
+            return
+        self._step()
 
     def _on_manifest(self, manifest: Manifest) -> None:
         if manifest.context != self._request.context:
@@ -353,11 +352,11 @@ class _Run:
                 self._inbound.cancel(chunk)
                 self._release(chunk)
             case Decode(chunk):
-                self._compute(chunk, self._engine.launch(self._engine.decode, self._incoming[chunk]))
+                self._compute(chunk, self._engine.decode, self._incoming[chunk])
             case Recompute(chunk):
-                self._compute(chunk, self._engine.submit(self._recompute, chunk, self._incoming[chunk].view))
+                self._compute(chunk, self._recompute, chunk, self._incoming[chunk].view)
             case Prefill():
-                self._compute(PREFILL, self._engine.submit(self._engine.prefill, self._request.prompt_ids))
+                self._compute(PREFILL, self._engine.prefill, self._request.prompt_ids)
 
     def _release(self, chunk: int) -> None:
         self._incoming.pop(chunk).release()
@@ -368,14 +367,15 @@ class _Run:
             raise CodecError(f"text of chunk {chunk} is damaged (hash)")
         return self._engine.recompute(chunk, data)
 
-    def _compute(self, chunk: int, step: Future[Step]) -> None:
-        """Go on when a step is done; PREFILL is the chunk of the prompt's."""
+    def _compute(self, chunk: int, step: Callable[..., Step], *arguments: Any) -> None:
+        """Submit a step; PREFILL is the chunk of the prompt's."""
+        future = self._engine.submit(step, *arguments)
 
         def done(finished: Future[Step]) -> None:
             with suppress(RuntimeError):  # the loop is closed: nothing waits for the step
                 self._loop.call_soon_threadsafe(self._guarded, self._on_computed, chunk, finished)
 
-        step.add_done_callback(done)
+        future.add_done_callback(done)
 
     def _on_computed(self, chunk: int, finished: Future[Step]) -> None:
         if self._finished.done() or self._session is None:

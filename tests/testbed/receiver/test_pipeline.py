@@ -103,37 +103,19 @@ def test_the_next_chunk_is_launched_before_the_end_of_one_is_waited_for(
     one, two = (engine.take(chunk, LEVEL, len(data[chunk])) for chunk in (0, 1))
     one.view[:], two.view[:] = data
     engine.submit(gate.wait)
-    assert engine.on_bytes(one, len(data[0]))
-    decoding = engine.launch(engine.decode, one)
-    assert engine.on_bytes(two, 2 * buffers.FIRST_PIECE_BYTES)
-    engine.launch(engine.decode_piece)
+    engine.on_bytes(one, len(data[0]))
+    decoding = engine.submit(engine.decode, one)
+    engine.on_bytes(two, 2 * buffers.FIRST_PIECE_BYTES)
     gate.set()
     step = decoding.result(60.0)
     assert done.index(("feed", 1)) < done.index(("finish", 0))
-    assert engine.on_bytes(two, len(data[1]))
-    engine.submit(engine.decode_piece)
+    engine.on_bytes(two, len(data[1]))
     later = engine.submit(engine.decode, two).result(60.0)
     assert len(step.pieces) == 2
     assert len(later.pieces) == 3
     one.release(), two.release()
     whole = torch.cat([kitchen.codec.decode(part) for part in data], dim=2)  # type: ignore[arg-type]
     torch.testing.assert_close(engine.context.cache.view(0, 2 * CHUNK_TOKENS).cpu(), whole)
-
-
-def test_what_only_launches_runs_at_once_unless_a_step_is_before_it(
-    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, gate = kitchen.engine, threading.Event()
-    assert engine.launch(threading.get_ident).result(60.0) != threading.get_ident()  # a CPU's kernels are the work
-    monkeypatch.setattr(engine, "device", torch.device("cuda"))
-    assert engine.launch(threading.get_ident).result(0.0) == threading.get_ident()
-    with pytest.raises(ZeroDivisionError):
-        engine.launch(lambda: 1 // 0).result(0.0)
-    engine.submit(gate.wait)
-    later = engine.launch(threading.get_ident)
-    assert not later.done()
-    gate.set()
-    assert later.result(60.0) != threading.get_ident()
 
 
 def test_nothing_is_decoded_early_without_overlap(kitchen: Kitchen, in_pieces: list[int]) -> None:
