@@ -46,6 +46,8 @@ _HEADER = struct.Struct("<4sBBBB16s32sQIIIII")
 _SECTION = struct.Struct("<4sIQ")
 """tag, CRC-32 of the content, length in bytes."""
 _CRC = struct.Struct("<I")
+_WORTH_HANDING = 1 << 21
+"""Bytes whose checksums take longer than it takes to hand them to another thread."""
 _NO_PROFILE = bytes(32)
 
 
@@ -135,6 +137,8 @@ class Arrival:
         self._expected = total_bytes
         self._apart = apart
         self._checked: Future[None] | None = None
+        self._handed = 0
+        """Bytes that are in the checksums, or will be, where they are computed apart."""
         self.header: Header | None = None
         self.received = 0
         self._views: list[memoryview] = []
@@ -173,8 +177,10 @@ class Arrival:
             raise CodecError(f"{self.received - self._total} bytes follow the end of the chunk; fetch the chunk again")
         if self._apart is None:
             self._check(before, view)
-        else:
-            self._checked = self._apart.submit(self._check, before, view)
+        elif self.received - self._handed >= _WORTH_HANDING or self.received == self._total:
+            fresh = self.part(self._handed, self.received - self._handed)
+            self._checked = self._apart.submit(self._check, self._handed, fresh)
+            self._handed = self.received
 
     def _check(self, before: int, view: memoryview) -> None:
         """Take these bytes, which follow `before` others, into the checksums."""

@@ -235,8 +235,8 @@ class StreamingDecoder(Decoder):
         for share in self._shares:
             with share.current():
                 share.begin(header)
-                # Whole words, and one of zeros behind them: kernels read ahead.
-                share.coef = torch.zeros(self._size // 4 * 4 + 8, dtype=torch.uint8, device=share.model.device)
+                # Whole words, and one behind them: kernels read ahead, and use nothing of what they find there.
+                share.coef = torch.empty(self._size // 4 * 4 + 8, dtype=torch.uint8, device=share.model.device)
         self._state = State.REST
 
     def _read_rest(self, header: Header) -> None:

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from kvstream.codec.api import Codec, Decoder
     from kvstream.codec.targets import KVTarget
 
-CUDA_SLOTS: Final = 4
-"""Encodings that a CUDA device's receiver holds at most: two in flight, one being decoded, one to spare. With all of
-them taken, none is requested: a decoder that is slower than the link slows the link down instead of taking ever more
-memory."""
-
-
+LEAST_SLOTS: Final = 4
+"""Encodings that a receiver can hold, whatever their size: two in flight, one being decoded, one to spare. With all of
+its slots taken, none is requested: a decoder that is slower than the link slows the link down instead of taking ever
+more memory."""
+CUDA_SLOTS: Final = 8
+"""A CUDA device's receiver has no more: its slots are page-locked, and such memory is the whole machine's loss."""
 HOST_BYTES: Final = 1 << 28
-"""On a CPU slots may take this much together, so that a context of any length has bounded memory; ordinary contexts fit
-whole, and their links never wait for the decoder."""
+"""Slots may take this much together, so that a context of any length has bounded memory; on a CPU ordinary contexts
+fit whole, and their links never wait for the decoder."""
 
 
 class DecodingEngine(ABC):
@@ -54,12 +54,12 @@ class DecodingEngine(ABC):
         codecs: CodecCache | None = None,
         shared: SharedMemory | None = None,
     ) -> None:
-        """`max_slots` bounds the encodings held at a time; by default CUDA_SLOTS on a CUDA device, on a CPU as many as
-        HOST_BYTES hold. With the `codecs` of others it needs no profile that they have. `shared` memory is where chunks
+        """`max_slots` bounds the encodings held at a time; by default they are as many as HOST_BYTES hold, on a CUDA
+        device CUDA_SLOTS at most. With the `codecs` of others it needs no profile that they have. `shared` memory is where chunks
         arrive, if another process receives them."""
         self.device = device
         self.slots = 0
-        self._max_slots = CUDA_SLOTS if max_slots is None and device.type == "cuda" else max_slots
+        self._max_slots = max_slots
         self._streams = streams_of(device)
         self._buffers = ChunkBuffers(self._streams, shared)
         self._codecs = CodecCache() if codecs is None else codecs
@@ -117,7 +117,8 @@ class DecodingEngine(ABC):
         """Get ready for a context's chunks."""
         self._open = manifest, codec
         n = len(manifest.chunks)
-        self.slots = min(self._max_slots or slots_within(HOST_BYTES, manifest), n) if overlap else n
+        most = CUDA_SLOTS if self.device.type == "cuda" else n
+        self.slots = min(self._max_slots or min(slots_within(HOST_BYTES, manifest), most), n) if overlap else n
         self._decodes_early = overlap and self.decodes_pieces
         self._buffers.open(manifest, self.slots)
 
@@ -179,5 +180,5 @@ class DecodingEngine(ABC):
 
 
 def slots_within(nbytes: int, manifest: Manifest) -> int:
-    """How many of a context's largest encoding fit; at least as many as a CUDA device's receiver has."""
-    return max(CUDA_SLOTS, nbytes // max(max(chunk.sizes_bytes) for chunk in manifest.chunks))
+    """How many of a context's largest encoding fit, LEAST_SLOTS at least."""
+    return max(LEAST_SLOTS, nbytes // max(max(chunk.sizes_bytes) for chunk in manifest.chunks))

@@ -14,7 +14,7 @@ import time
 from typing import Final
 
 FRAME_S: Final = 0.0005
-LARGEST_BYTES: Final = 1 << 20
+LARGEST_BYTES: Final = 1 << 21
 _BYTES_ACKED: Final = struct.Struct("@120xQ")
 """Of Linux's `struct tcp_info` the field `tcpi_bytes_acked`."""
 

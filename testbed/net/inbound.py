@@ -58,6 +58,8 @@ class Arrival:
     sha256: str = ""
     is_open: bool = False
     is_cancelled: bool = False
+    at_s: float = 0.0
+    """CLOCK_MONOTONIC at which the last of what has arrived was read."""
 
     @property
     def is_complete(self) -> bool:
@@ -271,7 +273,7 @@ class Inbound:
             )
         elif arrival.received and arrival.sha256 != answer.sha256:
             raise SpecError(f"chunk {arrival.get.chunk} changed during the transfer")
-        arrival.is_open = True
+        arrival.is_open, arrival.at_s = True, time.monotonic()
         arrival.sha256 = answer.sha256
         if not arrival.is_cancelled:
             self._listener.on_answer(arrival)
@@ -289,6 +291,7 @@ class Inbound:
     def on_received(self, nbytes: int) -> None:
         arrival = self._outstanding[0]
         arrival.received += nbytes
+        arrival.at_s = time.monotonic()
         self.bytes += nbytes
         if arrival.is_complete:
             is_manifest = isinstance(arrival.get, messages.GetManifest)

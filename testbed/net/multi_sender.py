@@ -8,6 +8,7 @@ sender.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -90,6 +91,7 @@ class MultiInbound:
     def _catch_up(self) -> None:
         """Pass on the early arrivals whose turn has come."""
         while self._turns and (arrival := self._early.pop(self._turns[0], None)) is not None:
+            arrival.at_s = time.monotonic()  # for a session it has begun with its turn
             if arrival.is_open:
                 self._listener.on_answer(arrival)
             if arrival.is_complete:

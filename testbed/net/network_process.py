@@ -163,15 +163,15 @@ class RemoteInbound:
 
     def _on_message(self, what: str, *rest: Any) -> None:
         match what, rest:
-            case "answer", (number, sha256):
+            case "answer", (number, at_s, sha256):
                 arrival = self._arrivals[number]
-                arrival.is_open, arrival.sha256 = True, sha256
+                arrival.is_open, arrival.at_s, arrival.sha256 = True, at_s, sha256
                 if not arrival.is_cancelled:
                     self._listener.on_answer(arrival)
-            case "bytes", (number, received):
-                self._on_bytes(self._arrivals[number], received)
-            case "last", (number, received, data):
-                self._on_last(self._arrivals.pop(number), received, data)
+            case "bytes", (number, at_s, received):
+                self._on_bytes(self._arrivals[number], at_s, received)
+            case "last", (number, at_s, received, data):
+                self._on_last(self._arrivals.pop(number), at_s, received, data)
             case "waste", (nbytes,):
                 self._listener.on_waste(nbytes)
             case "warm", (None,):
@@ -183,17 +183,17 @@ class RemoteInbound:
             case "closed", (totals,):
                 self._closed.set_result(totals)
 
-    def _on_last(self, arrival: Arrival, received: int, data: bytes | None) -> None:
+    def _on_last(self, arrival: Arrival, at_s: float, received: int, data: bytes | None) -> None:
         """All is there; `data`, where it did not arrive in the shared memory."""
         if data is not None and not arrival.is_cancelled:
             if isinstance(arrival.get, messages.GetManifest):
                 arrival.target = memoryview(data)
             else:
                 arrival.target[:] = data
-        self._on_bytes(arrival, received)
+        self._on_bytes(arrival, at_s, received)
 
-    def _on_bytes(self, arrival: Arrival, received: int) -> None:
-        fresh, arrival.received = received - arrival.received, received
+    def _on_bytes(self, arrival: Arrival, at_s: float, received: int) -> None:
+        fresh, arrival.received, arrival.at_s = received - arrival.received, received, at_s
         if arrival.is_cancelled:  # they came before the process knew
             self._listener.on_waste(fresh)
         else:

@@ -7,9 +7,9 @@ It takes messages, tuples, from the connection whose file descriptor it is given
     "manifest", number
     "chunk", number, chunk, level, place, size, memory_bytes
                                             place: where in the shared memory, None for memory of this process
-    "run"                                   "answer", number, sha256           a header has arrived
-                                            "bytes", number, received          every NEWS_S at most, and the first
-                                            "last", number, received, data     data: of memory of this process
+    "run"                                   "answer", number, at_s, sha256       a header has arrived
+                                            "bytes", number, at_s, received      every NEWS_S at most, and the first
+                                            "last", number, at_s, received, data data: of memory of this process
                                             "waste", nbytes
                                             "failed", exception
     "cancel", chunk
@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import time
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -113,7 +112,7 @@ class Receiving:
         """Say what has arrived of a chunk since the last news."""
         for arrival, number in self._numbers.items():
             if isinstance(arrival.get, messages.GetChunk) and arrival.get.chunk == chunk and not arrival.is_cancelled:
-                self._send("bytes", number, arrival.received)
+                self._send("bytes", number, arrival.at_s, arrival.received)
 
     async def _warm_up(self, inbound: AnyInbound, padding_bytes: int, until_s: float | None) -> None:
         try:
@@ -144,19 +143,19 @@ class Receiving:
     # --- a `Listener`
 
     def on_answer(self, arrival: Arrival) -> None:
-        self._send("answer", self._numbers[arrival], arrival.sha256)
+        self._send("answer", self._numbers[arrival], arrival.at_s, arrival.sha256)
 
     def on_bytes(self, arrival: Arrival) -> None:
-        now_s = time.monotonic()
+        now_s = arrival.at_s
         begins = arrival is not self._begun and arrival.received >= FIRST_BYTES
         if begins:
             self._begun = arrival
         if arrival.is_complete:
             level: LevelOrText = TEXT if isinstance(arrival.get, messages.GetManifest) else arrival.get.level
             data = bytes(arrival.target) if level == TEXT else None
-            self._send("last", self._numbers.pop(arrival), arrival.received, data)
+            self._send("last", self._numbers.pop(arrival), arrival.at_s, arrival.received, data)
         elif begins or now_s >= self._told_s + NEWS_S:
-            self._send("bytes", self._numbers[arrival], arrival.received)
+            self._send("bytes", self._numbers[arrival], arrival.at_s, arrival.received)
         else:
             return
         self._told_s = now_s

@@ -161,6 +161,8 @@ class Stream:
             stop = min(offset + step, total)
             await self._send(_ZEROS[: stop - offset] if data is None else data[offset:stop])
             offset = stop
+            # A fast connection takes frame after frame at once: requests and other streams have their turns between.
+            await asyncio.sleep(0)
         if offset < total:
             await self._send(messages.pack_answer(messages.Cancelled(req)))
 
