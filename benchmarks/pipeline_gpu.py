@@ -248,8 +248,11 @@ class Bench:
     def row(
         self, name: str, codec: str, policy: str, rate: float, sessions: int, *, keep: bool = False, **settings: Any
     ) -> dict[str, Any]:
-        """Sessions of one kind after one that is thrown away; medians, and every session's own numbers."""
-        done = [self.session(codec, policy, rate, keep=keep, **settings) for _ in range(sessions + 1)][1:]
+        """Sessions of one kind; medians, and every session's own numbers. One before them is thrown away, but for its
+        goodput: that is the prior of the others, as of a receiver that has fetched over its path before."""
+        first = self.session(codec, policy, rate, keep=False, **settings)
+        given = settings | ({"prior_bps": first["goodput_bps"]} if "goodput_bps" in first else {})
+        done = [self.session(codec, policy, rate, keep=keep, **given) for _ in range(sessions)]
         found: dict[str, Any] = {"name": name, "codec": codec, "policy": policy, "rate_bps": rate, **settings}
         good = [session for session in done if "failed" not in session]
         for key in good[0] if good else ():

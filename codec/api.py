@@ -70,6 +70,12 @@ class Decoder(ABC):
         cannot be a chunk.
         """
 
+    @property
+    def only_waits(self) -> bool:
+        """Whether all work is queued on a device, and `finish` only waits for it and checks. What is queued meanwhile
+        is not waited for."""
+        return False
+
     @abstractmethod
     def finish(self) -> KVTarget:
         """After the last byte: the target, complete once the work queued on the current stream is done. Raises

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -340,10 +341,16 @@ def _head_bytes(view: memoryview) -> int:
     return int(_HEADER.size + min(_HEADER.unpack_from(view)[-1], MAX_SECTIONS) * _SECTION.size + _CRC.size)
 
 
-def _parse_head(view: memoryview) -> tuple[Header, list[tuple[str, int, int]], int]:
+def _parse_head(view: memoryview) -> tuple[Header, tuple[tuple[str, int, int], ...], int]:
     """Header, section table and the offset at which the sections begin."""
     if len(view) < _HEADER.size + _CRC.size:
         raise CodecError(f"chunk is truncated: {len(view)} bytes are fewer than a header; fetch the chunk again")
+    return _parse_head_alone(bytes(view[: _head_bytes(view)]))
+
+
+@lru_cache(maxsize=64)
+def _parse_head_alone(view: bytes) -> tuple[Header, tuple[tuple[str, int, int], ...], int]:
+    """`_parse_head` of its own bytes: a receiver looks at them before it hands a chunk to a decoder, which looks again."""
     (magic, version, level, dtype, flags, codec_id, profile, start, layers, tokens, heads, head_dim, n_sections) = (
         _HEADER.unpack_from(view)
     )
@@ -360,9 +367,9 @@ def _parse_head(view: memoryview) -> tuple[Header, list[tuple[str, int, int]], i
         raise CodecError("chunk header is damaged (checksum); fetch the chunk again")
     if flags != 0 or dtype >= len(DTYPES):
         raise CodecError(f"chunk header has dtype {dtype} and flags {flags}, unknown to this release; encode again")
-    table = [
+    table = tuple(
         (_ascii(tag, "section tag"), crc, length) for tag, crc, length in _SECTION.iter_unpack(view[_HEADER.size : end])
-    ]
+    )
     if len({tag for tag, _, _ in table}) != len(table):
         raise CodecError("chunk header names a section twice; encode again")
     header = Header(

@@ -120,6 +120,7 @@ def _launch_all(begun: list[Share], header: Header, rest: Rest, coef: memoryview
                 job.coefficients(job.streams(share.coef, layout, offsets))
             job.add_extras()
             job.values(0, tokens)
+            job.end()
 
 
 def _check_streams(rest: Rest, nbytes: int) -> None:
@@ -201,6 +202,10 @@ class StreamingDecoder(Decoder):
                 self._begin_streams(layout, shared.stream_offsets(layout))
             if self._state is State.SEGMENTS:
                 self._launch(header)
+
+    @property
+    def only_waits(self) -> bool:
+        return all(share.job is not None and share.job.only_waits for share in self._shares)
 
     def finish(self) -> KVTarget:
         self._raise_again()
@@ -318,4 +323,6 @@ class StreamingDecoder(Decoder):
         if tokens > self.tokens_done:
             for job in self._jobs():
                 job.values(self.tokens_done, tokens)
+                if tokens == header.tokens:
+                    job.end()
             self.tokens_done = tokens

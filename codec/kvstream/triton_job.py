@@ -15,6 +15,7 @@ A head's dimensions are kept as two halves, the first and the second of each rot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,6 +164,7 @@ class Job:
         self._rotations = model.rotations(positions)
         self._apart: tuple[Tensor, Tensor] | None = None
         self._values: Tensor | None = None
+        self._flags: Callable[[], list[NDArray[np.int32]]] | None = None
         placement = target.placement
         if placement is None:
             # A target that only takes finished values: they are made beside it.
@@ -259,14 +261,24 @@ class Job:
             num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS,
         )  # fmt: skip
 
-    def finish(self) -> None:
-        """Write the tokens coded apart, wait for the device, and give a target that only takes finished values what it
-        is due. Raises CodecError."""
+    @property
+    def only_waits(self) -> bool:
+        """Whether `end` was called, and nothing is left to launch."""
+        return self._flags is not None and self._values is None
+
+    def end(self) -> None:
+        """After all values: write the tokens coded apart, and ask what was damaged."""
         self._write_apart()
-        numbers = self._part("flags", FLAGS).tolist()  # waits
+        self._flags = shared.fetch(self._part("flags", FLAGS))
+
+    def finish(self) -> None:
+        """Wait for the device until `end`, and give a target that only takes finished values what it is due. Raises
+        CodecError."""
+        assert self._flags is not None
+        (numbers,) = self._flags()
         for number, columns in ((numbers[0], self._places.live), (numbers[LOW_FLAG], self._places.low)):
             if number:
-                shared.raise_damaged(number, columns)
+                shared.raise_damaged(int(number), columns)
         if self._values is not None:
             for layer in range(len(self.layers)):
                 for side in (0, 1):

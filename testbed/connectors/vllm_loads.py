@@ -96,6 +96,8 @@ class _Task:
 class BlocksEngine(CacheEngine):
     """An `Engine` whose cache is a rank's share of a request's blocks."""
 
+    _settles = True
+
     def __init__(self, task: _Task, blocks: Blocks, share: Share) -> None:
         load = task.load
         super().__init__(load.manifest, _Place(load.manifest, blocks))

@@ -97,15 +97,20 @@ class IncomingChunk:
         self.fed = stop
         self.runs.append((begin, self.streams.mark("decode")))
 
-    def finish(self, settle: Callable[[], None]) -> None:
+    def finish(self, settle: Callable[[], None] | None = None) -> None:
         """Complete the decoding, then `settle`; returns when both are done. Raises what `feed` has kept."""
         if self.error is not None:
             raise self.error
         assert self.decoder is not None
+        if settle is None and self.decoder.only_waits:
+            self.decoder.finish()
+            self.streams.reach(self.runs[-1][1])
+            return
         begin = self.streams.mark("decode")
         with self.streams.on("decode"):
             self.decoder.finish()
-            settle()
+            if settle is not None:
+                settle()
         end = self.streams.mark("decode")
         self.runs.append((begin, end))
         self.streams.reach(end)

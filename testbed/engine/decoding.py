@@ -55,8 +55,8 @@ class DecodingEngine(ABC):
         shared: SharedMemory | None = None,
     ) -> None:
         """`max_slots` bounds the encodings held at a time; by default they are as many as HOST_BYTES hold, on a CUDA
-        device CUDA_SLOTS at most. With the `codecs` of others it needs no profile that they have. `shared` memory is where chunks
-        arrive, if another process receives them."""
+        device CUDA_SLOTS at most. With the `codecs` of others it needs no profile that they have. `shared` memory is
+        where chunks arrive, if another process receives them."""
         self.device = device
         self.slots = 0
         self._max_slots = max_slots
@@ -72,6 +72,9 @@ class DecodingEngine(ABC):
     @abstractmethod
     def _target(self, start: int, stop: int) -> KVTarget:
         """Where tokens [start, stop) of the open context are decoded to."""
+
+    _settles = False
+    """Whether `_settle` has anything to do."""
 
     def _settle(self, start: int, stop: int) -> None:
         """Tokens [start, stop) are decoded; an engine that keeps them elsewhere moves them now."""
@@ -153,12 +156,12 @@ class DecodingEngine(ABC):
         incoming.feed(open_decoder)
 
     def decode(self, incoming: IncomingChunk) -> Step:
-        """A step of a session. What has come of the next chunks is launched before this one's end is waited for."""
+        """A step of a session. What has come of the next chunk is launched before this one's end is waited for: one
+        piece, or a chunk would never be finished while others come."""
         self._feed(incoming)
-        for _ in range(len(self._waiting)):
-            self._feed_next()
+        self._feed_next()
         info = self.manifest.chunks[incoming.chunk]
-        incoming.finish(lambda: self._settle(info.start, info.stop))
+        incoming.finish((lambda: self._settle(info.start, info.stop)) if self._settles else None)
         when = self._streams.when
         pieces = tuple((when(start), when(end)) for start, end in incoming.runs)
         return Step(pieces[0][0], pieces[-1][1], pieces=pieces if self._decodes_early else ())

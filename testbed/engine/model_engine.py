@@ -47,6 +47,7 @@ class ModelEngine(DecodingEngine):
         super().__init__(model.device, max_slots=max_slots, shared=shared)
         self.model = model
         self._memory = KVMemory(model, pages_on)
+        self._settles = len(pages_on) > 0
         self._graphs = PrefillGraphs()
 
     # --- before a session

@@ -37,8 +37,8 @@ from kvstream.testbed.net.inbound import Arrival, Limits
 from kvstream.testbed.net.multi_sender import AnyInbound, inbound_from
 from kvstream.testbed.session.record import SessionFailed
 
-NEWS_S: Final = 0.001
-"""A session is not asked more often what it does next, and news cost the parent's threads some 0.1 ms."""
+NEWS_S: Final = 0.002
+"""News cost the parent's threads some 0.1 ms, and what a session does next hangs on how a chunk begins and ends."""
 FIRST_BYTES: Final = 1 << 19
 """So much of a chunk is news at once: with its first piece, decoding begins
 (`kvstream.testbed.engine.buffers.FIRST_PIECE_BYTES`)."""
