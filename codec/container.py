@@ -350,7 +350,7 @@ def _parse_head(view: memoryview) -> tuple[Header, tuple[tuple[str, int, int], .
 
 @lru_cache(maxsize=64)
 def _parse_head_alone(view: bytes) -> tuple[Header, tuple[tuple[str, int, int], ...], int]:
-    """`_parse_head` of its own bytes: a receiver looks at them before it hands a chunk to a decoder, which looks again."""
+    """`_parse_head` of its own bytes: a receiver looks at them before its decoder does."""
     (magic, version, level, dtype, flags, codec_id, profile, start, layers, tokens, heads, head_dim, n_sections) = (
         _HEADER.unpack_from(view)
     )
