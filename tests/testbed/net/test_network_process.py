@@ -22,11 +22,13 @@ from kvstream.testbed.engine.model import Model
 from kvstream.testbed.engine.model_engine import ModelEngine
 from kvstream.testbed.errors import MachineError
 from kvstream.testbed.net import network_process
+from kvstream.testbed.net.client import Client
 from kvstream.testbed.net.inbound import Limits
 from kvstream.testbed.net.network_process import NetworkProcess
+from kvstream.testbed.receiver.driver import Fetched
 from kvstream.testbed.session.record import SessionFailed
 from tests.testbed.conftest import Stored
-from tests.testbed.receiver.test_driver import Plan, Receiver, cache_of, linked, run, session
+from tests.testbed.receiver.test_driver import Plan, Receiver, cache_of, linked, run, sender_process, session
 
 PARENT = """
 from kvstream.testbed.net.network_process import NetworkProcess
@@ -108,6 +110,25 @@ def test_a_message_that_cannot_be_obeyed_ends_the_process_and_nobody_waits(store
     run(stored, engine, Plan())
     assert torch.equal(cache_of(engine, stored), stored.exact)
     assert network.pid != first
+
+
+def test_news_say_when_bytes_came_however_late_they_are_heard(stored: Stored, engine: Receiver) -> None:
+    held_up_s = 1.0
+
+    def on_first_byte(chunk: int) -> None:
+        if chunk == 0:
+            time.sleep(held_up_s)  # the event loop hears nothing
+
+    async def scenario(port: int) -> Fetched:
+        async with Client(f"http://127.0.0.1:{port}") as client:
+            return await session(client, stored, engine, Plan(), on_first_byte=on_first_byte)
+
+    with sender_process(stored) as (_, port):
+        first, second, *_ = asyncio.run(scenario(port)).record.chunks
+    assert first.last_byte_s is not None
+    assert first.last_byte_s < held_up_s
+    assert second.request_s is not None
+    assert second.request_s > held_up_s
 
 
 def test_encodings_must_arrive_in_the_shared_memory(stored: Stored, tiny_model: Model) -> None:
