@@ -314,7 +314,6 @@ def numbers(
     chunks = record["chunks"]
     last_byte_s = max(chunk["last_byte_s"] for chunk in chunks)
     first_byte_s = min(chunk["first_byte_s"] for chunk in chunks)
-    ready_s = max(chunk["decode_end_s"] for chunk in chunks)
     decoded = [chunk for chunk in chunks if chunk["level"] != "text"]
     pieces = [
         span for chunk in decoded for span in chunk["pieces_s"] or [(chunk["decode_start_s"], chunk["decode_end_s"])]
@@ -331,7 +330,7 @@ def numbers(
         "goodput_bps": record["bytes"] * 8 / (last_byte_s - first_byte_s),
         "rtt_s": answer["rtt_s"],
         "last_byte_s": last_byte_s,
-        "after_last_byte_s": ready_s - last_byte_s,
+        "after_last_byte_s": answer["prefill_start_s"] - last_byte_s,
         "prefill_s": record["ttft_s"] - answer["prefill_start_s"],
         "decode_lane_s": sum(end - start for start, end in pieces),
         "hidden": 1.0 - late_s / busy_s if busy_s else 1.0,

@@ -63,6 +63,11 @@ class IncomingChunk:
     def is_complete(self) -> bool:
         return self.received == len(self.view)
 
+    @property
+    def has_piece(self) -> bool:
+        """Whether bytes are here that are worth decoding, and were not decoded yet."""
+        return self.announced > self.fed and not self.is_released and self.error is None
+
     def arrived(self, received: int) -> bool:
         """`received` bytes are here in all. Returns whether that is a piece to decode."""
         self.received = received

@@ -67,6 +67,8 @@ class DecodingEngine(ABC):
         self._decodes_early = False
         self._waiting: deque[IncomingChunk] = deque()
         """Pieces of these have come, and are not launched yet."""
+        self._steps: deque[None] = deque()
+        """One for each step that is submitted and has not begun."""
         self._thread = ComputeThread()
 
     @abstractmethod
@@ -81,7 +83,12 @@ class DecodingEngine(ABC):
         return None
 
     def submit(self, step: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        return self._thread.submit(step, *arguments)
+        self._steps.append(None)
+        return self._thread.submit(self._begin, step, *arguments)
+
+    def _begin(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        self._steps.popleft()
+        return step(*arguments)
 
     def close(self) -> None:
         self._thread.close()
@@ -138,11 +145,18 @@ class DecodingEngine(ABC):
     def on_bytes(self, incoming: IncomingChunk, received: int) -> None:
         if incoming.arrived(received) and self._decodes_early and incoming.level != TEXT:
             self._waiting.append(incoming)
-            self.submit(self._feed_next)
+            self._thread.submit(self._feed_next)
 
     def _feed_next(self) -> None:
-        if self._waiting:
-            self._feed(self._waiting.popleft())
+        """Launch one piece, but not before a step: the session waits for that, and then has the next one."""
+        if self._steps:
+            self._thread.submit(self._feed_next)
+            return
+        while self._waiting:
+            incoming = self._waiting.popleft()
+            if incoming.has_piece:
+                self._feed(incoming)
+                return
 
     def _feed(self, incoming: IncomingChunk) -> None:
         manifest, codec = self._opened()

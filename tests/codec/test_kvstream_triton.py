@@ -271,11 +271,11 @@ def test_decodes_as_bytes_arrive(piece: int, level: int) -> None:
     wanted = codec.decode(data, torch.empty(kv.shape))
     out = torch.full(kv.shape, torch.nan, device=DEVICE)
     decoder = streaming_decoder(codec, out)
+    assert not decoder.only_waits
     begun, done = [], []
     for first in range(0, len(data), piece):
         part = memoryview(data)[first : first + piece]
         held = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(DEVICE) if first % 2 else None
-        assert not decoder.only_waits
         decoder.feed(part, held)
         begun.append(decoder.segments_begun)
         done.append(decoder.tokens_done)
