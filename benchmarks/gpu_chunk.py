@@ -40,7 +40,6 @@ THETA = 1e4
 START = 4096
 PAGE_TOKENS = 16
 FITTED_LAYERS, FITTED_TOKENS = 2, 3_000
-SEGMENT_TOKENS = Parameters.segment_tokens
 TUNED_LEVELS = (1, 2)
 STREAM_SHAPES = ((True, 128, 4), (False, 128, 4), (True, 64, 2), (True, 32, 1), (True, 64, 1))
 """Words read far ahead, streams and warps of a program."""
@@ -145,7 +144,7 @@ def launches(codec: KVStream, data: bytes, target: Any) -> dict[str, Callable[[]
     job.begin(rest)
     job.add_extras()
     coef, tokens = chunk.section("coef"), chunk.header.tokens
-    streams = shared.upload(coef, len(rest.alive), tokens, 2, target.device, SEGMENT_TOKENS)
+    streams = shared.upload(coef, len(rest.alive), tokens, 2, target.device, Parameters.segment_tokens)
     job.coefficients(streams)  # with the low bits, once
     return {"coefficients": lambda: job.coefficients(streams), "values": lambda: job.values(0, tokens)}
 
@@ -208,7 +207,7 @@ def decode_by_stages(codec: KVStream, data: bytes, out: Tensor, clock: Clock) ->
     chunk.verify(*(tag for tag in chunk.sections if tag != "coef"))
     rest = Rest.of(codec.parameters, header, chunk.section)
     clock.mark("the rest parsed")
-    layout = sections.layout(coef, len(rest.alive), header.tokens, 2, SEGMENT_TOKENS)
+    layout = sections.layout(coef, len(rest.alive), header.tokens, 2, Parameters.segment_tokens)
     offsets = shared.stream_offsets(layout)
     clock.mark("lengths unpacked")
     job = share.begin(header)
@@ -221,6 +220,8 @@ def decode_by_stages(codec: KVStream, data: bytes, out: Tensor, clock: Clock) ->
     clock.mark("escapes, basis")
     job.values(0, header.tokens)
     clock.mark("launch of the values")
+    job.end()
+    clock.mark("what was damaged, asked for")
     chunk.verify("coef")
     clock.mark("checksum of the coefficients")
     job.finish()

@@ -345,12 +345,12 @@ def _parse_head(view: memoryview) -> tuple[Header, tuple[tuple[str, int, int], .
     """Header, section table and the offset at which the sections begin."""
     if len(view) < _HEADER.size + _CRC.size:
         raise CodecError(f"chunk is truncated: {len(view)} bytes are fewer than a header; fetch the chunk again")
-    return _parse_head_alone(bytes(view[: _head_bytes(view)]))
+    return _parse_whole_head(bytes(view[: _head_bytes(view)]))
 
 
 @lru_cache(maxsize=64)
-def _parse_head_alone(view: bytes) -> tuple[Header, tuple[tuple[str, int, int], ...], int]:
-    """`_parse_head` of its own bytes: a receiver looks at them before its decoder does."""
+def _parse_whole_head(view: bytes) -> tuple[Header, tuple[tuple[str, int, int], ...], int]:
+    """`_parse_head` of nothing but a head. Kept, because a receiver reads each one before its decoder does."""
     (magic, version, level, dtype, flags, codec_id, profile, start, layers, tokens, heads, head_dim, n_sections) = (
         _HEADER.unpack_from(view)
     )

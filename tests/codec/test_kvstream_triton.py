@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from benchmarks import gpu_chunk  # noqa: E402
 from kvstream.codec import container  # noqa: E402
 from kvstream.codec.api import Codec  # noqa: E402
 from kvstream.codec.errors import CodecError  # noqa: E402
@@ -442,6 +443,14 @@ def decode_at_once(codec: KVStream, data: bytes, target: Any) -> None:
     decoder = streaming_decoder(codec, target)
     decoder.feed(memoryview(data))
     decoder.finish()
+
+
+def test_the_steps_that_the_benchmark_times_are_those_of_decoding(case: tuple[KVStream, Any]) -> None:
+    codec, kv = case
+    data = codec.encode(kv, 1, positions=range(START, START + T))
+    out = torch.full(kv.shape, torch.nan, device=DEVICE)
+    gpu_chunk.decode_by_stages(codec, data, out, gpu_chunk.Clock())
+    assert_close(out, codec.decode(data, torch.empty(kv.shape)))
 
 
 def test_an_announced_size_is_enforced_before_allocation() -> None:

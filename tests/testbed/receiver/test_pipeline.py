@@ -81,22 +81,28 @@ def test_pieces_are_decoded_as_they_come(kitchen: Kitchen, in_pieces: list[int])
         assert all(a <= b for a, b in itertools.pairwise(itertools.chain.from_iterable(chunk.pieces_s)))
 
 
-def test_the_next_chunk_is_launched_before_the_end_of_one_is_waited_for(
-    kitchen: Kitchen, in_pieces: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[tuple[str, int]] = []
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is done with chunks, in order: ("feed" or "finish", chunk)."""
+    seen: list[tuple[str, int]] = []
 
     def note(name: str) -> None:
         work = getattr(IncomingChunk, name)
 
         def noting(incoming: Any, *given: Any) -> None:
-            done.append((name, incoming.chunk))
+            seen.append((name, incoming.chunk))
             work(incoming, *given)
 
         monkeypatch.setattr(IncomingChunk, name, noting)
 
     note("feed")
     note("finish")
+    return seen
+
+
+def test_the_next_chunk_is_launched_before_the_end_of_one_is_waited_for(
+    kitchen: Kitchen, in_pieces: list[int], done: list[tuple[str, int]]
+) -> None:
     engine, store, gate = kitchen.engine, kitchen.store, threading.Event()
     engine.open(store.manifest(CONTEXT), 0)
     data = [store.get_kv(f"{CONTEXT}/{chunk}", LEVEL) for chunk in (0, 1)]
@@ -116,6 +122,28 @@ def test_the_next_chunk_is_launched_before_the_end_of_one_is_waited_for(
     one.release(), two.release()
     whole = torch.cat([kitchen.codec.decode(part) for part in data], dim=2)  # type: ignore[arg-type]
     torch.testing.assert_close(engine.context.cache.view(0, 2 * CHUNK_TOKENS).cpu(), whole)
+
+
+def test_a_chunk_that_is_there_is_finished_before_pieces_that_wait(
+    kitchen: Kitchen, in_pieces: list[int], done: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, store, gate = kitchen.engine, kitchen.store, threading.Event()
+    monkeypatch.setattr(engine, "_max_slots", 3)
+    engine.open(store.manifest(CONTEXT), 0)
+    data = [store.get_kv(f"{CONTEXT}/{chunk}", LEVEL) for chunk in range(3)]
+    chunks = [engine.take(chunk, LEVEL, len(data[chunk])) for chunk in range(3)]
+    engine.submit(gate.wait)
+    for chunk, bytes_ in zip(chunks, data, strict=True):
+        chunk.view[:] = bytes_
+        engine.on_bytes(chunk, len(bytes_))
+    decoding = engine.submit(engine.decode, chunks[0])
+    gate.set()
+    decoding.result(60.0)
+    engine.submit(lambda: None).result(60.0)
+    for chunk in chunks:
+        chunk.release()
+    fed = [chunk for what, chunk in done[: done.index(("finish", 0))] if what == "feed"]
+    assert fed == [0, 1]
 
 
 def test_nothing_is_decoded_early_without_overlap(kitchen: Kitchen, in_pieces: list[int]) -> None:
